@@ -1,0 +1,3 @@
+"""TaiChi: one model on several vLLM instances, between prefill-decode aggregation and disaggregation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,52 @@
+"""One instance as the scheduler knows it: its kind and chunk, what is queued and resident, what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from taichi_serve.sliders import Kind
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """The scheduler's ledger of an instance. Only GlobalScheduler writes it; policies read it.
+
+    `kv_capacity` and `kv_tokens` are in tokens. `reserved_tokens` is room promised to requests that are on
+    their way here, so that two decisions made between two steps cannot take the same room.
+    """
+
+    name: str
+    kind: Kind
+    chunk: int
+    kv_capacity: int
+    max_decodes: int = 1 << 30
+    alive: bool = True
+    draining: bool = False
+    ticks: int = 0  # steps done: the clock that resident decodes are counted by
+    decodes: int = 0  # resident decodes
+    arriving: int = 0  # requests on their way here to decode
+    queued_tokens: int = 0  # prompt tokens placed here and not yet through their prefill
+    progress_tokens: int = 0  # of these, computed already
+    queued_requests: int = 0
+    kv_tokens: int = 0  # blocks in use times block size, as of its last step
+    reserved_tokens: int = 0
+
+    @property
+    def serving(self) -> bool:
+        """Whether new work may be sent here."""
+        return self.alive and not self.draining
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens that a new request would have to wait for here."""
+        return max(0, self.queued_tokens - self.progress_tokens)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache in use, 0 to 1."""
+        return self.kv_tokens / self.kv_capacity if self.kv_capacity else 0.0
+
+    @property
+    def room_tokens(self) -> int:
+        """Tokens of KV that can still be promised to somebody."""
+        return self.kv_capacity - self.kv_tokens - self.reserved_tokens

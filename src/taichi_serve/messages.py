@@ -1,0 +1,240 @@
+"""Facts and decisions: all that ever crosses between the scheduler and a cluster.
+
+An event is a fact with the time it happened (`at`, seconds on the cluster's clock). A command is a decision.
+Tokens never pass through here. A request lives in legs: leg 0 is its prefill, and every move to another
+instance starts a leg with the next number. Facts about a leg that is over are dropped by that number.
+
+The facts of one step come in this order: the Stepped first, then what the step brought about (Prefilled,
+Flowed, Finished).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from taichi_serve.sliders import Kind, Sliders
+
+
+class Move(Enum):
+    """Why a request changes instance."""
+
+    HAND_OVER = "hand-over"  # after prefill, to the instance where it decodes (Alg. 1, low-interference start)
+    DEGRADE = "degrade"  # out of a D-heavy instance past the watermark (Alg. 1, longest first)
+    BACKFLOW = "backflow"  # back to a D-heavy instance before its TPOT is lost (Alg. 1)
+    OPERATOR = "operator"  # somebody asked for it
+    DRAIN = "drain"  # its instance is being drained
+    RESCUE = "rescue"  # its instance was lost: the tokens so far are computed again elsewhere
+
+
+class Outcome(Enum):
+    """How the life of a request ended."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+# ------------------------------------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request is here. `movable` is False where the engine could not move it exactly (docs/moving.md)."""
+
+    at: float
+    request: str
+    prompt_tokens: int
+    max_tokens: int
+    movable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The first token of a request is out, computed by the leg's instance. `cached` prompt tokens were not
+    computed. With `held` the leg ended there and its KV waits for a Decode; otherwise it decodes in place."""
+
+    at: float
+    request: str
+    leg: int
+    instance: str
+    cached: int = 0
+    held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """One step of an instance is done: every resident decode got one token, but for those `missed`.
+
+    `prefill_tokens` prompt tokens were computed in it, it took `seconds` from the end of the one before (or
+    from when there was work), and the KV cache now holds `kv_tokens` (blocks in use times block size).
+    """
+
+    at: float
+    instance: str
+    seconds: float
+    prefill_tokens: int
+    decodes: int
+    kv_tokens: int
+    waiting: int = 0
+    missed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flowed:
+    """The first token of leg `leg` is out on `instance`; with it `output_tokens` have been produced.
+    `kv_tokens` came over from the instance before, the rest was computed again. `gap` is the time in
+    seconds between the last token there and this one."""
+
+    at: float
+    request: str
+    leg: int
+    instance: str
+    output_tokens: int
+    kv_tokens: int
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request is over, on whatever leg; every block it held is free or about to be."""
+
+    at: float
+    request: str
+    output_tokens: int
+    outcome: Outcome = Outcome.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before."""
+
+    at: float
+    request: str
+    leg: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An instance is gone with all its KV. Requests on it wait for a Decode or Prefill elsewhere."""
+
+    at: float
+    instance: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The client left: the request is to be aborted wherever it is."""
+
+    at: float
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An operator asks for a running request to move to an instance."""
+
+    at: float
+    request: str
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """An operator drains an instance (`on` True) or takes it back into service (`on` False)."""
+
+    at: float
+    instance: str
+    on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Slid:
+    """An operator moved the sliders; the number of instances stays."""
+
+    at: float
+    sliders: Sliders
+
+
+Event = (
+    Arrived
+    | Prefilled
+    | Stepped
+    | Flowed
+    | Finished
+    | Refused
+    | Lost
+    | Cancelled
+    | Asked
+    | Drained
+    | Slid
+)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What was predicted for one instance when a decision was made: seconds, and why it was (not) taken."""
+
+    instance: str
+    ttft: float
+    queued_prefill_tokens: int
+    feasible: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Start the request here. With `hand_over` the leg ends after the first token and a Decode follows."""
+
+    request: str
+    leg: int
+    on: str
+    hand_over: bool = False
+    forecasts: tuple[Forecast, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Begin leg `leg` of a held or stranded request on this instance, with whatever KV can be had."""
+
+    request: str
+    leg: int
+    on: str
+    move: Move
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A running request stops after the token it is on and begins leg `leg` on `to`."""
+
+    request: str
+    leg: int
+    to: str
+    move: Move
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End the request now, on every leg."""
+
+    request: str
+    outcome: Outcome
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetChunk:
+    """The instance takes at most `chunk` prompt tokens into each step from now on; 0 keeps prompts away."""
+
+    instance: str
+    kind: Kind
+    chunk: int
+
+
+Command = Prefill | Decode | Flow | Abort | SetChunk

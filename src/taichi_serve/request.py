@@ -1,0 +1,66 @@
+"""One request as the scheduler knows it, and the one table of its legal life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from taichi_serve.messages import Move
+
+
+class State(Enum):
+    """Where a request stands in its life."""
+
+    WAITING = "waiting"  # arrived, no instance could be given
+    PREFILLING = "prefilling"  # queued or prefilling on an instance
+    DECODING = "decoding"  # resident on an instance, one token a step
+    MOVING = "moving"  # between the last token here and the first one there
+    DONE = "done"
+
+
+# The one table of legal transitions. Whatever is not in it is a late fact, and is dropped.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.PREFILLING, State.MOVING, State.DONE}),
+    State.PREFILLING: frozenset({State.PREFILLING, State.DECODING, State.MOVING, State.WAITING, State.DONE}),
+    State.DECODING: frozenset({State.MOVING, State.WAITING, State.DONE}),
+    State.MOVING: frozenset({State.MOVING, State.DECODING, State.WAITING, State.DONE}),
+    State.DONE: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The scheduler's ledger entry of a request. Only GlobalScheduler writes it, through `enter`.
+
+    A resident decode gets one token in every step of its instance, so its output is not counted token by
+    token: it is `base + (instance.ticks - joined)`, and keys made of `base - joined` stay in order for as
+    long as it is resident (scheduling/decode.py).
+    """
+
+    id: str
+    arrived_at: float
+    prompt_tokens: int
+    max_tokens: int
+    movable: bool = True
+    state: State = State.WAITING
+    leg: int = 0
+    instance: str = ""  # where it is; while moving, where it comes from ("" when that is lost)
+    target: str = ""  # while moving: where it goes
+    why: Move | None = None  # while moving: for what reason
+    first_at: float | None = None  # when the user got the first token
+    base: int = 0  # output tokens when it joined its instance's tick clock
+    joined: int = 0  # the instance's ticks at that moment
+    degraded: bool = False  # moved to a P-heavy instance by Alg. 1, may flow back
+    moves: dict[Move, int] = field(default_factory=dict)
+    moved_at: float = float("-inf")  # when its last move was decided
+
+    def enter(self, state: State) -> bool:
+        """Change state if the table allows it; False means the fact that led here came too late."""
+        if state not in TRANSITIONS[self.state]:
+            return False
+        self.state = state
+        return True
+
+    def output_tokens(self, ticks: int) -> int:
+        """Tokens produced so far, by the tick clock of the instance it is resident on."""
+        return self.base + (ticks - self.joined if self.state is State.DECODING else 0)
