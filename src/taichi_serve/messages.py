@@ -40,13 +40,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A request is here. `movable` is False where the engine could not move it exactly (docs/moving.md)."""
+    """A request is here. `movable` is False where the engine could not move it exactly, for the reason
+    `bound_by` (docs/moving.md)."""
 
     at: float
     request: str
     prompt_tokens: int
     max_tokens: int
     movable: bool = True
+    bound_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

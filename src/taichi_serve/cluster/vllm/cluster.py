@@ -24,6 +24,7 @@ from taichi_serve.messages import (
     Flow,
     Flowed,
     Lost,
+    Move,
     Outcome,
     Prefill,
     Prefilled,
@@ -33,7 +34,7 @@ from taichi_serve.messages import (
 )
 
 if TYPE_CHECKING:
-    from taichi_serve.cluster.vllm.instances import Engine
+    from taichi_serve.cluster.vllm.instance import Engine
 
 # A leg is only sent to pull KV while most of the source's lease is left; later it is computed again.
 FRESH = LEASE / 2
@@ -120,6 +121,16 @@ class VllmCluster:
         else:
             self.end(live, Outcome.FINISHED)
 
+    def rehearse(self, request: EngineCoreRequest, at: int, to: int | None) -> asyncio.Future[int]:
+        """Prefill a request of our own on `at` and move it to `to`; the future gets its output tokens."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        live = Live(request, last_at=time.monotonic(), warm=done)
+        self.live[live.id] = live
+        self._prefill(live, 0, at, hand_over=to is not None)
+        if to is not None:
+            live.going = Going(1, to, Move.HAND_OVER)
+        return done
+
     # ---------------------------------------------------------------------------------------- decisions
 
     def _prefill(self, live: Live, leg: int, to: int, hand_over: bool) -> None:
@@ -138,8 +149,8 @@ class VllmCluster:
     def _decode(self, live: Live, going: Going) -> None:
         """Begin the next leg with the KV that is held, if it can still be had in time."""
         held, live.held = live.held, None
-        if held is not None and not self._usable(held):
-            self._release(held)
+        if held is not None and (held.instance == going.to or not self._usable(held)):
+            self._release(held)  # back on the same instance, its prefix cache still has the blocks
             held = None
         self._begin(live, going.leg, going.to)
         live.reader = held
@@ -156,7 +167,11 @@ class VllmCluster:
         live.engine_request = engine_id(live)
 
     def _add(self, live: Live, request: EngineCoreRequest) -> None:
-        self.engines[live.instance].add(live, request)
+        if live.tokens and bound_by(live.request):  # its instance died, and no other could go on exactly
+            live.instance = -1
+            self.end(live, Outcome.FAILED)
+        else:
+            self.engines[live.instance].add(live, request)
 
     def _recompute(self, live: Live, leg: int) -> None:
         """The KV did not come in time: compute the tokens so far again, on the same instance."""
