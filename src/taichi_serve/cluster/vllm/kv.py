@@ -8,6 +8,7 @@ list to it, so that both sides agree block by block.
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.nixl_utils import NixlWrapper
+from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 # Seconds that a source keeps the blocks of a request that left, unless the reader sends heartbeats.
 LEASE = 30
+
+# Microseconds that NIXL's progress thread sleeps for at most when nothing happens; an event wakes it at once.
+PROGRESS_DELAY = 10_000
 
 TransferParams = dict[str, Any]
 
@@ -75,10 +81,34 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self._reqs_need_send[request_id] = time.perf_counter() - 1.0
 
 
+def let_progress_sleep(bindings: Any) -> None:
+    """Have the agents that NIXL makes from now on wait for events instead of looking for them all the time.
+
+    NIXL's Python API sets the delay of its progress thread to 0 and takes no other value: the thread spins.
+    On a CPU instance it would take half of the core that the model runs on.
+    """
+    stock = bindings.nixlAgentConfig
+
+    class Patient(stock):  # type: ignore[misc]
+        @property
+        def pthrDelay(self) -> int:  # noqa: N802
+            return int(stock.pthrDelay.__get__(self))
+
+        @pthrDelay.setter
+        def pthrDelay(self, delay: int) -> None:  # noqa: N802
+            stock.pthrDelay.__set__(self, delay or PROGRESS_DELAY)
+
+    if not hasattr(stock, "__wrapped__"):
+        Patient.__wrapped__ = stock
+        bindings.nixlAgentConfig = Patient
+
+
 class FlowConnector(NixlPullConnector):
     """vLLM's NIXL pull connector with FlowConnectorScheduler on the scheduler's side."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        if current_platform.is_cpu() and NixlWrapper is not None:
+            let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind)
         super().__init__(vllm_config, role, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             self.connector_scheduler = FlowConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)

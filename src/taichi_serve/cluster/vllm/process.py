@@ -47,7 +47,8 @@ class EngineProcess:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "taichi_serve.cluster.vllm.engine", str(path)],
-                env={**os.environ, **env},
+                # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
+                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory), **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
