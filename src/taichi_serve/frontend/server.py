@@ -74,7 +74,9 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
             shutil.rmtree(directory, ignore_errors=True)
         else:
             for path in directory.iterdir():
-                if path.suffix != ".log":
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.suffix != ".log":
                     path.unlink()
             say(f"logs are kept in {directory}")
 

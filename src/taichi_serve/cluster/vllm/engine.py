@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def main(path: str) -> None:
     die_with_parent()
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # vLLM leaves the file that its ranks meet at: in our directory it goes with the others.
+    tempfile.tempdir = str(Path(path).parent)
     spec: dict[str, Any] = json.loads(Path(path).read_text())
 
     from vllm.v1.engine.core import EngineCoreProc
