@@ -1,0 +1,215 @@
+"""A real `taichi serve` in a process of its own: start it, ask it, stop it, and see that nothing of it is left.
+
+It listens on 127.0.0.1, keeps its files in a directory of its own, and gets the tiny model in float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from taichi_serve.tiny import cached_tiny_model
+
+SOURCE = Path(__file__).parents[2] / "src"
+# One thread for each engine: two engines that share a core with others must not spin on two.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(SOURCE),
+    "PYTHONUNBUFFERED": "1",
+}
+KV_BYTES = 256 << 20  # about 131,000 tokens of the tiny model in float32
+FLAGS = (
+    *("--host", "127.0.0.1", "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"),
+    *("--max-model-len", "4096", "--kv-cache-memory-bytes", str(KV_BYTES)),
+)
+START_SECONDS = 300
+STOP_SECONDS = 60
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(holds: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Ask until the answer is true, and return it; fail with `what` when the time is over."""
+    until = time.monotonic() + seconds
+    while not (answer := holds()):
+        assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+    return answer
+
+
+async def until(holds: Callable[[], Awaitable[Any]], seconds: float, what: str) -> Any:
+    """Ask until the answer is true, and return it; fail with `what` when the time is over."""
+    end = time.monotonic() + seconds
+    while not (answer := await holds()):
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.02)
+    return answer
+
+
+class Server:
+    """One server. Its constructor starts it and returns at once; `wait_ready` waits."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *flags: str,
+        model: str | Path | None = None,
+        port: int | None = None,
+        api_key: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        key = ("--api-key", api_key) if api_key else ()
+        words = [str(model or cached_tiny_model()), "--port", str(self.port), *FLAGS, *key, *flags]
+        self.log = directory / "server.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "taichi_serve.cli", "serve", *words],
+                env={**os.environ, **ENVIRONMENT, "TMPDIR": str(directory), **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def said(self) -> str:
+        """Everything it wrote so far."""
+        return self.log.read_text(errors="replace")
+
+    def lines(self) -> list[str]:
+        """What it said to its operator."""
+        return [line for line in self.said().splitlines() if line.startswith("taichi: ")]
+
+    def wait_ready(self) -> Server:
+        """Wait until it says that it is ready; its log is in the failure message."""
+
+        def ready() -> bool:
+            assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self._tail()}"
+            return "taichi: ready on " in self.said()
+
+        try:
+            eventually(ready, START_SECONDS, "the server is ready")
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n{self._tail()}") from None
+        return self
+
+    def _tail(self) -> str:
+        engines = [p.read_text(errors="replace")[-3000:] for p in self.directory.glob("taichi-*/*.log")]
+        return "\n---- an engine:\n".join([self.said()[-4000:], *engines])
+
+    def client(self, timeout: float = 120.0) -> httpx.AsyncClient:
+        """A client that may have any number of requests open."""
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=self.headers,
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """GET /taichi/state."""
+        answer = httpx.get(f"{self.url}/taichi/state", headers=self.headers, timeout=30)
+        answer.raise_for_status()
+        state: dict[str, Any] = answer.json()
+        return state
+
+    def instance(self, name: str) -> dict[str, Any]:
+        """One instance of the state."""
+        return next(i for i in self.state()["instances"] if i["name"] == name)
+
+    def quiet(self, seconds: float = 2.0) -> dict[str, Any]:
+        """Wait until no request is live and no KV is held, and return the state."""
+        state: dict[str, Any] = {}
+
+        def empty() -> bool:
+            nonlocal state
+            state = self.state()
+            held = any(i["kv_tokens"] for i in state["instances"] if i["alive"])
+            return not held and state["requests"]["live"] == 0
+
+        try:
+            eventually(empty, seconds, "no request is live and no KV is held")
+        except AssertionError as late:
+            raise AssertionError(f"{late}: {state}") from None
+        return state
+
+    def family(self) -> list[psutil.Process]:
+        """The server's process and every process below it."""
+        this = psutil.Process(self.process.pid)
+        return [this, *this.children(recursive=True)]
+
+    def shared_memory(self) -> set[Path]:
+        """Files in /dev/shm that its processes have mapped."""
+        found = set()
+        for process in self.family():
+            maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            found |= {Path(line.split()[5]) for line in maps if "/dev/shm/" in line and "(deleted)" not in line}
+        return found
+
+    def signal(self, number: int) -> None:
+        """Send the server a signal."""
+        self.process.send_signal(number)
+
+    def stop(self, code: int = 0, logs_stay: bool = False) -> None:
+        """SIGTERM; it must exit with `code` and leave no process, socket, directory or shared memory."""
+        family, shared = self.family(), self.shared_memory()
+        self.signal(signal.SIGTERM)
+        self.gone(code, family, shared, logs_stay)
+
+    def gone(
+        self, code: int, family: list[psutil.Process], shared: set[Path] = frozenset(), logs_stay: bool = False
+    ) -> None:
+        """Wait for its end, and look for what it might have left."""
+        try:
+            assert self.process.wait(STOP_SECONDS) == code, self._tail()
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not stop within {STOP_SECONDS} s:\n{self._tail()}") from None
+        gone, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive, f"left running: {alive}"
+        left = [path for path in self.directory.rglob("*") if path != self.log and not path.is_dir()]
+        if logs_stay:
+            left = [path for path in left if path.suffix != ".log"]
+        else:
+            assert not list(self.directory.glob("taichi-*"))
+        assert not left, f"left behind: {left}"
+        sockets = Path("/proc/net/unix").read_text()
+        assert str(self.directory) not in sockets, "a unix socket is left"
+        assert not [path for path in shared if path.exists()], "shared memory is left"
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", self.port)) != 0, "the port still answers"
+
+    def end(self) -> None:
+        """End whatever is left of it, however the test went."""
+        if self.process.poll() is None:
+            family = self.family()
+            for process in family:
+                process.resume() if process.is_running() else None
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                for process in family:
+                    if process.is_running():
+                        process.kill()
+        self.process.wait()

@@ -1,0 +1,139 @@
+"""docs/moving.md line by line: what moves says the same as unmoved, and what could not stays where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from load import Whole, Wish, completed, completed_and_moved, moves, until_known
+from servers import Server
+
+from taichi_serve.cluster.vllm.exact import BOUND_BY_PARAMS, BOUND_BY_REQUEST
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "moving.md"
+LINE = re.compile(r"^\| `(?P<name>\w+)` \| (?P<cpu>moves|stays)\b")
+TABLE = {m["name"]: m["cpu"] for line in DOCUMENT.read_text().splitlines() if (m := LINE.match(line))}
+
+PROMPT = [random.Random(7).randrange(300, 4000) for _ in range(90)]
+WISH = Wish(PROMPT, 150)
+Body = dict[str, Any]
+
+
+def late_token(plain: Whole) -> int:
+    """A token that comes for the first time when most of the output is there."""
+    return next(t for i, t in enumerate(plain.tokens) if i > 100 and t not in plain.tokens[:i])
+
+
+def late_text(plain: Whole) -> str:
+    """Text of the last third that is found nowhere before."""
+    starts = range(len(plain.text) * 2 // 3, len(plain.text) - 8)
+    return next(t for s in starts if plain.text.find(t := plain.text[s : s + 5]) == s and "\ufffd" not in t)
+
+
+# What each line of the table asks for, given what the plain request says.
+MOVED: dict[str, Callable[[Whole], Body]] = {
+    "temperature_0": lambda plain: {},
+    "stop": lambda plain: {"stop": [late_text(plain)], "include_stop_str_in_output": True},
+    "stop_token_ids": lambda plain: {"stop_token_ids": [late_token(plain)]},
+    "min_tokens": lambda plain: {"min_tokens": 120, "stop_token_ids": [plain.tokens[20]]},
+    "logprobs": lambda plain: {"logprobs": 3},
+    "repetition_penalty": lambda plain: {"repetition_penalty": 1.3},
+    "logit_bias": lambda plain: {"logit_bias": {str(t): -100 for t, _ in Counter(plain.tokens).most_common(5)}},
+    "allowed_token_ids": lambda plain: {"allowed_token_ids": list(range(300, 800))},
+    "n": lambda plain: {"n": 2},
+    "echo": lambda plain: {"echo": True},
+}
+BOUND: dict[str, Body] = {
+    "presence_penalty": {"presence_penalty": 1.5},
+    "frequency_penalty": {"frequency_penalty": 0.7},
+    "seed": {"seed": 11, "temperature": 0.9},
+    "structured_outputs": {"structured_outputs": {"regex": "[a-z]{400}"}},
+    "bad_words": {"bad_words": ["the", "日"]},
+    "prompt_logprobs": {"prompt_logprobs": 1},
+    "watermarking": {"watermarking": True},
+    "repetition_detection": {"repetition_detection": {"max_pattern_size": 8, "min_count": 100}},
+    "logits_processors": {"vllm_xargs": {"of_a_custom_processor": 1}},
+}
+# Not to be had from this model with these flags: test_exact.py shows that they are seen.
+UNREACHABLE = {"thinking_token_budget", "pooling", "multimodal", "prompt_embeds", "streaming_input"}
+# Sampled without a seed there is nothing to compare with.
+UNREPEATABLE = {"temperature"}
+
+
+@pytest.fixture(scope="module")
+def plain(single: Server) -> Whole:
+    """What one instance says to the plain request."""
+
+    async def run() -> Whole:
+        async with single.client() as client:
+            return await completed(client, WISH.body())
+
+    return asyncio.run(run())
+
+
+def test_the_table_has_a_line_for_every_reason_and_every_line_a_test() -> None:
+    stays = {name for name, cpu in TABLE.items() if cpu == "stays"}
+    assert stays == BOUND_BY_PARAMS.keys() | BOUND_BY_REQUEST.keys()
+    assert stays == BOUND.keys() | UNREACHABLE
+    assert TABLE.keys() - stays == MOVED.keys() | UNREPEATABLE
+
+
+def near(one: Any, other: Any) -> bool:
+    """Equal, but for numbers, which may be as far apart as sums in another order are."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(near(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(near, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) < 1e-3
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("name", MOVED)
+async def test_what_moves_says_the_same_as_unmoved(name: str, hybrid: Server, single: Server, plain: Whole) -> None:
+    body = WISH.body(**MOVED[name](plain))
+    async with single.client() as client:
+        unmoved = await completed(client, body)
+    async with hybrid.client() as client:
+        moved, legs = await completed_and_moved(client, body, f"cmpl-moved-{name}")
+    assert moves(legs) >= 2, legs
+    assert near(moved.choices, unmoved.choices)
+    if name not in ("temperature_0", "logprobs", "n", "echo"):
+        assert unmoved.tokens != plain.tokens, "the parameter made no difference: this shows nothing"
+
+
+async def test_sampling_without_a_seed_moves_and_brings_every_token(hybrid: Server) -> None:
+    body = WISH.body(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01)
+    async with hybrid.client() as client:
+        moved, legs = await completed_and_moved(client, body, "cmpl-moved-temperature")
+    assert moves(legs) >= 2
+    assert len(moved.tokens) == WISH.max_tokens
+
+
+@pytest.mark.parametrize("name", BOUND)
+async def test_what_cannot_move_exactly_stays_is_counted_and_says_the_same(
+    name: str, hybrid: Server, single: Server
+) -> None:
+    body = WISH.body(**BOUND[name])
+    before = hybrid.state()["bound"].get(name, 0)
+    async with single.client() as client:
+        alone = await completed(client, body)
+    async with hybrid.client() as client:
+        request_id = f"cmpl-bound-{name}"
+        answer = asyncio.create_task(completed(client, body, request_id))
+        await until_known(client, request_id)
+        for to in ("i0", "i1"):
+            refusal = await client.post(f"/taichi/requests/{request_id}/flow", json={"to": to})
+            assert refusal.status_code == 409
+            assert "bound to its instance" in refusal.json()["error"]["message"]
+        here = await answer
+        legs = (await client.get(f"/taichi/requests/{request_id}")).json()["requests"][0]["legs"]
+    assert hybrid.state()["bound"][name] == before + 1
+    assert len(legs) == 1
+    assert near(here.choices, alone.choices)

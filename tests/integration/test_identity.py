@@ -1,0 +1,79 @@
+"""Wherever a request goes while it generates, its user gets what one instance alone would have said.
+
+64 greedy streams in float32, prompts of 16 to 1500 tokens, outputs of 32 to 256, every other prompt multi-byte text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from load import Whole, completed_and_moved, moves, streamed, streamed_and_moved, wishes
+from servers import Server
+
+from taichi_serve.bench.client import Answer
+
+WISHES = wishes(64, seed=1)
+TIMES = 3  # moves of every request
+ROUNDS = 6
+
+
+def same(answer: Answer | Whole, reference: Answer) -> bool:
+    return answer.tokens == reference.tokens and answer.text == reference.text
+
+
+@pytest.fixture(scope="module")
+def reference(single: Server) -> list[Answer]:
+    """The 64, from one instance."""
+
+    async def run() -> list[Answer]:
+        async with single.client() as client:
+            return await streamed(client, WISHES)
+
+    answers = asyncio.run(run())
+    assert [answer.error for answer in answers if not answer.ok] == []
+    assert [len(a.tokens) for a in answers] == [w.max_tokens for w in WISHES]
+    assert sum(single.state()["moves"][kind] for kind in ("hand-over", "degrade", "backflow", "operator")) == 0
+    return answers
+
+
+async def all_moved(server: Server, reference: list[Answer]) -> None:
+    """Run the 64 until each one has really made its moves; every answer on the way must be the right one."""
+    todo = list(range(len(WISHES)))
+    async with server.client() as client:
+        for number in range(ROUNDS):
+            results = await streamed_and_moved(client, [WISHES[i] for i in todo], seed=number, times=TIMES)
+            wrong = [i for i, (a, _) in zip(todo, results, strict=True) if not (a.ok and same(a, reference[i]))]
+            assert wrong == [], [results[todo.index(i)][1] for i in wrong]
+            todo = [i for i, (_, legs) in zip(todo, results, strict=True) if moves(legs) < TIMES]
+            if not todo:
+                break
+    assert todo == [], f"these were never moved {TIMES} times in {ROUNDS} rounds"
+    state = server.quiet()
+    assert state["requests"]["failed"] == 0
+    assert state["moves"]["operator"] >= len(WISHES)
+
+
+async def test_64_of_64_streams_that_moved_three_times_say_what_one_instance_says(
+    hybrid: Server, reference: list[Answer]
+) -> None:
+    await all_moved(hybrid, reference)
+
+
+async def test_the_same_between_two_equal_instances(aggregation: Server, reference: list[Answer]) -> None:
+    await all_moved(aggregation, reference)
+
+
+async def test_the_same_where_one_instance_prefills_and_the_other_decodes(
+    disaggregation: Server, reference: list[Answer]
+) -> None:
+    await all_moved(disaggregation, reference)
+
+
+async def test_what_is_not_streamed_is_the_same_text(hybrid: Server, reference: list[Answer]) -> None:
+    async with hybrid.client() as client:
+        results = await asyncio.gather(
+            *(completed_and_moved(client, w.body(), f"cmpl-whole-{i}", TIMES) for i, w in enumerate(WISHES))
+        )
+    assert [i for i, (whole, _) in enumerate(results) if not same(whole, reference[i])] == []
+    assert sum(moves(legs) for _, legs in results) >= len(WISHES)
