@@ -84,6 +84,10 @@ class VllmCluster:
             case Abort(outcome=outcome):
                 self.end(live, outcome)
 
+    def open(self) -> None:
+        """From here on facts count; those of the rehearsals before are forgotten."""
+        self._events = asyncio.Queue()
+
     def close(self) -> None:
         """No more facts."""
         self._events.put_nowait(None)
