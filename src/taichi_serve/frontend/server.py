@@ -108,6 +108,7 @@ async def _start(
         engine.process.on_exit(lambda code, e=engine: loop.call_soon_threadsafe(_exited, cluster, e, code))
     say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
     await warm(cluster)
+    cluster.open()
     scheduler = GlobalScheduler(
         sliders,
         flags.slo(args),
