@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 MAX_BODY = 16 << 20
 INTERNAL_PARAMETERS = ("kv_transfer_params", "ec_transfer_params", "data_parallel_rank")
+INTERNAL_XARGS = (*INTERNAL_PARAMETERS, "taichi")
 INTERNAL_HEADERS = ("x-data-parallel-rank",)
 OURS = "/taichi"
 
@@ -49,7 +50,7 @@ class Guard:
                 refusal = error(413, "invalid_request_error", f"The body is above {MAX_BODY} bytes.")
             else:
                 body = read
-                refusal = _refuse_body(body)
+                refusal = _refuse_bytes(body, headers) or _refuse_body(body)
             receive = _replay(body, receive)
         await (refusal or self.app)(scope, receive, send)
 
@@ -89,8 +90,20 @@ async def _read(receive: Receive, headers: Headers) -> bytes | None:
             return b"".join(parts)
 
 
+def _refuse_bytes(body: bytes, headers: Headers) -> JSONResponse | None:
+    """FastAPI answers JSON that is not UTF-8 in a form of its own."""
+    if not headers.get("content-type", "").startswith("application/json"):
+        return None
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        return error(400, "invalid_request_error", f"The body is not UTF-8: {wrong.reason} at byte {wrong.start}.")
+    return None
+
+
 def _refuse_body(body: bytes) -> JSONResponse | None:
-    if not any(name.encode() in body for name in INTERNAL_PARAMETERS):
+    # A name can be written with escapes, so these are a reason to look, too.
+    if b"\\u" not in body and not any(name.encode() in body for name in (*INTERNAL_PARAMETERS, "vllm_xargs")):
         return None
     try:
         data: Any = json.loads(body)
@@ -99,10 +112,10 @@ def _refuse_body(body: bytes) -> JSONResponse | None:
     if not isinstance(data, dict):
         return None
     more = data.get("vllm_xargs")
-    places = [data, more] if isinstance(more, dict) else [data]
-    for name in INTERNAL_PARAMETERS:
-        if any(place.get(name) is not None for place in places):
-            return error(400, "invalid_request_error", f"{name} cannot be set by a client.", name)
+    for place, names in ((data, INTERNAL_PARAMETERS), (more, INTERNAL_XARGS)):
+        for name in names if isinstance(place, dict) else ():
+            if place.get(name) is not None:
+                return error(400, "invalid_request_error", f"{name} cannot be set by a client.", name)
     return None
 
 
