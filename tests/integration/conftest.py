@@ -11,13 +11,16 @@ from servers import Server
 
 API_KEY = "an-api-key-of-the-tests"
 
+# The others move KV by the short way between processes of one host.
+OVER_NIXL = ("--kv-over", "nixl")
+
 # Four ways to set the sliders. The reference for every comparison of tokens is `single`: one instance, no moves.
 SHARED: dict[str, tuple[str, ...]] = {
     "hybrid": ("--p-heavy", "1", "--d-heavy", "1"),
     # On one core, as every instance of the others: two threads that wait for each other suffer on a busy machine.
     "single": ("--d-heavy", "1", "--devices", str(max(os.sched_getaffinity(0)))),
     "aggregation": ("--d-heavy", "2", "--d-chunk", "256"),
-    "disaggregation": ("--p-heavy", "1", "--d-heavy", "1", "--d-chunk", "0", "--watermark", "1"),
+    "disaggregation": ("--p-heavy", "1", "--d-heavy", "1", "--d-chunk", "0", "--watermark", "1", *OVER_NIXL),
 }
 
 
@@ -68,5 +71,5 @@ def aggregation(fleet: dict[str, Server]) -> Server:
 
 @pytest.fixture(scope="session")
 def disaggregation(fleet: dict[str, Server]) -> Server:
-    """i0 does every prefill, i1 every decode."""
+    """i0 does every prefill, i1 every decode; KV goes over NIXL."""
     return fleet["disaggregation"].wait_ready()

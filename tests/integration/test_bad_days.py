@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 import httpx
 import psutil
 import pytest
+from conftest import OVER_NIXL
 from load import PATH, Wish, instances_of, push, streamed, wishes
 from servers import STOP_SECONDS, Server, eventually, until
 
 from taichi_serve.bench.client import Answer, stream
 
 NAMES = ("i0", "i1", "i2")
-FLAGS = ("--d-heavy", "3", "--move-timeout", "2", "--stall-timeout", "10", "--shutdown-timeout", "60")
+FLAGS = ("--d-heavy", "3", "--move-timeout", "2", "--stall-timeout", "10", "--shutdown-timeout", "60", *OVER_NIXL)
 WISHES = wishes(12, seed=11, prompt=(200, 900), output=(150, 250))
 
 
