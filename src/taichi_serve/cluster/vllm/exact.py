@@ -21,9 +21,10 @@ BOUND_BY_PARAMS: dict[str, Callable[[SamplingParams], object]] = {
     "structured_outputs": lambda p: p.structured_outputs,
     "bad_words": lambda p: p.bad_words,
     "prompt_logprobs": lambda p: p.prompt_logprobs is not None,
-    "thinking_token_budget": lambda p: p.thinking_token_budget,
+    "thinking_token_budget": lambda p: p.thinking_token_budget is not None,
     "watermarking": lambda p: p.watermarking,
     "repetition_detection": lambda p: p.repetition_detection,
+    "trace_decode_token_ids": lambda p: p.trace_decode_token_ids,
     "logits_processors": lambda p: set(p.extra_args or ()) - {"kv_cache_report_mode"},
 }
 

@@ -1,0 +1,126 @@
+"""The recorder: the scheduler's decisions pass through unchanged, and what happened can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from taichi_serve.frontend import record
+from taichi_serve.frontend.record import Recorder, legs
+from taichi_serve.latency.predict import Learned
+from taichi_serve.messages import (
+    Arrived,
+    Asked,
+    Cancelled,
+    Command,
+    Decode,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Move,
+    Outcome,
+    Prefill,
+    Prefilled,
+    Stepped,
+)
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
+
+CAPACITY = 100_000
+BYTES = 2048
+
+
+def recorder() -> Recorder:
+    """Over i0 P-heavy and i1 D-heavy."""
+    capacities = {"i0": CAPACITY, "i1": CAPACITY}
+    # With a TTFT SLO that nothing meets, the fastest instance prefills: the first of equals, i0.
+    scheduler = GlobalScheduler(Sliders(1, 1, 1024, 256), SLO(1e-6, 0.07), Learned(), Policy(), capacities)
+    return Recorder(scheduler, BYTES)
+
+
+def one_life(recorder: Recorder, name: str) -> list[Command]:
+    """Prefilled on i0, handed over to i1, moved back by an operator; 5 tokens in all."""
+    facts: list[Event] = [
+        Arrived(0.0, name, 100, 5),
+        Stepped(1.0, "i0", 0.5, 100, 0, 112),
+        Prefilled(1.0, name, 0, "i0", 0, held=True),
+        Flowed(1.1, name, 1, "i1", 2, kv_tokens=100, gap=0.1, reused=100),
+        Asked(1.2, name, "i0"),
+        Flowed(1.5, name, 2, "i0", 4, kv_tokens=0, gap=0.3, reused=0),
+        Finished(1.6, name, 5),
+    ]
+    return [command for fact in facts for command in recorder.on(fact)]
+
+
+def test_one_life_is_counted_and_can_be_read_leg_by_leg() -> None:
+    here = recorder()
+    assert [type(c) for c in one_life(here, "cmpl-a-0-7f")] == [Prefill, Decode, Flow]
+    assert (here.accepted, here.outcomes[Outcome.FINISHED]) == (1, 1)
+    assert (here.moves[Move.HAND_OVER], here.moves[Move.OPERATOR]) == (1, 1)
+    assert (here.moved_bytes, here.recomputes) == (100 * BYTES, 1)
+    assert list(here.gaps) == [0.1, 0.3]
+    assert (here.steps["i0"], here.prefill_tokens["i0"]) == (1, 100)
+
+    view = here.view("cmpl-a-0-7f")
+    assert [(leg["leg"], leg["instance"], leg["kind"], leg["output_tokens"]) for leg in view["legs"]] == [
+        (0, "i0", "prefill", 1),
+        (1, "i1", "decode", 2),
+        (2, "i0", "decode", 4),
+    ]
+    assert [row["type"] for row in view["log"]] == [
+        *("Arrived", "Prefill", "Prefilled", "Decode", "Flowed", "Flow", "Flowed", "Finished")
+    ]
+
+
+def test_a_request_is_found_by_the_id_that_its_user_knows() -> None:
+    here = recorder()
+    for name in ("cmpl-a-0-7f", "0_cmpl-b-0-7f", "1_cmpl-b-0-7f", "cmpl-ab-0-7f"):
+        here.on(Arrived(0.0, name, 10, 5))
+    assert here.find("cmpl-a") == ["cmpl-a-0-7f"]
+    assert here.find("cmpl-b") == ["0_cmpl-b-0-7f", "1_cmpl-b-0-7f"]  # n = 2: two choices
+    assert here.find("cmpl-a-0-7f") == ["cmpl-a-0-7f"]
+    assert here.find("cmpl") == here.find("cmpl-")[:0] + here.find("cmpl")
+    assert here.find("cmpl-c") == []
+
+
+def test_bound_requests_are_counted_by_their_reason() -> None:
+    here = recorder()
+    here.on(Arrived(0.0, "a", 10, 5, movable=False, bound_by="seed"))
+    here.on(Arrived(0.0, "b", 10, 5, movable=False, bound_by="seed"))
+    here.on(Arrived(0.0, "c", 10, 5))
+    assert dict(here.bound) == {"seed": 2}
+
+
+def test_accepted_is_finished_plus_cancelled_plus_failed() -> None:
+    here = recorder()
+    for name in "abc":
+        here.on(Arrived(0.0, name, 10, 5))
+    here.on(Cancelled(0.5, "a"))
+    for name, outcome in zip("abc", (Outcome.CANCELLED, Outcome.FAILED, Outcome.FINISHED), strict=True):
+        here.on(Finished(1.0, name, 0, outcome))
+    assert here.accepted == sum(here.outcomes.values()) == 3
+
+
+def test_only_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "KEEP", 2)
+    here = recorder()
+    for name in ("a", "b", "c"):
+        one_life(here, name)
+    assert list(here.histories) == ["b", "c"]
+
+
+def test_every_fact_with_its_decisions_can_be_written_down() -> None:
+    written: list[tuple[Event, Sequence[Command]]] = []
+    here = recorder()
+    here._write = lambda event, commands: written.append((event, commands))
+    commands = one_life(here, "a")
+    assert len(written) == 7
+    assert [command for _, row in written for command in row] == commands
+
+
+def test_a_request_that_never_began_has_no_legs() -> None:
+    assert legs([Arrived(0.0, "a", 10, 5), Finished(1.0, "a", 0, Outcome.CANCELLED)]) == []
