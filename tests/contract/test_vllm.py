@@ -187,6 +187,15 @@ def test_nixl_makes_its_agents_from_a_configuration_whose_progress_delay_can_be_
     assert config.pthrDelay == 7000
 
 
+def test_the_worker_side_binds_its_thread_to_the_last_core_in_its_constructor_and_nowhere_else() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
+
+    call = "os.sched_setaffinity(0, rsv_cores_for_kv)"
+    assert call in inspect.getsource(NixlBaseConnectorWorker.__init__)
+    assert inspect.getsource(base_worker).count("sched_setaffinity(") == 1
+
+
 def mentions_text(function: Any, *texts: str) -> list[str]:
     source = inspect.getsource(function)
     return [text for text in texts if text not in source]

@@ -10,6 +10,7 @@ list to it, so that both sides agree block by block.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -134,7 +135,10 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         if current_platform.is_cpu():
             let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind)
+        cores = os.sched_getaffinity(0)
         super().__init__(vllm_config, engine_id, kv_cache_config)
+        # vLLM binds this thread, which also runs the model, to the last core: the same one for every instance.
+        os.sched_setaffinity(0, cores)
         directory = self.kv_transfer_config.get_from_extra_config("taichi_directory", "")
         if directory and (memory := _memory()) is not None:
             self.nixl_wrapper = HostAgent(self.nixl_wrapper, Path(directory), memory)
