@@ -1,7 +1,7 @@
 """What TaiChi relies on inside vLLM, symbol by symbol, each in a sentence.
 
-vLLM promises none of it, so its version is pinned exactly and these run before anything else: when the pin moves,
-they say which sentence is no longer true. They start no engine.
+vLLM promises none of it, so its version is pinned exactly: when the pin moves, these say which sentence is no
+longer true. They start no engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def names(function: Any) -> list[str]:
 
 def mentions(owner: Any, *texts: str) -> list[str]:
     """Those of the texts that the source of a class, its bases in vLLM, or a function does not have."""
-    owners = [c for c in owner.__mro__ if c.__module__.startswith("vllm")] if inspect.isclass(owner) else [owner]
+    owners = (
+        [c for c in owner.__mro__ if c.__module__.startswith("vllm")] if inspect.isclass(owner) else [owner]
+    )
     source = "\n".join(inspect.getsource(one) for one in owners)
     return [text for text in texts if text not in source]
 
@@ -95,7 +97,9 @@ def test_requests_that_hold_kv_wait_in_a_queue_that_goes_before_new_prompts(sche
     assert not mentions(scheduler, "self.kv_holding_waiting = create_request_queue(self.policy)")
 
 
-def test_each_new_token_passes_update_request_with_output_which_says_whether_it_stopped(scheduler: Any) -> None:
+def test_each_new_token_passes_update_request_with_output_which_says_whether_it_stopped(
+    scheduler: Any,
+) -> None:
     from vllm.v1.request import RequestStatus
 
     assert names(scheduler._update_request_with_output) == ["request", "new_token_ids", "is_stale"]
@@ -115,7 +119,9 @@ def test_make_stats_gives_scheduler_stats_that_carry_a_dictionary_of_the_connect
     from vllm.v1.metrics.stats import SchedulerStats
 
     assert "make_stats" in dir(scheduler)
-    assert {"kv_connector_stats", "num_running_reqs", "num_waiting_reqs"} <= {f.name for f in fields(SchedulerStats)}
+    assert {"kv_connector_stats", "num_running_reqs", "num_waiting_reqs"} <= {
+        f.name for f in fields(SchedulerStats)
+    }
 
 
 def test_the_output_of_schedule_says_which_requests_are_new_and_how_much_each_computes() -> None:
@@ -158,8 +164,12 @@ def test_the_pull_connector_has_a_scheduler_side_that_can_be_replaced() -> None:
     assert not mentions(NixlPullConnector, "self.connector_scheduler", "self.engine_id")
 
 
-def test_the_scheduler_side_is_asked_for_matched_tokens_told_of_blocks_and_asked_whether_to_pin_them() -> None:
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler as Side
+def test_the_scheduler_side_is_asked_for_matched_tokens_told_of_blocks_and_asked_whether_to_pin_them() -> (
+    None
+):
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
+        NixlPullConnectorScheduler as Side,
+    )
 
     assert names(Side.__init__) == ["vllm_config", "engine_id", "kv_cache_config"]
     assert names(Side.get_num_new_matched_tokens) == ["request", "num_computed_tokens"]
@@ -207,7 +217,9 @@ def mentions_text(function: Any, *texts: str) -> list[str]:
 def test_the_client_of_an_engine_core_takes_addresses_and_sends_by_type() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient
 
-    assert {"vllm_config", "executor_class", "log_stats", "client_addresses"} <= set(names(AsyncMPClient.__init__))
+    assert {"vllm_config", "executor_class", "log_stats", "client_addresses"} <= set(
+        names(AsyncMPClient.__init__)
+    )
     assert names(AsyncMPClient._send_input)[:2] == ["request_type", "request"]
     assert names(AsyncMPClient.call_utility_async)[:1] == ["method"]
     assert not mentions(AsyncMPClient, "input_address", "output_address", "client_index", "engine_dead")
@@ -216,23 +228,38 @@ def test_the_client_of_an_engine_core_takes_addresses_and_sends_by_type() -> Non
 def test_its_output_task_puts_outputs_into_outputs_queue_and_can_be_made_anew() -> None:
     from vllm.v1.engine.core_client import AsyncMPClient
 
-    assert not mentions(AsyncMPClient, "outputs_queue = self.outputs_queue", "outputs_queue.put_nowait(outputs)")
+    assert not mentions(
+        AsyncMPClient, "outputs_queue = self.outputs_queue", "outputs_queue.put_nowait(outputs)"
+    )
     assert not mentions(AsyncMPClient._ensure_output_queue_task, "output_queue_task is not None")
 
 
 def test_a_request_of_the_engine_has_the_fields_that_a_leg_changes() -> None:
     from vllm.v1.engine import EngineCoreRequest
 
-    assert {"request_id", "prompt_token_ids", "sampling_params", "client_index", "resumable", "mm_features"} <= set(
-        EngineCoreRequest.__struct_fields__
-    )
+    assert {
+        "request_id",
+        "prompt_token_ids",
+        "sampling_params",
+        "client_index",
+        "resumable",
+        "mm_features",
+    } <= set(EngineCoreRequest.__struct_fields__)
 
 
 def test_an_output_of_the_engine_says_how_it_ended_and_brings_transfer_parameters() -> None:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
     assert {
-        *("request_id", "new_token_ids", "finish_reason", "stop_reason", "kv_transfer_params", "prefill_stats", "events")
+        *(
+            "request_id",
+            "new_token_ids",
+            "finish_reason",
+            "stop_reason",
+            "kv_transfer_params",
+            "prefill_stats",
+            "events",
+        )
     } <= set(EngineCoreOutput.__struct_fields__)
     assert {"outputs", "scheduler_stats", "engine_index"} <= set(EngineCoreOutputs.__struct_fields__)
     assert {"STOP", "LENGTH", "ABORT", "ERROR"} <= set(FinishReason.__members__)
@@ -296,7 +323,12 @@ def test_async_llm_asks_its_client_for_nothing_that_ours_does_not_have() -> None
     # Only routes of vLLM's development mode, elastic experts and fault tolerance ask for these.
     rare = {
         *("sleep_async", "wake_up_async", "release_kv_cache_memory_async", "reset_encoder_cache_async"),
-        *("pause_scheduler_async", "resume_scheduler_async", "is_scheduler_paused_async", "dp_engines_running"),
+        *(
+            "pause_scheduler_async",
+            "resume_scheduler_async",
+            "is_scheduler_paused_async",
+            "dp_engines_running",
+        ),
         *("prepare_elastic_ep", "commit_elastic_ep", "handle_fault", "get_status", "get_kv_event_sources"),
         *("get_weight_version_async", "set_weight_version_async", "compute_weight_checksums_async"),
     }
@@ -312,7 +344,7 @@ def test_async_llm_aborts_and_adds_through_methods_that_can_be_overridden() -> N
     assert names(AsyncLLM.shutdown) == ["timeout"]
 
 
-# -------------------------------------------------- application.py, server.py, guard.py: vLLM's own HTTP server
+# ------------------------------------------ application.py, server.py, guard.py: vLLM's own HTTP server
 
 
 def test_the_server_builds_its_application_by_a_name_in_its_module() -> None:
@@ -363,10 +395,26 @@ def test_everything_that_sampling_parameters_can_ask_for_is_known_to_move_or_to_
     from taichi_serve.cluster.vllm.exact import BOUND_BY_PARAMS
 
     moves = {
-        *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos"),
+        *(
+            "n",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "stop",
+            "stop_token_ids",
+            "ignore_eos",
+        ),
         *("max_tokens", "min_tokens", "logprobs", "logprob_token_ids", "detokenize", "skip_special_tokens"),
         *("spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "skip_clone"),
-        *("output_text_buffer_length", "logit_bias", "allowed_token_ids", "flat_logprobs", "skip_reading_prefix_cache"),
+        *(
+            "output_text_buffer_length",
+            "logit_bias",
+            "allowed_token_ids",
+            "flat_logprobs",
+            "skip_reading_prefix_cache",
+        ),
         "stream_interval",
         # These say more about prompt_logprobs, which stay, and about the experts of a prompt.
         *("prompt_logprob_start", "prompt_logprob_token_ids", "routed_experts_prompt_start"),

@@ -125,7 +125,14 @@ async def test_a_data_parallel_rank_in_a_header_is_refused_on_every_route_and_me
 
 @pytest.mark.parametrize(
     ("sent", "status"),
-    [("Bearer right", 200), ("Bearer other", 200), ("Bearer wrong", 401), ("right", 401), ("Bearer ", 401), (None, 401)],
+    [
+        ("Bearer right", 200),
+        ("Bearer other", 200),
+        ("Bearer wrong", 401),
+        ("right", 401),
+        ("Bearer ", 401),
+        (None, 401),
+    ],
 )
 async def test_our_routes_ask_for_one_of_the_keys(sent: str | None, status: int) -> None:
     door = Door("right", "other")
@@ -134,7 +141,9 @@ async def test_our_routes_ask_for_one_of_the_keys(sent: str | None, status: int)
         assert (await door.client.get(path, headers=headers)).status_code == status
 
 
-async def test_without_keys_our_routes_are_open_and_vllms_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_keys_our_routes_are_open_and_vllms_are_left_to_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert (await Door().client.get("/taichi/state")).status_code == 200
     assert (await Door("right").client.get("/v1/models")).status_code == 200

@@ -14,10 +14,10 @@ API_KEY = "an-api-key-of-the-tests"
 # The others move KV by the short way between processes of one host.
 OVER_NIXL = ("--kv-over", "nixl")
 
-# Four ways to set the sliders. The reference for every comparison of tokens is `single`: one instance, no moves.
+# Four ways to set the sliders. The reference for all comparisons is `single`: one instance, no moves.
 SHARED: dict[str, tuple[str, ...]] = {
     "hybrid": ("--p-heavy", "1", "--d-heavy", "1"),
-    # On one core, as every instance of the others: two threads that wait for each other suffer on a busy machine.
+    # On one core, as every instance of the others: two threads that wait for each other suffer when busy.
     "single": ("--d-heavy", "1", "--devices", str(max(os.sched_getaffinity(0)))),
     "aggregation": ("--d-heavy", "2", "--d-chunk", "256"),
     "disaggregation": ("--p-heavy", "1", "--d-heavy", "1", "--d-chunk", "0", "--watermark", "1", *OVER_NIXL),
@@ -31,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+def fleet(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Server]]:
     """The servers that the tests of this run ask for, starting."""
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     servers = {

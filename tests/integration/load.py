@@ -1,4 +1,4 @@
-"""Requests for the integration tests: seeded prompts, streams that are moved while they run, and what came back."""
+"""Requests for the integration tests: seeded prompts, streams that move while they run, and what came back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -58,8 +59,10 @@ def text_of(tokens: int, chance: random.Random) -> str:
         words.append(word)
 
 
-def wishes(count: int, seed: int, prompt: tuple[int, int] = (16, 1500), output: tuple[int, int] = (32, 256)) -> list[Wish]:
-    """Requests with lengths between the bounds; every other prompt is multi-byte text, the others token ids."""
+def wishes(
+    count: int, seed: int, prompt: tuple[int, int] = (16, 1500), output: tuple[int, int] = (32, 256)
+) -> list[Wish]:
+    """Requests with lengths between the bounds; every other prompt is multi-byte text."""
     chance = random.Random(seed)
     made = []
     for number in range(count):
@@ -83,7 +86,7 @@ async def instances_of(client: httpx.AsyncClient, request_id: str) -> list[str]:
 
 def moves(instances: Sequence[str]) -> int:
     """How often a request changed instance."""
-    return sum(a != b for a, b in zip(instances, instances[1:], strict=False))
+    return sum(a != b for a, b in pairwise(instances))
 
 
 async def push(client: httpx.AsyncClient, request_id: str, names: Sequence[str] = ("i0", "i1")) -> bool:
@@ -101,7 +104,7 @@ async def push(client: httpx.AsyncClient, request_id: str, names: Sequence[str] 
 def pusher(
     client: httpx.AsyncClient, steps: Iterable[int], names: Sequence[str] = ("i0", "i1")
 ) -> Callable[[Answer], Awaitable[None]]:
-    """For `stream`: move the request once it has got to each of these tokens, again and again until it goes."""
+    """For `stream`: move the request when it has got to each of these tokens; ask until it goes."""
     todo = sorted(steps)
 
     async def on_tokens(answer: Answer) -> None:
@@ -124,7 +127,7 @@ async def streamed_and_moved(
 
     async def one(wish: Wish, steps: list[int]) -> tuple[Answer, list[str]]:
         answer = await stream(client, PATH, wish.body(), pusher(client, steps))
-        return answer, await instances_of(client, answer.id)
+        return answer, await instances_of(client, answer.id) if answer.id else []
 
     # The later a move is asked for, the likelier the last token is out before it: the end is left alone.
     plans = [chance.sample(range(1, max(times + 1, wish.max_tokens * 2 // 3)), times) for wish in asked]

@@ -1,4 +1,4 @@
-"""A real `taichi serve` in a process of its own: start it, ask it, stop it, and see that nothing of it is left.
+"""A real `taichi serve` in a process of its own: start it, ask it, stop it, and see that nothing is left.
 
 It listens on 127.0.0.1, keeps its files in a directory of its own, and gets the tiny model in float32.
 """
@@ -6,11 +6,13 @@ It listens on 127.0.0.1, keeps its files in a directory of its own, and gets the
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -22,12 +24,12 @@ import psutil
 from taichi_serve.tiny import cached_tiny_model
 
 SOURCE = Path(__file__).parents[2] / "src"
-# One thread for each engine: two engines that share a core with others must not spin on two.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(SOURCE),
-    "PYTHONUNBUFFERED": "1",
+    # A server has a temporary directory of its own; what PyTorch compiles at its start is shared by all.
+    "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
 }
 KV_BYTES = 256 << 20  # about 131,000 tokens of the tiny model in float32
 FLAGS = (
@@ -118,7 +120,7 @@ class Server:
         engines = [p.read_text(errors="replace")[-3000:] for p in self.directory.glob("taichi-*/*.log")]
         return "\n---- an engine:\n".join([self.said()[-4000:], *engines])
 
-    def client(self, timeout: float = 120.0) -> httpx.AsyncClient:
+    def client(self, timeout: float = 300.0) -> httpx.AsyncClient:
         """A client that may have any number of requests open."""
         return httpx.AsyncClient(
             base_url=self.url,
@@ -164,7 +166,9 @@ class Server:
         found = set()
         for process in self.family():
             maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            found |= {Path(line.split()[5]) for line in maps if "/dev/shm/" in line and "(deleted)" not in line}
+            found |= {
+                Path(line.split()[5]) for line in maps if "/dev/shm/" in line and "(deleted)" not in line
+            }
         return found
 
     def signal(self, number: int) -> None:
@@ -178,21 +182,26 @@ class Server:
         self.gone(code, family, shared, logs_stay)
 
     def gone(
-        self, code: int, family: list[psutil.Process], shared: set[Path] = frozenset(), logs_stay: bool = False
+        self,
+        code: int,
+        family: list[psutil.Process],
+        shared: set[Path] = frozenset(),
+        logs_stay: bool = False,
     ) -> None:
         """Wait for its end, and look for what it might have left."""
         try:
             assert self.process.wait(STOP_SECONDS) == code, self._tail()
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it did not stop within {STOP_SECONDS} s:\n{self._tail()}") from None
-        gone, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive, f"left running: {alive}"
-        left = [path for path in self.directory.rglob("*") if path != self.log and not path.is_dir()]
-        if logs_stay:
-            left = [path for path in left if path.suffix != ".log"]
-        else:
-            assert not list(self.directory.glob("taichi-*"))
-        assert not left, f"left behind: {left}"
+        left = [path for path in self.directory.rglob("*") if path.is_socket()]
+        left += self.directory.glob("vllm*")
+        ours = [
+            path for path in self.directory.glob("taichi-*/*") if not (logs_stay and path.suffix == ".log")
+        ]
+        assert not left + ours, f"left behind: {left + ours}"
+        assert logs_stay or not list(self.directory.glob("taichi-*"))
         sockets = Path("/proc/net/unix").read_text()
         assert str(self.directory) not in sockets, "a unix socket is left"
         assert not [path for path in shared if path.exists()], "shared memory is left"

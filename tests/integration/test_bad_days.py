@@ -20,7 +20,17 @@ from servers import STOP_SECONDS, Server, eventually, until
 from taichi_serve.bench.client import Answer, stream
 
 NAMES = ("i0", "i1", "i2")
-FLAGS = ("--d-heavy", "3", "--move-timeout", "2", "--stall-timeout", "10", "--shutdown-timeout", "60", *OVER_NIXL)
+FLAGS = (
+    "--d-heavy",
+    "3",
+    "--move-timeout",
+    "2",
+    "--stall-timeout",
+    "10",
+    "--shutdown-timeout",
+    "60",
+    *OVER_NIXL,
+)
 WISHES = wishes(12, seed=11, prompt=(200, 900), output=(150, 250))
 
 
@@ -126,7 +136,7 @@ async def test_a_source_that_hangs_in_the_middle_of_a_move_costs_time_and_no_tok
         source = (await instances_of(client, seen[0]))[-1]
         target = next(name for name in NAMES if name != source)
         there, here = processes(server, target), processes(server, source)
-        # The target hangs until the request has left its source; then the source does, and cannot send the KV.
+        # The target hangs until the request has left its source; then the source does, and sends no KV.
         halt(there)
         try:
             answer = await client.post(f"/taichi/requests/{seen[0]}/flow", json={"to": target})
@@ -159,7 +169,9 @@ async def _true(holds: bool) -> bool:
     return holds
 
 
-async def test_streams_of_an_engine_that_hangs_go_on_elsewhere(servers: Pair, reference: list[Answer]) -> None:
+async def test_streams_of_an_engine_that_hangs_go_on_elsewhere(
+    servers: Pair, reference: list[Answer]
+) -> None:
     server, victim = servers.three, "i2"
     async with server.client() as client:
         running = await begin(client, server, list(NAMES))
@@ -175,7 +187,9 @@ async def test_streams_of_an_engine_that_hangs_go_on_elsewhere(servers: Pair, re
     assert any("i2 was silent" in line for line in server.lines())
 
 
-async def test_streams_of_an_engine_that_is_killed_go_on_elsewhere(servers: Pair, reference: list[Answer]) -> None:
+async def test_streams_of_an_engine_that_is_killed_go_on_elsewhere(
+    servers: Pair, reference: list[Answer]
+) -> None:
     server, victim = servers.three, "i1"
     before = server.state()["moves"]["rescue"]
     async with server.client() as client:
@@ -214,7 +228,9 @@ async def test_nothing_can_be_sent_to_a_dead_instance(servers: Pair) -> None:
         assert (await task).ok
 
 
-async def test_sigterm_lets_streams_finish_and_refuses_new_ones(servers: Pair, reference: list[Answer]) -> None:
+async def test_sigterm_lets_streams_finish_and_refuses_new_ones(
+    servers: Pair, reference: list[Answer]
+) -> None:
     server = servers.three
     async with server.client() as client:
         running = await begin(client, server, ["i0"])
@@ -247,4 +263,8 @@ async def test_when_the_server_itself_is_killed_no_engine_survives(servers: Pair
         answers = await asyncio.gather(*tasks)
     assert not any(answer.ok for answer in answers), "a stream that broke off must not look finished"
     assert server.process.wait(STOP_SECONDS) == -signal.SIGKILL
-    eventually(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 10, "all ended")
+    eventually(
+        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family),
+        10,
+        "all ended",
+    )

@@ -66,20 +66,47 @@ CASES = [
     completion("prompt over the limit", 400, prompt=[7] * 4097),
     completion("empty prompt", 400, prompt=""),
     completion("empty list of tokens", 400, prompt=[]),
-    completion("kv_transfer_params", 400, "kv_transfer_params", kv_transfer_params={"do_remote_decode": True}),
+    completion(
+        "kv_transfer_params", 400, "kv_transfer_params", kv_transfer_params={"do_remote_decode": True}
+    ),
     completion("ec_transfer_params", 400, "ec_transfer_params", ec_transfer_params={"a": 1}),
-    completion("ec_transfer_params, streaming", 400, "ec_transfer_params", ec_transfer_params={"a": 1}, stream=True),
-    completion("kv_transfer_params in xargs", 400, "kv_transfer_params", vllm_xargs={"kv_transfer_params": "x"}),
-    completion("ec_transfer_params in xargs", 400, "ec_transfer_params", vllm_xargs={"ec_transfer_params": "x"}),
+    completion(
+        "ec_transfer_params, streaming", 400, "ec_transfer_params", ec_transfer_params={"a": 1}, stream=True
+    ),
+    completion(
+        "kv_transfer_params in xargs", 400, "kv_transfer_params", vllm_xargs={"kv_transfer_params": "x"}
+    ),
+    completion(
+        "ec_transfer_params in xargs", 400, "ec_transfer_params", vllm_xargs={"ec_transfer_params": "x"}
+    ),
     completion("our own key in xargs", 400, "taichi", vllm_xargs={"taichi": "x"}),
     completion("our own key in xargs, streaming", 400, "taichi", vllm_xargs={"taichi": "x"}, stream=True),
-    Bad("kv_transfer_params in chat", "POST", CHAT, CHAT_OK | {"kv_transfer_params": {"a": 1}}, 400, "kv_transfer"),
     Bad(
-        "its name written with escapes", "POST", PATH,
-        json.dumps(OK | {"ec_transfer_params": {"a": 1}}).replace("ec_t", "\\u0065c_t").encode(), 400, "ec_transfer",
+        "kv_transfer_params in chat",
+        "POST",
+        CHAT,
+        CHAT_OK | {"kv_transfer_params": {"a": 1}},
+        400,
+        "kv_transfer",
+    ),
+    Bad(
+        "its name written with escapes",
+        "POST",
+        PATH,
+        json.dumps(OK | {"ec_transfer_params": {"a": 1}}).replace("ec_t", "\\u0065c_t").encode(),
+        400,
+        "ec_transfer",
     ),
     Bad("a data-parallel rank", "POST", PATH, OK, 400, "data-parallel", {"X-data-parallel-rank": "0"}),
-    Bad("a data-parallel rank in chat", "POST", CHAT, CHAT_OK, 400, "data-parallel", {"x-DATA-parallel-rank": "1"}),
+    Bad(
+        "a data-parallel rank in chat",
+        "POST",
+        CHAT,
+        CHAT_OK,
+        400,
+        "data-parallel",
+        {"x-DATA-parallel-rank": "1"},
+    ),
     sliders("an empty patch", "must be an object"),
     Bad("sliders that are a list", "PATCH", "/taichi/sliders", [1], 400, "must be an object"),
     Bad("sliders that are no JSON", "PATCH", "/taichi/sliders", b"p_chunk=5", 400, "must be an object"),
@@ -94,11 +121,25 @@ CASES = [
     sliders("more instances than there are", "must stay 2", p_heavy=2),
     sliders("no instances", "at least one instance", p_heavy=0, d_heavy=0),
     sliders("nobody who prefills", "nobody could prefill", p_heavy=0, d_heavy=2, d_chunk=0),
-    Bad("flow of an unknown request", "POST", "/taichi/requests/cmpl-nobody/flow", {"to": "i1"}, 404, "cmpl-nobody"),
+    Bad(
+        "flow of an unknown request",
+        "POST",
+        "/taichi/requests/cmpl-nobody/flow",
+        {"to": "i1"},
+        404,
+        "cmpl-nobody",
+    ),
     Bad("flow to an unknown instance", "POST", "/taichi/requests/cmpl-nobody/flow", {"to": "i9"}, 404, "i9"),
     Bad("flow to nowhere", "POST", "/taichi/requests/cmpl-nobody/flow", {}, 400, "to"),
     Bad("flow to a number", "POST", "/taichi/requests/cmpl-nobody/flow", {"to": 1}, 400, "to"),
-    Bad("flow with more words", "POST", "/taichi/requests/cmpl-nobody/flow", {"to": "i1", "now": True}, 400, "to"),
+    Bad(
+        "flow with more words",
+        "POST",
+        "/taichi/requests/cmpl-nobody/flow",
+        {"to": "i1", "now": True},
+        400,
+        "to",
+    ),
     Bad("flow that is no JSON", "POST", "/taichi/requests/cmpl-nobody/flow", b"i1", 400, "to"),
     Bad("an unknown request", "GET", "/taichi/requests/cmpl-nobody", b"", 404, "cmpl-nobody"),
     Bad("drain of an unknown instance", "POST", "/taichi/instances/i9/drain", b"", 404, "i9"),
@@ -108,8 +149,13 @@ CASES = [
 
 def essence(state: dict[str, Any]) -> dict[str, Any]:
     """What a bad request must leave as it was."""
-    instances = [{k: i[k] for k in ("name", "kind", "chunk", "alive", "draining", "pid")} for i in state["instances"]]
-    return {**{k: state[k] for k in ("sliders", "slo", "policy", "requests", "bound")}, "instances": instances}
+    instances = [
+        {k: i[k] for k in ("name", "kind", "chunk", "alive", "draining", "pid")} for i in state["instances"]
+    ]
+    return {
+        **{k: state[k] for k in ("sliders", "slo", "policy", "requests", "bound")},
+        "instances": instances,
+    }
 
 
 def check_form(answer: httpx.Response) -> str:
@@ -135,7 +181,9 @@ def undisturbed(hybrid: Server) -> Iterator[None]:
 @pytest.mark.usefixtures("undisturbed")
 def test_a_bad_request_gets_an_error_in_openais_form(bad: Bad, hybrid: Server) -> None:
     headers = {"Content-Type": "application/json", **bad.headers}
-    answer = httpx.request(bad.method, hybrid.url + bad.path, content=bad.content, headers=headers, timeout=60)
+    answer = httpx.request(
+        bad.method, hybrid.url + bad.path, content=bad.content, headers=headers, timeout=60
+    )
     assert answer.status_code == bad.status, answer.text
     assert bad.says.lower() in check_form(answer).lower()
 
@@ -165,7 +213,9 @@ async def test_a_body_that_is_announced_as_too_large_is_refused_before_it_comes(
 
 
 @pytest.mark.usefixtures("undisturbed")
-async def test_a_body_without_an_announced_length_is_refused_when_it_has_become_too_large(hybrid: Server) -> None:
+async def test_a_body_without_an_announced_length_is_refused_when_it_has_become_too_large(
+    hybrid: Server,
+) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", hybrid.port)
     writer.write(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
     answer = asyncio.create_task(first_line(reader))
@@ -187,7 +237,9 @@ async def test_a_body_without_an_announced_length_is_refused_when_it_has_become_
 @pytest.mark.usefixtures("undisturbed")
 def test_a_body_just_within_the_limit_reaches_vllm(hybrid: Server) -> None:
     body = json.dumps(OK | {"prompt": "x" * (15 * MIB)}).encode()
-    answer = httpx.post(hybrid.url + PATH, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = httpx.post(
+        hybrid.url + PATH, content=body, headers={"Content-Type": "application/json"}, timeout=60
+    )
     assert answer.status_code == 400
     assert "413" not in check_form(answer)
 
@@ -220,7 +272,7 @@ def test_without_the_right_key_nothing_is_told_and_nothing_done(
     assert not any(instance["draining"] for instance in aggregation.state()["instances"])
 
 
-# ------------------------------------------------------------------------------------- what is over, and who leaves
+# ----------------------------------------------------------------------------- what is over, and who leaves
 
 
 async def test_a_finished_request_cannot_be_moved_and_is_remembered(hybrid: Server) -> None:
@@ -255,9 +307,7 @@ async def test_when_a_client_leaves_its_stream_the_kv_is_back_within_two_seconds
 async def test_a_request_id_that_is_used_twice_is_two_requests(hybrid: Server) -> None:
     async with hybrid.client() as client:
         wish = Wish([9, 8, 7] * 20, 40)
-        one, other = await asyncio.gather(
-            *(completed(client, wish.body(), "cmpl-twins") for _ in range(2))
-        )
+        one, other = await asyncio.gather(*(completed(client, wish.body(), "cmpl-twins") for _ in range(2)))
     assert one.tokens == other.tokens
     assert len(one.tokens) == 40
 
@@ -273,10 +323,13 @@ async def test_health_models_tokenize_and_metrics_answer(hybrid: Server) -> None
 
         async def counted() -> bool:
             page = (await client.get("/metrics")).text
-            return all(
-                f'vllm:{name}{{engine="{engine}",model_name="tiny"}}' in page
-                for name in ("num_requests_running", "generation_tokens_total", "kv_cache_usage_perc")
-                for engine in (0, 1)
-            ) and "taichi_moves_total" in page
+            return (
+                all(
+                    f'vllm:{name}{{engine="{engine}",model_name="tiny"}}' in page
+                    for name in ("num_requests_running", "generation_tokens_total", "kv_cache_usage_perc")
+                    for engine in (0, 1)
+                )
+                and "taichi_moves_total" in page
+            )
 
         await until(counted, 5, "vLLM's metrics for each instance, and ours")

@@ -80,4 +80,6 @@ async def test_500_requests_of_which_150_are_left_alone_leave_no_kv_behind(hybri
     assert (counted["finished"], counted["failed"]) == (finished, 0)
     assert after["moves"]["operator"] - before["moves"]["operator"] > 50
     assert [i["kv_tokens"] for i in after["instances"]] == [0, 0]
-    assert [(i["decodes"], i["arriving"], i["queued_prefill_tokens"]) for i in after["instances"]] == [(0, 0, 0)] * 2
+    assert [(i["decodes"], i["arriving"], i["queued_prefill_tokens"]) for i in after["instances"]] == [
+        (0, 0, 0)
+    ] * 2

@@ -1,6 +1,7 @@
 """Wherever a request goes while it generates, its user gets what one instance alone would have said.
 
-64 greedy streams in float32, prompts of 16 to 1500 tokens, outputs of 32 to 256, every other prompt multi-byte text.
+64 greedy streams in float32, prompts of 16 to 1500 tokens, outputs of 32 to 256; every other prompt is text in
+characters of several bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def reference(single: Server) -> list[Answer]:
     answers = asyncio.run(run())
     assert [answer.error for answer in answers if not answer.ok] == []
     assert [len(a.tokens) for a in answers] == [w.max_tokens for w in WISHES]
-    assert sum(single.state()["moves"][kind] for kind in ("hand-over", "degrade", "backflow", "operator")) == 0
+    assert (
+        sum(single.state()["moves"][kind] for kind in ("hand-over", "degrade", "backflow", "operator")) == 0
+    )
     return answers
 
 
@@ -43,7 +46,9 @@ async def all_moved(server: Server, reference: list[Answer]) -> None:
     async with server.client() as client:
         for number in range(ROUNDS):
             results = await streamed_and_moved(client, [WISHES[i] for i in todo], seed=number, times=TIMES)
-            wrong = [i for i, (a, _) in zip(todo, results, strict=True) if not (a.ok and same(a, reference[i]))]
+            wrong = [
+                i for i, (a, _) in zip(todo, results, strict=True) if not (a.ok and same(a, reference[i]))
+            ]
             assert wrong == [], [results[todo.index(i)][1] for i in wrong]
             todo = [i for i, (_, legs) in zip(todo, results, strict=True) if moves(legs) < TIMES]
             if not todo:

@@ -1,4 +1,4 @@
-"""Sliders move and instances are drained while requests run: nothing is dropped and no token is another one."""
+"""Sliders move and instances are drained while requests run: nothing is dropped, and no token differs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ async def seen(client: httpx.AsyncClient, **sliders: int) -> dict[str, Any]:
     return await until(told, 60, f"the instances follow {sliders}")
 
 
-async def test_sliders_move_under_load_and_nothing_is_dropped(hybrid: Server, reference: list[Answer]) -> None:
+async def test_sliders_move_under_load_and_nothing_is_dropped(
+    hybrid: Server, reference: list[Answer]
+) -> None:
     before = hybrid.quiet(10)["requests"]
     async with hybrid.client() as client:
         tasks, started = await in_turn(client)

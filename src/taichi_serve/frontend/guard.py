@@ -97,7 +97,9 @@ def _refuse_bytes(body: bytes, headers: Headers) -> JSONResponse | None:
     try:
         body.decode()
     except UnicodeDecodeError as wrong:
-        return error(400, "invalid_request_error", f"The body is not UTF-8: {wrong.reason} at byte {wrong.start}.")
+        return error(
+            400, "invalid_request_error", f"The body is not UTF-8: {wrong.reason} at byte {wrong.start}."
+        )
     return None
 
 
