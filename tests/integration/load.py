@@ -1,4 +1,4 @@
-"""Requests for the integration tests: seeded prompts, streams that move while they run, and what came back."""
+"""Requests for the integration tests: seeded prompts, streams that move as they run, and what came back."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Wherever a request goes while it generates, its user gets what one instance alone would have said.
 
-64 greedy streams in float32, prompts of 16 to 1500 tokens, outputs of 32 to 256; every other prompt is text in
+64 greedy streams in float32, prompts of 16 to 1500 tokens, outputs of 32 to 256; every other one text in
 characters of several bytes.
 """
 

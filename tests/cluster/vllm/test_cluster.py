@@ -1,0 +1,323 @@
+"""Decisions become engine requests and outputs become facts: two engines whose clients keep what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+
+from taichi_serve.cluster.vllm.cluster import FRESH, VllmCluster
+from taichi_serve.cluster.vllm.flow import KEY, LEFT
+from taichi_serve.cluster.vllm.instance import Engine
+from taichi_serve.messages import (
+    Abort,
+    Arrived,
+    Cancelled,
+    Decode,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Lost,
+    Move,
+    Outcome,
+    Prefill,
+    Prefilled,
+    SetChunk,
+)
+from taichi_serve.sliders import Kind
+
+KV = {"do_remote_prefill": True, "remote_num_tokens": 3}
+
+
+class Told:
+    """A client that keeps what it is told."""
+
+    class vllm_config:  # noqa: N801
+        use_v2_model_runner = False
+
+    dead = False
+
+    def __init__(self) -> None:
+        self.added: list[EngineCoreRequest] = []
+        self.aborted: list[str] = []
+        self.told: list[tuple[Any, ...]] = []
+
+    def add(self, request: EngineCoreRequest) -> None:
+        self.added.append(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+
+    def tell(self, method: str, *args: Any) -> None:
+        self.told.append((method, *args))
+
+
+class Two:
+    """A cluster of i0 and i1, what its users got, and its facts."""
+
+    def __init__(self, move_timeout: float = 10.0) -> None:
+        self.clients = Told(), Told()
+        self.engines = [
+            Engine(k, f"i{k}", None, client, Kind.D_HEAVY, 256)  # type: ignore[arg-type]
+            for k, client in enumerate(self.clients)
+        ]
+        self.got: list[EngineCoreOutput] = []
+        self.cluster = VllmCluster(self.engines, lambda outputs: self.got.extend(outputs.outputs), move_timeout)
+
+    def ask(self, **params: Any) -> None:
+        """Request `a`: 3 prompt tokens, at most 10 out."""
+        self.cluster.accept(
+            EngineCoreRequest(
+                request_id="a",
+                prompt_token_ids=[1, 2, 3],
+                mm_features=None,
+                sampling_params=SamplingParams(**{"temperature": 0.0, "max_tokens": 10, **params}),
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    def say(self, instance: int, request: str, *tokens: int, **end: Any) -> None:
+        """An engine puts out tokens of a leg."""
+        output = EngineCoreOutput(request, list(tokens), **end)
+        self.cluster.receive(self.engines[instance], EngineCoreOutputs(outputs=[output]))
+
+    def leave(self, instance: int, request: str, *tokens: int) -> None:
+        """The leg ends with these tokens because the request goes on elsewhere."""
+        end = {"finish_reason": FinishReason.STOP, "stop_reason": LEFT, "kv_transfer_params": dict(KV)}
+        self.say(instance, request, *tokens, **end)
+
+    def prefilled_and_held(self) -> None:
+        """Prefilled on i0; its KV waits there."""
+        self.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+        self.leave(0, "a", 50)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the user got."""
+        return [token for output in self.got for token in output.new_token_ids]
+
+    def facts(self) -> list[Event]:
+        """Those since the last look."""
+        queue, found = self.cluster._events, []
+        while not queue.empty():
+            found.append(queue.get_nowait())
+        return found
+
+
+@pytest.fixture
+def two(event_loop_of_the_test: None) -> Two:
+    return Two()
+
+
+@pytest.fixture
+async def event_loop_of_the_test() -> None:
+    """Deadlines are timers of a running loop."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """When a request is over, nobody remembers it."""
+    yield
+    if "two" in request.fixturenames:
+        here = request.getfixturevalue("two")
+        if not here.cluster.live:
+            assert [(e.legs, e.residents) for e in here.engines] == [({}, {})] * 2
+
+
+async def test_a_request_is_prefilled_here_decoded_there_and_its_user_sees_one_stream(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    two.say(1, "a#1", 51)
+    two.say(1, "a#1", 52, finish_reason=FinishReason.LENGTH)
+
+    first, second = two.clients[0].added[0], two.clients[1].added[0]
+    assert (first.request_id, first.sampling_params.extra_args[KEY]) == ("a", {"hand_over": True})
+    assert (second.request_id, second.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+    assert second.sampling_params.extra_args["kv_transfer_params"] == KV
+
+    assert two.tokens == [50, 51, 52]
+    assert {output.request_id for output in two.got} == {"a"}
+    assert [(o.finish_reason, o.stop_reason, o.kv_transfer_params) for o in two.got] == [
+        (None, None, None),
+        (None, None, None),
+        (FinishReason.LENGTH, None, None),
+    ]
+    arrived, prefilled, flowed, finished = two.facts()
+    assert isinstance(arrived, Arrived)
+    assert (arrived.prompt_tokens, arrived.max_tokens, arrived.movable) == (3, 10, True)
+    assert isinstance(prefilled, Prefilled)
+    assert (prefilled.instance, prefilled.leg, prefilled.held) == ("i0", 0, True)
+    assert isinstance(flowed, Flowed)
+    assert (flowed.instance, flowed.leg, flowed.output_tokens) == ("i1", 1, 2)
+    assert isinstance(finished, Finished)
+    assert (finished.output_tokens, finished.outcome) == (3, Outcome.FINISHED)
+
+
+async def test_a_flow_lets_the_token_it_is_on_come_out_and_needs_no_second_word(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    two.say(0, "a", 51)
+    two.leave(0, "a", 52)
+    two.say(1, "a#1", 53)
+    assert ("taichi_leave", ["a"]) in two.clients[0].told
+    assert two.tokens == [50, 51, 52, 53]
+    assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
+
+
+async def test_a_flow_between_two_legs_is_dropped(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    assert two.clients[0].told == []
+
+
+async def test_a_request_that_ends_before_it_can_leave_just_ends(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    two.say(0, "a", 51, finish_reason=FinishReason.STOP)
+    assert two.clients[1].added == []
+    assert two.facts()[-1].outcome is Outcome.FINISHED
+
+
+@pytest.mark.parametrize("why", ["old", "dead", "same"])
+async def test_kv_that_cannot_be_had_in_time_is_computed_again(two: Two, why: str) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    if why == "old":
+        two.cluster.live["a"].held.at -= FRESH
+    if why == "dead":
+        two.cluster.lose(two.engines[0], "exit code -9")
+    to = 0 if why == "same" else 1
+    two.cluster.send(Decode("a", 1, f"i{to}", Move.HAND_OVER))
+    leg = two.clients[to].added[-1]
+    assert leg.prompt_token_ids == [1, 2, 3, 50]
+    assert "kv_transfer_params" not in leg.sampling_params.extra_args
+    assert ("taichi_release", ["a"]) in two.clients[0].told
+
+
+async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_under_another_id() -> None:
+    two = Two(move_timeout=0.0)
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    while len(two.clients[1].added) < 2:
+        await asyncio.sleep(0)
+    assert two.clients[1].aborted == ["a#1"]
+    again = two.clients[1].added[1]
+    assert again.request_id == "a#1~"
+    assert "kv_transfer_params" not in again.sampling_params.extra_args
+    two.say(1, "a#1", 99)  # a late word of the pull that was given up
+    two.say(1, "a#1~", 51)
+    assert two.tokens == [50, 51]
+    assert two.engines[1].recomputed_late == 1
+
+
+async def test_a_client_that_leaves_while_its_kv_is_held_frees_it(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.abandon("a", cancelled=True)
+    assert isinstance(two.facts()[-1], Cancelled)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    assert ("taichi_release", ["a"]) in two.clients[0].told
+    assert two.facts()[-1].outcome is Outcome.CANCELLED
+    assert two.got[-1].new_token_ids == [50]  # nobody is told anything more
+
+
+async def test_a_client_that_leaves_while_it_decodes_is_aborted_and_late_tokens_are_dropped(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    two.say(0, "a", 51)
+    assert two.clients[0].aborted == ["a"]
+    assert two.tokens == [50]
+
+
+async def test_a_stop_string_ends_a_request_as_finished(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.abandon("a", cancelled=False)
+    assert two.clients[0].aborted == ["a"]
+    assert two.facts()[-1].outcome is Outcome.FINISHED
+
+
+async def test_a_request_whose_instance_died_goes_on_from_its_tokens(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.lose(two.engines[0], "told twice")
+    assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Lost]
+    two.cluster.send(Decode("a", 1, "i1", Move.RESCUE))
+    two.say(1, "a#1", 51)
+    assert two.tokens == [50, 51]
+
+
+async def test_a_request_on_its_way_out_of_an_instance_that_dies_goes_where_it_was_told_to(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    two.cluster.lose(two.engines[0], "exit code -9")
+    leg = two.clients[1].added[0]
+    assert (leg.request_id, leg.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+
+
+async def test_a_bound_request_fails_when_its_instance_dies_after_its_first_token(two: Two) -> None:
+    two.ask(presence_penalty=1.0)
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.send(Decode("a", 1, "i1", Move.RESCUE))
+    assert two.clients[1].added == []
+    assert two.got[-1].finish_reason is FinishReason.ERROR
+    assert two.facts()[-1].outcome is Outcome.FAILED
+
+
+async def test_before_its_first_token_a_bound_request_may_begin_again_elsewhere(two: Two) -> None:
+    two.ask(presence_penalty=1.0)
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.send(Prefill("a", 1, "i1"))
+    assert two.clients[1].added[0].request_id == "a#1"
+    two.say(1, "a#1", 50)
+    assert two.tokens == [50]
+    assert two.facts()[-1].leg == 1
+
+
+async def test_a_failed_leg_is_an_error_to_the_user_and_a_failure_in_the_books(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", finish_reason=FinishReason.ERROR)
+    assert two.got[-1].finish_reason is FinishReason.ERROR
+    assert two.facts()[-1].outcome is Outcome.FAILED
+
+
+async def test_decisions_about_requests_that_are_gone_are_dropped(two: Two) -> None:
+    for command in (Prefill("b", 0, "i0"), Decode("b", 1, "i1", Move.RESCUE), Flow("b", 1, "i1", Move.DRAIN)):
+        two.cluster.send(command)
+    assert [client.added for client in two.clients] == [[], []]
+
+
+async def test_a_chunk_reaches_its_engine(two: Two) -> None:
+    two.cluster.send(SetChunk("i1", Kind.P_HEAVY, 512))
+    assert two.clients[1].told == [("taichi_chunk", 512)]
+    assert (two.engines[1].kind, two.engines[1].chunk) == (Kind.P_HEAVY, 512)
