@@ -106,10 +106,21 @@ def pusher(
 ) -> Callable[[Answer], Awaitable[None]]:
     """For `stream`: move the request when it has got to each of these tokens; ask until it goes."""
     todo = sorted(steps)
+    at = ""
 
     async def on_tokens(answer: Answer) -> None:
-        if todo and len(answer.tokens) >= todo[0] and await push(client, answer.id, names):
+        nonlocal at
+        if not todo or len(answer.tokens) < todo[0]:
+            return
+        at = at or (await instances_of(client, answer.id) or [""])[-1]
+        if not at:
+            return
+        to = names[(names.index(at) + 1) % len(names)]
+        asked = await client.post(f"/taichi/requests/{answer.id}/flow", json={"to": to})
+        assert asked.status_code in (202, 409), asked.text
+        if asked.status_code == 202:
             todo.pop(0)
+            at = to
 
     return on_tokens
 
@@ -120,9 +131,12 @@ async def streamed(client: httpx.AsyncClient, asked: Sequence[Wish], **more: Any
 
 
 async def streamed_and_moved(
-    client: httpx.AsyncClient, asked: Sequence[Wish], seed: int, times: int = 3
+    client: httpx.AsyncClient, asked: Sequence[Wish], seed: int, times: int = 3, at_once: bool = False
 ) -> list[tuple[Answer, list[str]]]:
-    """All at once, streaming, each told to move `times` times at random tokens; with its legs' instances."""
+    """All at once, streaming, each moved `times` times; with its legs' instances.
+
+    They move at random tokens, or `at_once`: from the first token on, as soon as they can.
+    """
     chance = random.Random(seed)
 
     async def one(wish: Wish, steps: list[int]) -> tuple[Answer, list[str]]:
@@ -130,7 +144,10 @@ async def streamed_and_moved(
         return answer, await instances_of(client, answer.id) if answer.id else []
 
     # The later a move is asked for, the likelier the last token is out before it: the end is left alone.
-    plans = [chance.sample(range(1, max(times + 1, wish.max_tokens * 2 // 3)), times) for wish in asked]
+    plans = [
+        [1] * times if at_once else chance.sample(range(1, max(times + 1, wish.max_tokens // 2)), times)
+        for wish in asked
+    ]
     return await asyncio.gather(*(one(wish, plan) for wish, plan in zip(asked, plans, strict=True)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -70,7 +70,9 @@ class Two:
             for k, client in enumerate(self.clients)
         ]
         self.got: list[EngineCoreOutput] = []
-        self.cluster = VllmCluster(self.engines, lambda outputs: self.got.extend(outputs.outputs), move_timeout)
+        self.cluster = VllmCluster(
+            self.engines, lambda outputs: self.got.extend(outputs.outputs), move_timeout
+        )
 
     def ask(self, **params: Any) -> None:
         """Request `a`: 3 prompt tokens, at most 10 out."""
@@ -117,23 +119,12 @@ class Two:
 
 
 @pytest.fixture
-def two(event_loop_of_the_test: None) -> Two:
-    return Two()
-
-
-@pytest.fixture
-async def event_loop_of_the_test() -> None:
-    """Deadlines are timers of a running loop."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """When a request is over, nobody remembers it."""
-    yield
-    if "two" in request.fixturenames:
-        here = request.getfixturevalue("two")
-        if not here.cluster.live:
-            assert [(e.legs, e.residents) for e in here.engines] == [({}, {})] * 2
+async def two() -> AsyncIterator[Two]:
+    """In a running loop, whose timers deadlines are. When a request is over, nobody remembers it."""
+    here = Two()
+    yield here
+    if not here.cluster.live:
+        assert [(e.legs, e.residents) for e in here.engines] == [({}, {})] * 2
 
 
 async def test_a_request_is_prefilled_here_decoded_there_and_its_user_sees_one_stream(two: Two) -> None:
