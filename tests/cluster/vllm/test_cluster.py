@@ -1,4 +1,4 @@
-"""Decisions become engine requests and outputs become facts: two engines whose clients keep what they are told."""
+"""Decisions become engine requests and outputs become facts: two engines whose clients keep all they hear."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ class Told:
         self.added: list[EngineCoreRequest] = []
         self.aborted: list[str] = []
         self.told: list[tuple[Any, ...]] = []
+        self.second = asyncio.Event()  # two legs were added
 
     def add(self, request: EngineCoreRequest) -> None:
         self.added.append(request)
+        if len(self.added) == 2:
+            self.second.set()
 
     def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -208,8 +211,7 @@ async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_unde
     two.ask()
     two.prefilled_and_held()
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
-    while len(two.clients[1].added) < 2:
-        await asyncio.sleep(0)
+    await asyncio.wait_for(two.clients[1].second.wait(), 10)
     assert two.clients[1].aborted == ["a#1"]
     again = two.clients[1].added[1]
     assert again.request_id == "a#1~"

@@ -1,0 +1,73 @@
+"""The command line: vLLM's words are taken as they are, ours are checked, contradictions are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
+
+MODEL = "some/model"
+
+
+def test_a_command_line_of_vllm_serve_is_one_d_heavy_instance() -> None:
+    args = flags.parse(
+        [MODEL, "--max-model-len", "4096", "--dtype=float32", "--enforce-eager", "--port", "8123"]
+    )
+    assert (args.model, args.max_model_len, args.dtype, args.port) == (MODEL, 4096, "float32", 8123)
+    assert flags.sliders(args) == Sliders(0, 1, 256, 256)
+    assert flags.slo(args) == SLO(4.0, 0.07)
+
+
+def test_our_flags_set_sliders_slos_and_policy() -> None:
+    words = (
+        "--p-heavy 2 --d-heavy 3 --p-chunk 2048 --d-chunk 128 --ttft-slo 6 --tpot-slo 0.1 --ttft-margin 0.3"
+    )
+    args = flags.parse([MODEL, *words.split(), "--watermark", "0.9", "--alpha", "0.8"])
+    assert flags.sliders(args) == Sliders(2, 3, 2048, 128)
+    assert flags.slo(args) == SLO(6.0, 0.1)
+    policy = flags.policy(args)
+    assert (policy.watermark, policy.alpha, policy.ttft_margin) == (0.9, 0.8, 0.3)
+
+
+def test_our_watermark_does_not_reach_vllms_flag_of_that_name() -> None:
+    assert flags.parse([MODEL, "--watermark", "0.9"]).watermark == 0.0
+
+
+def test_disaggregation_and_aggregation_are_values() -> None:
+    apart = flags.parse([MODEL, "--p-heavy", "1", "--d-chunk", "0", "--watermark", "1"])
+    assert flags.sliders(apart) == Sliders(1, 1, 1024, 0)
+    assert not flags.policy(apart).degrades
+    assert flags.sliders(flags.parse([MODEL, "--d-heavy", "2"])) == Sliders(0, 2, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--no-such-flag", "--no-such-flag"),
+        ("--p-heavy two", "--p-heavy"),
+        ("--p-heavy -1", "p_heavy must be a whole number"),
+        ("--d-heavy 0", "at least one instance"),
+        ("--d-heavy 2 --d-chunk 0", "nobody could prefill"),
+        ("--p-heavy 1 --p-chunk 0 --d-chunk 0", "p_chunk must be at least 1"),
+        ("--p-heavy 1 --p-chunk 100 --d-chunk 200", "must not be below"),
+        ("--tpot-slo -1", "tpot"),
+        ("--watermark 0.01", "vLLM's own flag of that name"),
+        ("--alpha nan", "alpha must be a positive number"),
+        ("--data-parallel-size 2", "use --p-heavy and --d-heavy"),
+        ("--pipeline-parallel-size 2", "use --tensor-parallel-size"),
+        ("--kv-over pigeon", "--kv-over"),
+        ("--headless", "every instance belongs to one server"),
+        ("--scheduler-cls a.B", "its own scheduler class"),
+    ],
+)
+def test_what_is_wrong_is_said_and_ends_with_status_2(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        flags.parse([MODEL, *words.split()])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
