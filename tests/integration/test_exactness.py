@@ -52,7 +52,8 @@ MOVED: dict[str, Callable[[Whole], Body]] = {
         "logit_bias": {str(t): -100 for t, _ in Counter(plain.tokens).most_common(5)}
     },
     "allowed_token_ids": lambda plain: {"allowed_token_ids": list(range(300, 800))},
-    "n": lambda plain: {"n": 2},
+    # Greedy requests may not ask for more than one: drawn from the one best token it is the same.
+    "n": lambda plain: {"n": 2, "temperature": 1.0, "top_k": 1},
     "echo": lambda plain: {"echo": True},
 }
 BOUND: dict[str, Body] = {
@@ -62,7 +63,6 @@ BOUND: dict[str, Body] = {
     "structured_outputs": {"structured_outputs": {"regex": "[a-z]{400}"}},
     "bad_words": {"bad_words": ["the", "日"]},
     "prompt_logprobs": {"prompt_logprobs": 1},
-    "watermarking": {"watermarking": True},
     "repetition_detection": {"repetition_detection": {"max_pattern_size": 8, "min_count": 100}},
     "logits_processors": {"vllm_xargs": {"of_a_custom_processor": 1}},
 }
