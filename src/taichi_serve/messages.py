@@ -109,12 +109,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before."""
+    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before, with
+    `output_tokens` produced so far (0: not known; it is then counted as if it had stood still)."""
 
     at: float
     request: str
     leg: int
     why: str
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

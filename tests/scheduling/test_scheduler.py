@@ -152,7 +152,7 @@ def test_refused_move_leaves_the_request_where_it_was_and_frees_the_promised_roo
     assert isinstance(flow, Flow)
     assert s.instances["i0"].reserved_tokens > 0
     s.on(step(0.12, "i1"))
-    s.on(Refused(0.13, "a", flow.leg, "no room"))
+    s.on(Refused(0.13, "a", flow.leg, "no room", output_tokens=2))
     assert s.instances["i0"].reserved_tokens == 0
     assert (s.requests["a"].state, s.requests["a"].instance) == (State.DECODING, "i1")
     assert s.requests["a"].output_tokens(s.instances["i1"].ticks) == 2
