@@ -30,7 +30,8 @@ class Ledger:
             if capacities.get(name, 0) < 1:
                 raise ValueError(f"the KV capacity of {name} is missing or not positive")
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
-        self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}  # in order
+        # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
+        self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
 
     def enqueue(self, request: Request, instance: Instance) -> None:
@@ -48,7 +49,7 @@ class Ledger:
         self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
 
     def drop(self, request: Request) -> None:
-        """The prompt will not be computed any further here. What was computed is that of the oldest prompt."""
+        """The prompt is not computed any further here. What was computed is that of the oldest prompt."""
         instance = self.instances[request.instance]
         oldest = next(iter(self.queues[instance.name])) == request.id
         self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)

@@ -48,30 +48,41 @@ def choose_prefill(
     # A request that can never move decodes where it prefills: it may use the whole TTFT SLO to get a
     # low-interference instance, because nothing can repair its TPOT later.
     limit = slo.ttft * (policy.ttft_margin if request.movable else 1.0)
-    # The decode is expected where there is most room now; one guess for all keeps this linear in instances.
-    likely = min(decoders, key=lambda d: d.kv_usage, default=None)
+    move = _hand_over_seconds(request, instances, decoders, predictor)
+    waited = now - request.arrived_at
     forecasts = []
     best_key: tuple[float, ...] | None = None
-    best, best_move = 0, 0.0
+    best = 0
     for position, instance in enumerate(instances):
-        move = 0.0
-        if likely is not None and hands_over(request, instance, decoders):
-            move = predictor.move(instance, likely, request.prompt_tokens)
-        ttft = now - request.arrived_at + predictor.ttft(instance, request.prompt_tokens) + move
+        to_come = move if hands_over(request, instance, decoders) else 0.0
+        ttft = waited + predictor.ttft(instance, request.prompt_tokens) + to_come
         queued = instance.queued_prefill_tokens
         feasible = ttft <= limit
         forecasts.append(Forecast(instance.name, ttft, queued, feasible))
         key = (0.0, instance.kind is Kind.P_HEAVY, queued, ttft) if feasible else (1.0, ttft, queued, 0.0)
         if best_key is None or key < best_key:
-            best_key, best, best_move = key, position, move
+            best_key, best = key, position
     chosen = instances[best]
+    elsewhere = hands_over(request, chosen, decoders)
     return Placement(
         chosen,
-        hands_over(request, chosen, decoders),
-        forecasts[best].ttft - best_move,
+        elsewhere,
+        forecasts[best].ttft - (move if elsewhere else 0.0),
         tuple(forecasts),
         _why(forecasts[best], chosen, limit),
     )
+
+
+def _hand_over_seconds(
+    request: Request, instances: Sequence[Instance], decoders: Sequence[Instance], predictor: Predictor
+) -> float:
+    """What the move after prefill will take: from any P-heavy instance to the D-heavy one with most room now.
+
+    One answer for all, because a link is that of a pair of kinds; asking for each would be the dearest part.
+    """
+    likely = min(decoders, key=lambda d: d.kv_usage, default=None)
+    source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
+    return predictor.move(source, likely, request.prompt_tokens) if source and likely else 0.0
 
 
 def _why(forecast: Forecast, chosen: Instance, limit: float) -> str:
