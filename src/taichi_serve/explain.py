@@ -93,7 +93,7 @@ def _decision(command: Command) -> list[tuple[str, str]]:
 
 
 def _forecast(forecast: Forecast, taken: str) -> tuple[str, str]:
-    verdict = "feasible" if forecast.feasible else "not feasible"
+    verdict = "feasible" if forecast.feasible else "not feasible" if forecast.fits else "no room in its KV"
     queue = f"{forecast.queued_prefill_tokens} prompt tokens queued"
     return _mark(forecast.instance, taken), f"TTFT {forecast.ttft:.3f} s, {queue}, {verdict}"
 

@@ -172,12 +172,14 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What was predicted for one instance when a decision was made: seconds, and why it was (not) taken."""
+    """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
+    before it, whether that is feasible, and whether its KV cache has room for the prompt (`fits`)."""
 
     instance: str
     ttft: float
     queued_prefill_tokens: int
     feasible: bool
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True)

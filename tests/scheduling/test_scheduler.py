@@ -113,8 +113,9 @@ def test_longest_output_is_degraded_when_kv_passes_the_watermark() -> None:
     decoding(s, "old", 500, at=0.0)
     s.requests["old"].first_at = 0.0
     for n in range(20):
-        assert s.on(step(0.3 + 0.02 * n, "i1", kv=9_500)) == []  # at the watermark is not past it
+        s.on(step(0.3 + 0.02 * n, "i1", kv=8_000))
     decoding(s, "new", 500, at=0.7)
+    assert s.on(step(0.78, "i1", kv=9_500)) == []  # at the watermark is not past it
     sent = s.on(step(0.8, "i1", kv=9_501))
     assert moves(sent) == [("old", "i0", Move.DEGRADE)]
     # The KV that is leaving is not counted again: nobody else has to go.
