@@ -253,7 +253,7 @@ def play(m: Model, deed: tuple[object, ...]) -> None:
             m.scheduler.on(late)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(deeds=st.lists(st.one_of(REQUESTS, STEPS, STEPS, OPERATORS), max_size=80))
 def test_no_request_is_lost_or_doubled_and_ledgers_equal_the_cluster(deeds: list[tuple[object, ...]]) -> None:
     m = model(Sliders(2, 2, 128, 32), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0))
@@ -304,7 +304,7 @@ def test_every_kind_of_move_happens_in_these_stories() -> None:
     assert seen == set(Move)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(deeds=st.lists(st.one_of(REQUESTS, STEPS), min_size=30, max_size=80))
 def test_aggregation_never_moves_a_request(deeds: list[tuple[object, ...]]) -> None:
     m = model(Sliders(0, 4, 0, 64), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0))
@@ -315,7 +315,7 @@ def test_aggregation_never_moves_a_request(deeds: list[tuple[object, ...]]) -> N
     assert all(isinstance(c, Prefill) and not c.hand_over for c in m.sent)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(deeds=st.lists(st.one_of(MOVABLE, GRANTED), min_size=30, max_size=80))
 def test_disaggregation_prefills_on_p_heavy_only_and_hands_every_request_over_once(
     deeds: list[tuple[object, ...]],
