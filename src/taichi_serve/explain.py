@@ -58,13 +58,13 @@ def explain(request: str, entries: Iterable[tuple[Event, Iterable[Command]]]) ->
 def _fact(event: Event) -> tuple[str, str] | None:
     match event:
         case Arrived():
-            fixed = "" if event.movable else ", cannot be moved"
+            fixed = "" if event.movable else f", cannot be moved: {event.bound_by}".removesuffix(": ")
             return "arrived", f"{event.prompt_tokens} prompt tokens, at most {event.max_tokens} output{fixed}"
         case Prefilled():
             how = "its KV waits for the decode" if event.held else "decodes here"
             return f"first token from {event.instance}", f"{event.cached} prompt tokens were cached; {how}"
         case Flowed():
-            moved = f"{event.kv_tokens} tokens of KV came over, gap {event.gap * 1000:.0f} ms"
+            moved = f"KV of {event.kv_tokens} came over, {event.reused} reused, gap {event.gap * 1000:.0f} ms"
             return f"goes on at {event.instance}", f"{event.output_tokens} tokens out; {moved}"
         case Refused():
             return "move refused", event.why
