@@ -176,13 +176,15 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
-    before it, whether that is feasible, and whether its KV cache has room for the prompt (`fits`)."""
+    before it, whether that is feasible, whether its KV cache has room for the prompt (`fits`), and whether
+    its decodes can bear more prompts beside them (`calm`)."""
 
     instance: str
     ttft: float
     queued_prefill_tokens: int
     feasible: bool
     fits: bool = True
+    calm: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class ByHand:
         return (instance.queued_prefill_tokens + prompt_tokens) * per_token
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
-        return self.tpots[instance.name]
+        return self.tpots.get(instance.name, 0.03)
 
     def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         return self.move_seconds
