@@ -48,7 +48,7 @@ class Instance:
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens that a new request would have to wait for here."""
-        return max(0, self.queued_tokens - self.progress_tokens)
+        return self.queued_tokens - self.progress_tokens  # the ledger keeps progress within the queue
 
     @property
     def context_tokens(self) -> int:

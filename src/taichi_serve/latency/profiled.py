@@ -64,9 +64,11 @@ class Profiled:
         Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
         """
         # Roofline.of is written out here: this runs for every instance at every arrival.
-        model, ahead, chunk = self.model, instance.queued_prefill_tokens, instance.chunk or 1
+        model, chunk = self.model, instance.chunk or 1
+        ahead = instance.queued_tokens - instance.progress_tokens
         decodes, token, floor = instance.decodes, model.token, model.token * model.knee
-        plain = model.launch + model.decode * decodes + model.kv * instance.context_tokens
+        context = instance.context_base + decodes * instance.ticks
+        plain = model.launch + model.decode * decodes + model.kv * context
         beside = plain + model.mixed
         full, rest = divmod(ahead + prompt_tokens, chunk)
         linear = token * (chunk + decodes)

@@ -47,20 +47,18 @@ def choose_prefill(
     """
     move = _hand_over_seconds(request, instances, decoders, predictor)
     limits = _limits(request, slo, policy)
-    forecasts = []
-    for instance in instances:
-        to_come = now - request.arrived_at + (move if hands_over(request, instance, decoders) else 0.0)
-        forecasts.append(_forecast(request, instance, to_come, limits, predictor, policy))
+    waited = now - request.arrived_at
+    late = waited if move is None else waited + move
+    forecasts = [
+        _forecast(request, i, late if i.kind is Kind.P_HEAVY else waited, limits, predictor, policy)
+        for i in instances
+    ]
     best = min(range(len(instances)), key=lambda n: _key(instances[n], forecasts[n]))
-    chosen = instances[best]
-    elsewhere = hands_over(request, chosen, decoders)
-    return Placement(
-        chosen,
-        elsewhere,
-        forecasts[best].ttft - (move if elsewhere else 0.0),
-        tuple(forecasts),
-        _why(forecasts[best], chosen, limits[0]),
-    )
+    chosen, forecast = instances[best], forecasts[best]
+    if move is None or chosen.kind is not Kind.P_HEAVY:
+        return Placement(chosen, False, forecast.ttft, tuple(forecasts), _why(forecast, chosen, limits[0]))
+    ttft = forecast.ttft - move
+    return Placement(chosen, True, ttft, tuple(forecasts), _why(forecast, chosen, limits[0]))
 
 
 def _limits(request: Request, slo: SLO, policy: Policy) -> tuple[float, float]:
@@ -100,14 +98,18 @@ def _forecast(
 
 def _hand_over_seconds(
     request: Request, instances: Sequence[Instance], decoders: Sequence[Instance], predictor: Predictor
-) -> float:
-    """What the move after prefill will take: from any P-heavy instance to the D-heavy one with most room now.
+) -> float | None:
+    """What the move after a prefill on a P-heavy instance will take; None where the decode would stay there.
 
-    One answer for all, because a link is that of a pair of kinds; asking for each would be the dearest part.
+    It stays if the request cannot move or is over with its first token, or nobody is D-heavy. One answer for
+    all: a link is that of a pair of kinds, and asking for each pair would be the dearest part. The decode is
+    expected on the D-heavy instance with most room now.
     """
-    likely = min(decoders, key=lambda d: d.kv_usage, default=None)
     source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
-    return predictor.move(source, likely, request.prompt_tokens) if source and likely else 0.0
+    if source is None or not decoders or not request.movable or request.max_tokens <= 1:
+        return None
+    likely = min(decoders, key=lambda d: d.kv_usage)
+    return predictor.move(source, likely, request.prompt_tokens)
 
 
 def _key(instance: Instance, forecast: Forecast) -> tuple[float, ...]:
@@ -123,9 +125,3 @@ def _why(forecast: Forecast, chosen: Instance, limit: float) -> str:
     if chosen.kind is Kind.D_HEAVY:
         return f"D-heavy within {limit:g} s, fewest queued prompt tokens"
     return f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest queued prompt tokens"
-
-
-def hands_over(request: Request, instance: Instance, decoders: Sequence[Instance]) -> bool:
-    """Whether the decode runs elsewhere: it leaves a P-heavy instance if there is a D-heavy one."""
-    wants = request.movable and request.max_tokens > 1
-    return wants and instance.kind is Kind.P_HEAVY and bool(decoders)
