@@ -184,6 +184,7 @@ class Model:
             assert i.queued_requests == len(queued)
             assert i.queued_tokens == sum(w.prompt for w in queued)
             assert i.queued_prefill_tokens == sum(w.prompt - w.done for w in queued)
+            assert 0 <= i.running_tokens <= i.queued_prefill_tokens
             assert i.arriving == len(there)
             assert i.reserved_tokens == sum(requests[w.name].reserved for w in there)
             assert i.leaving_tokens == sum(requests[w.name].reserved for w in here if w.to)
