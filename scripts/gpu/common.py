@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ QWEN_7B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+
+
+ASKED: Counter[int] = Counter()  # what the server said to wishes to move
 
 
 def shape(tokenizer_of: Path, config: dict[str, Any], target: Path) -> Path:
@@ -102,7 +106,9 @@ def bodies(count: int, low: int, high: int, outputs: tuple[int, int], seed: int 
     ]
 
 
-async def run(url: str, jobs: list[dict[str, Any]], moves: int, targets: list[str], seed: int = 0) -> list[Answer]:
+async def run(
+    url: str, jobs: list[dict[str, Any]], moves: int, targets: list[str], seed: int = 0
+) -> list[Answer]:
     """All jobs at once; each is moved `moves` times at random steps, always to another of `targets`."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -126,16 +132,27 @@ async def move(client: httpx.AsyncClient, request: str, targets: list[str]) -> b
     here = view["legs"][-1]["instance"]
     target = random.choice([name for name in targets if name != here])
     answer = await client.post(f"/taichi/requests/{request}/flow", json={"to": target})
+    ASKED[answer.status_code] += 1
     return answer.status_code == 202 or "bound" in answer.text
 
 
-def gaps(url: str, answers: list[Answer]) -> list[float]:
-    """Seconds of every gap a move made, as the server recorded them."""
+def legs(url: str, answers: list[Answer]) -> list[dict[str, Any]]:
+    """Every leg that began with a move, as the server recorded it."""
     found = []
     for answer in answers:
         for view in httpx.get(f"{url}/taichi/requests/{answer.id}").json()["requests"]:
-            found += [leg["gap"] for leg in view["legs"] if leg["gap"] is not None]
+            found += [leg for leg in view["legs"] if leg["gap"] is not None]
     return found
+
+
+def parts(moved: list[dict[str, Any]]) -> str:
+    """Median / p90 / max of each part of the moves."""
+    lines = [f"  {'gap':<10} {quantiles([leg['gap'] for leg in moved])}"]
+    names = ["left", "heard", "arrived", "began", "landed", "scheduled", "made", "at"]
+    times = [leg["timeline"] for leg in moved if leg["timeline"]]
+    for before, name in zip(names, names[1:], strict=False):
+        lines.append(f"  {name:<10} {quantiles([t[name] - t[before] for t in times])}")
+    return "\n".join(lines)
 
 
 def quantiles(values: list[float]) -> str:

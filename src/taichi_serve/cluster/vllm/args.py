@@ -67,16 +67,38 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
         ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
         ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
-        ("ttft-margin", float, 0.5, "an instance is feasible when the predicted TTFT is at most this share of the SLO"),
-        ("watermark", float, 0.95, "share of a D-heavy instance's KV memory above which requests are degraded"),
+        (
+            "ttft-margin",
+            float,
+            0.5,
+            "an instance is feasible when the predicted TTFT is at most this share of the SLO",
+        ),
+        (
+            "watermark",
+            float,
+            0.95,
+            "share of a D-heavy instance's KV memory above which requests are degraded",
+        ),
         ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
         ("move-timeout", float, 10.0, "seconds a moved request may wait for its KV before it is recomputed"),
-        ("stall-timeout", float, 120.0, "seconds an instance with work may be silent before it counts as lost"),
+        (
+            "stall-timeout",
+            float,
+            120.0,
+            "seconds an instance with work may be silent before it counts as lost",
+        ),
         ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     ):
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
         text = f"{text} (default: {default})"
         group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=text)
+    group.add_argument(
+        "--kv-over",
+        choices=("auto", "nixl"),
+        default="auto",
+        help="how KV moves between instances: directly where they share a host and it lets them, or always "
+        "over NIXL (default: auto)",
+    )
     group.add_argument(
         "--devices",
         help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
@@ -124,7 +146,7 @@ def policy(args: argparse.Namespace) -> Policy:
     return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
 
 
-def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
+def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmConfig:
     """vLLM's configuration of one instance, from the server's command line.
 
     All instances get the same step budget, so that a D-heavy one can turn P-heavy while serving.
@@ -132,7 +154,7 @@ def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
     args = parse(argv)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.kv_transfer_config = transfer_config(engine_id)
+    engine_args.kv_transfer_config = transfer_config(engine_id, "" if args.kv_over == "nixl" else directory)
     chosen = sliders(args)
     if engine_args.max_num_batched_tokens is None:
         seqs = engine_args.max_num_seqs or 256
