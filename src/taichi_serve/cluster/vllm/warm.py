@@ -20,12 +20,20 @@ BLOCKS = 2
 
 
 async def warm(cluster: VllmCluster, timeout: float = 180.0) -> None:
-    """Move a request over every ordered pair, all at once. Raises StartError naming the pairs that failed."""
+    """Move a request over every ordered pair, twice: the first meeting of a pair goes another way than all
+    that follow. Raises StartError naming the pairs that failed."""
+    for turn in range(2):
+        await _all_pairs(cluster, turn, timeout)
+
+
+async def _all_pairs(cluster: VllmCluster, turn: int, timeout: float) -> None:
     pairs = {
-        (a.name, b.name): cluster.rehearse(_request(cluster, a.index, b.index), a.index, b.index)
+        (a.name, b.name): cluster.rehearse(_request(cluster, a.index, b.index, turn), a.index, b.index)
         for a, b in permutations(cluster.engines, 2)
     }
-    alone = [cluster.rehearse(_request(cluster, e.index, e.index), e.index, None) for e in cluster.engines]
+    alone = [
+        cluster.rehearse(_request(cluster, e.index, e.index, turn), e.index, None) for e in cluster.engines
+    ]
     waits = [*pairs.values(), *alone]
     if not waits:
         return
@@ -37,14 +45,14 @@ async def warm(cluster: VllmCluster, timeout: float = 180.0) -> None:
         raise StartError(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
 
 
-def _request(cluster: VllmCluster, a: int, b: int) -> EngineCoreRequest:
+def _request(cluster: VllmCluster, a: int, b: int, turn: int) -> EngineCoreRequest:
     config = cluster.engines[a].client.vllm_config
     length = min(BLOCKS * config.cache_config.block_size + 3, config.model_config.max_model_len - 3)
     vocabulary = config.model_config.get_vocab_size()
     # Another prompt for every pair: a block that is cached already would not be pulled.
-    tokens = [(1 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
+    tokens = [(1 + turn * 101 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
     return EngineCoreRequest(
-        request_id=f"taichi-warm-{a}-{b}",
+        request_id=f"taichi-warm-{turn}-{a}-{b}",
         prompt_token_ids=tokens,
         mm_features=None,
         sampling_params=SamplingParams(temperature=0.0, max_tokens=2, min_tokens=2, ignore_eos=True),
