@@ -2,9 +2,9 @@
 
     python benchmarks/moves.py [--moves 50] [--prompt 700]
 
-It starts a server of one P-heavy and one D-heavy instance with the tiny model. Every move is of a fresh request,
-so that all of its KV has to come over. Under load both instances prefill and decode all the time, and the gap is
-also counted in steps of the target, whose mean duration is measured over a second before and after the move.
+It starts a server of one P-heavy and one D-heavy instance with the tiny model. Every move is of a fresh
+request, so that all of its KV has to come over. Under load both instances prefill and decode all the time, and
+the gap is also counted in steps of the target, whose mean duration is measured around the move.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Steps:
         return (self.at[last] - self.at[first]) / max(1, steps)
 
 
-async def load(client: httpx.AsyncClient, name: str, chance: random.Random, output: int) -> None:
+async def load(client: httpx.AsyncClient, chance: random.Random, output: int) -> None:
     """One user after the other, for as long as it lasts."""
     while True:
         wish = Wish(fresh(chance.randint(200, 1200), chance), output)
@@ -111,7 +111,7 @@ async def run(server: Server, count: int, size: int) -> None:
         chance = random.Random(2)
         tasks = [asyncio.create_task(steps.watch(client))]
         # Short outputs keep prefills coming, long ones keep decodes resident.
-        tasks += [asyncio.create_task(load(client, f"{k}", chance, 8 if k % 2 else 200)) for k in range(8)]
+        tasks += [asyncio.create_task(load(client, chance, 8 if k % 2 else 200)) for k in range(8)]
         await asyncio.sleep(3)  # the load is to be there
         busy = await moves(client, count, size, seed=3)
         await asyncio.sleep(WINDOW)

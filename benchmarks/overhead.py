@@ -1,10 +1,10 @@
-"""What the front end costs: this server against vLLM's own with the same flags, in turn, under vLLM's load generator.
+"""What the front end costs: this server against vLLM's own with the same flags, in turn, under vLLM's load.
 
     python benchmarks/overhead.py [--pairs 5] [--requests 200] [--rate inf] [--instances 1]
 
-With one instance: `taichi serve --d-heavy 1` against `vllm serve`. With two: aggregation (`--d-heavy 2`, one chunk)
-against `vllm serve --data-parallel-size 2`. Only one server runs at a time; each pair runs one after the other, and
-the order changes from pair to pair. Printed are the medians of the ratios, ours over theirs.
+With one instance: `taichi serve --d-heavy 1` against `vllm serve`. With two: aggregation (`--d-heavy 2`, one
+chunk) against `vllm serve --data-parallel-size 2`. Only one server runs at a time, and the order changes from
+pair to pair. Printed are the medians of the ratios, ours over theirs.
 """
 
 from __future__ import annotations

@@ -113,8 +113,11 @@ def _refuse_body(body: bytes) -> JSONResponse | None:
         return None  # vLLM words this error itself
     if not isinstance(data, dict):
         return None
-    more = data.get("vllm_xargs")
-    for place, names in ((data, INTERNAL_PARAMETERS), (more, INTERNAL_XARGS)):
+    places: list[tuple[Any, tuple[str, ...]]] = [
+        (data, INTERNAL_PARAMETERS),
+        (data.get("vllm_xargs"), INTERNAL_XARGS),
+    ]
+    for place, names in places:
         for name in names if isinstance(place, dict) else ():
             if place.get(name) is not None:
                 return error(400, "invalid_request_error", f"{name} cannot be set by a client.", name)

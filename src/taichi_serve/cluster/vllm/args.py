@@ -114,7 +114,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.model = args.model_tag
     args.watermark = 0.0  # vLLM's own, which our flag displaced
     for name, instead in REFUSED.items():
-        if getattr(args, name, None) not in (None, False, 1):
+        value = getattr(args, name, None)
+        # A count of 1 is how things are, and True equals 1.
+        if value is True or value not in (None, False, 1):
             parser.error(f"--{name.replace('_', '-')} cannot be used with taichi serve: {instead}")
     try:
         validate_parsed_serve_args(args)

@@ -140,18 +140,17 @@ def let_progress_sleep(bindings: Any) -> None:
     """
     stock = bindings.nixlAgentConfig
 
-    class Patient(stock):  # type: ignore[misc]
-        @property
-        def pthrDelay(self) -> int:  # noqa: N802
-            return int(stock.pthrDelay.__get__(self))
+    if hasattr(stock, "__wrapped__"):
+        return
 
-        @pthrDelay.setter
-        def pthrDelay(self, delay: int) -> None:  # noqa: N802
-            stock.pthrDelay.__set__(self, delay or PROGRESS_DELAY)
+    def delay(config: Any) -> int:
+        return int(stock.pthrDelay.__get__(config))
 
-    if not hasattr(stock, "__wrapped__"):
-        Patient.__wrapped__ = stock
-        bindings.nixlAgentConfig = Patient
+    def set_delay(config: Any, delay: int) -> None:
+        stock.pthrDelay.__set__(config, delay or PROGRESS_DELAY)
+
+    members = {"__wrapped__": stock, "pthrDelay": property(delay, set_delay)}
+    bindings.nixlAgentConfig = type("PatientAgentConfig", (stock,), members)
 
 
 class FlowConnectorWorker(NixlPullConnectorWorker):
