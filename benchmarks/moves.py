@@ -3,8 +3,8 @@
     python benchmarks/moves.py [--moves 50] [--prompt 700]
 
 It starts a server of one P-heavy and one D-heavy instance with the tiny model. Every move is of a fresh
-request, so that all of its KV has to come over. Under load both instances prefill and decode all the time, and
-the gap is also counted in steps of the target, whose mean duration is measured around the move.
+request, so that all of its KV has to come over. Under load both instances prefill and decode all the
+time, and the gap is also counted in steps of the target, whose mean duration is measured around the move.
 """
 
 from __future__ import annotations
@@ -125,9 +125,8 @@ async def run(server: Server, count: int, size: int) -> None:
     in_steps = [leg["gap"] / steps.seconds(leg["instance"], leg["first_token_at"]) for leg in busy]
     print(row("under load", in_steps, "steps of the target"))
     state = server.state()
-    print(
-        f"recomputed: {state['moves']['recomputes']}, KV too late: {[i['late_kv'] for i in state['instances']]}"
-    )
+    late = [instance["late_kv"] for instance in state["instances"]]
+    print(f"recomputed: {state['moves']['recomputes']}, KV too late: {late}")
 
 
 def main() -> None:

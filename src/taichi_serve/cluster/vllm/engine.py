@@ -15,14 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from taichi_serve.cluster.vllm.args import engine_config
-
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when the server's ends in whatever way."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to end this process when the server's, `parent`, ends in whatever way."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         sys.exit(1)
@@ -30,15 +27,18 @@ def die_with_parent() -> None:
 
 def main(path: str) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
-    die_with_parent()
+    spec: dict[str, Any] = json.loads(Path(path).read_text())
+    die_with_parent(spec["parent"])
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in our directory it goes with the others.
     tempfile.tempdir = str(Path(path).parent)
-    spec: dict[str, Any] = json.loads(Path(path).read_text())
 
+    # Only now what takes seconds to import: the server may be killed meanwhile.
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor import Executor
+
+    from taichi_serve.cluster.vllm.args import engine_config
 
     config = engine_config(spec["argv"], spec["engine_id"], str(Path(path).parent))
     EngineCoreProc.run_engine_core(

@@ -41,7 +41,12 @@ class EngineProcess:
             inputs=[f"ipc://{directory}/{name}.in"], outputs=[f"ipc://{directory}/{name}.out"]
         )
         self.engine_id = f"{directory.name}-{name}"
-        spec = {"argv": argv, "engine_id": self.engine_id, "handshake": self.handshake}
+        spec = {
+            "argv": argv,
+            "engine_id": self.engine_id,
+            "handshake": self.handshake,
+            "parent": os.getpid(),
+        }
         path = directory / f"{name}.json"
         path.write_text(json.dumps(spec))
         with self.log.open("wb") as log:
