@@ -29,15 +29,16 @@ Body = dict[str, Any]
 
 
 def late_token(plain: Whole) -> int:
-    """The token that comes for the first time when most of the others have."""
-    return max(set(plain.tokens), key=plain.tokens.index)
+    """A token that is new when two thirds of the output are there."""
+    tokens = plain.tokens
+    return next(t for i, t in enumerate(tokens) if i >= OUTPUT * 2 // 3 and t not in tokens[:i])
 
 
 def late_text(plain: Whole) -> str:
-    """The piece of text that is first seen when most of the others have been."""
+    """A piece of text that is new when two thirds of the output are there."""
     text = plain.text
-    pieces = {text[start : start + 5] for start in range(len(text) - 10)}
-    return max((piece for piece in pieces if "\ufffd" not in piece), key=text.index)
+    pieces = ((start, text[start : start + 5]) for start in range(len(text) * 2 // 3, len(text) - 10))
+    return next(piece for start, piece in pieces if text.index(piece) == start and "\ufffd" not in piece)
 
 
 # What each line of the table asks for, given what the plain request says.
@@ -99,7 +100,7 @@ def plain(single: Server) -> Plain:
     async def together(client: httpx.AsyncClient, asked: list[Wish]) -> list[Whole]:
         return await asyncio.gather(*(completed(client, wish.body(**LIVELY)) for wish in asked))
 
-    return max(asyncio.run(run()), key=lambda p: p.whole.text.index(late_text(p.whole)) / len(p.whole.text))
+    return max(asyncio.run(run()), key=lambda plain: len(set(plain.whole.tokens)))
 
 
 def test_every_line_of_the_table_has_a_test() -> None:
@@ -127,9 +128,12 @@ async def test_what_moves_says_the_same_as_unmoved(
     async with single.client() as client:
         unmoved = await completed(client, body)
     async with hybrid.client() as client:
-        moved, legs = await completed_and_moved(client, body, f"cmpl-moved-{name}")
+        for attempt in range(5):  # a short one may be over before its second move
+            moved, legs = await completed_and_moved(client, body, f"cmpl-moved-{name}-{attempt}")
+            assert near(moved.choices, unmoved.choices)
+            if moves(legs) >= 2:
+                break
     assert moves(legs) >= 2, legs
-    assert near(moved.choices, unmoved.choices)
     if name not in ("temperature_0", "logprobs", "n", "echo"):
         assert unmoved.tokens != plain.whole.tokens, "the parameter made no difference: this shows nothing"
 
