@@ -57,24 +57,32 @@ class Average:
 class Learned:
     """A predictor without a profile: it starts from a safe default and learns from every step.
 
-    TTFT is the queued prompt tokens plus the own ones, over the speed the instance prefilled with lately;
-    TPOT is its recent time per step with decodes in it. The defaults are slow on purpose: a pessimist
-    spreads requests evenly until it knows better.
+    A step costs a fixed time, learned from steps without prompt tokens, and a time for each prompt token.
+    Without the fixed part an instance that gets short prompts would look slow for long ones, and the long
+    prompts would keep away from just the instance that is kept free for them. TPOT is the recent time per
+    step with decodes in it. The defaults are slow on purpose.
     """
 
     seconds_per_prompt_token: float = 0.0005
     seconds_per_step: float = 0.02
     move_seconds: float = 0.05
     keep: float = 0.95  # a step's weight halves every 14 steps
+    fixed: dict[str, Average] = field(default_factory=dict)
     prefill: dict[str, Average] = field(default_factory=dict)
     steps: dict[str, Average] = field(default_factory=dict)
     gaps: Average = field(default_factory=Average)
 
     def ttft(self, instance: Instance, prompt_tokens: int) -> float:
-        """Queued and own prompt tokens over the instance's recent speed (seconds)."""
+        """The steps that the queue and the own prompt fill, and the time of their tokens (seconds)."""
+        tokens = instance.queued_prefill_tokens + prompt_tokens
         known = self.prefill.get(instance.name)
         per_token = known.value(self.seconds_per_prompt_token) if known else self.seconds_per_prompt_token
-        return (instance.queued_prefill_tokens + prompt_tokens) * per_token
+        steps = -(-tokens // max(1, instance.chunk))
+        return steps * self._fixed(instance) + tokens * per_token
+
+    def _fixed(self, instance: Instance) -> float:
+        known = self.fixed.get(instance.name)
+        return known.value(0.0) if known else 0.0
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """The recent time per step with decodes in it (seconds); one more decode is taken to be free."""
@@ -86,10 +94,12 @@ class Learned:
         return 0.0 if source == target else self.gaps.value(self.move_seconds)
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
-        """Learn speed from steps that prefilled, and TPOT from steps that decoded."""
+        """Learn the time of prompt tokens from steps that had some, and the fixed time from the others."""
         if step.prefill_tokens:
             speed = self.prefill.setdefault(instance.name, Average())
-            speed.add(step.seconds, step.prefill_tokens, self.keep)
+            speed.add(max(0.0, step.seconds - self._fixed(instance)), step.prefill_tokens, self.keep)
+        else:
+            self.fixed.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
         if step.decodes:
             self.steps.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
 
