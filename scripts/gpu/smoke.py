@@ -16,7 +16,9 @@ from taichi_serve.tiny import cached_tiny_model
 
 FOUR = ["--p-heavy", "1", "--d-heavy", "3", "--devices", "0;0;0;0"]
 DECODERS = ["i1", "i2", "i3"]
-FAST_START = ["--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
+# Instances on one GPU see each other's memory: they are told what is theirs.
+SHARED = ["--gpu-memory-utilization", "0.2"]
+FAST_START = [*SHARED, "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
 
 
 def same(a: list[Answer], b: list[Answer]) -> str:
@@ -33,14 +35,32 @@ def state(url: str) -> dict[str, Any]:
 
 def identity(url: str) -> None:
     """Greedy and seeded streams, undisturbed and then moved."""
-    jobs = bodies(32, 16, 1500, (48, 200))
-    still = asyncio.run(run(url, jobs, 0, []))
-    moved = asyncio.run(run(url, jobs, 5, ["i0", *DECODERS]))
-    print("identity, greedy float32, 5 moves each:", same(still, moved), state(url)["moves"])
-    seeded = [{**job, "temperature": 0.8, "seed": n} for n, job in enumerate(jobs)]
-    still = asyncio.run(run(url, seeded, 0, []))
-    again = asyncio.run(run(url, seeded, 0, []))
-    print("identity, seeded, twice without moves:", same(still, again), "bound:", state(url)["bound"])
+    jobs = bodies(32, 16, 1500, (300, 600))
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "seed": {"temperature": 0.8, "seed": 7},
+        "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+        "grammar": {"structured_outputs": {"regex": "[a-z ]{200}"}, "ignore_eos": False},
+    }
+    for name, more in kinds.items():
+        before = state(url)["moves"]["operator"]
+        todo = [{**job, **more} for job in jobs]
+        still, again = (asyncio.run(run(url, todo, 0, [])) for _ in range(2))
+        moved = asyncio.run(run(url, todo, 5, ["i0", *DECODERS]))
+        moves = state(url)["moves"]["operator"] - before
+        print(f"identity, {name}: unmoved twice {same(still, again)}, moved {same(still, moved)}, {moves} moves")
+        first_difference(still, moved)
+    print("bound:", state(url)["bound"], "moves:", state(url)["moves"])
+
+
+def first_difference(a: list[Answer], b: list[Answer]) -> None:
+    """Where two runs part, for whoever has to find out why."""
+    for number, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not y.ok:
+            print(f"  stream {number}: {y.error}")
+        elif x.tokens != y.tokens:
+            at = next((k for k, (p, q) in enumerate(zip(x.tokens, y.tokens)) if p != q), -1)
+            print(f"  stream {number} ({x.prompt_tokens} in) parts at token {at} of {len(x.tokens)}")
 
 
 def cost(url: str, out: Path) -> None:

@@ -85,12 +85,12 @@ class Recorder:
             case Finished(request=request, outcome=outcome):
                 self.outcomes[outcome] += 1
                 self._why.pop(request, None)
-            case Flowed(request=request, kv_tokens=kv_tokens, gap=gap):
+            case Flowed(request=request, kv_tokens=kv_tokens, gap=gap, reused=reused):
                 if (move := self._why.get(request)) is not None:
                     self.moves[move] += 1
                 self.gaps.append(gap)
                 self.moved_bytes += kv_tokens * self.bytes_per_token
-                self.recomputes += kv_tokens == 0
+                self.recomputes += reused == 0
         if isinstance(event, Arrived | Prefilled | Flowed | Finished):
             self._history(event.request).append(event)
 

@@ -57,6 +57,7 @@ class VllmCluster:
         self._index = {engine.name: engine.index for engine in engines}
         self._deliver = deliver
         self._move_timeout = move_timeout
+        self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     # ------------------------------------------------------------------------------------------ the port
@@ -103,7 +104,7 @@ class VllmCluster:
         live = Live(request, last_at=time.monotonic())
         self.live[live.id] = live
         params = request.sampling_params
-        why = bound_by(request)
+        why = bound_by(request, self._v2)
         self._events.put_nowait(
             Arrived(
                 at=live.last_at,
@@ -171,7 +172,7 @@ class VllmCluster:
         live.engine_request = engine_id(live)
 
     def _add(self, live: Live, request: EngineCoreRequest) -> None:
-        if live.tokens and bound_by(live.request):  # its instance died, and no other could go on exactly
+        if live.tokens and bound_by(live.request, self._v2):  # its instance died, and no other could go on exactly
             live.instance = -1
             self.end(live, Outcome.FAILED)
         else:
@@ -241,7 +242,7 @@ class VllmCluster:
         if record is None or stats is None:
             return
         stats.kv_connector_stats = stats.kv_connector_stats or None
-        seconds, prefill_tokens, decodes, kv_tokens = record
+        seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in = record
         engine.kv_tokens, engine.running, engine.waiting = (
             kv_tokens,
             stats.num_running_reqs,
@@ -287,7 +288,7 @@ class VllmCluster:
     ) -> None:
         live.awaiting = False
         live.cancel_deadline()
-        reader, live.reader = live.reader, None
+        live.reader = None
         engine.settle(live)
         if live.warm is not None:
             return
@@ -297,9 +298,9 @@ class VllmCluster:
         if len(live.tokens) == len(output.new_token_ids):
             self._events.put_nowait(Prefilled(now, live.id, live.leg, engine.name, cached, held))
             return
-        pulled = reader.params["remote_num_tokens"] if reader is not None and cached else 0
+        reused, pulled = engine.moved_in.get(live.engine_request, (0, 0))
         self._events.put_nowait(
-            Flowed(now, live.id, live.leg, engine.name, len(live.tokens), int(pulled), gap)
+            Flowed(now, live.id, live.leg, engine.name, len(live.tokens), pulled, gap, reused)
         )
 
     def _left(self, engine: Engine, live: Live, params: dict[str, Any] | None, now: float) -> None:

@@ -38,6 +38,7 @@ class Engine:
     kv_tokens: int = 0
     running: int = 0
     waiting: int = 0
+    moved_in: dict[str, tuple[int, int]] = field(default_factory=dict)  # of its last step: reused, pulled
     recomputed_late: int = 0  # legs whose KV did not come in time
 
     @property

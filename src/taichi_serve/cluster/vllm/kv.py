@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -42,6 +43,10 @@ def transfer_config(engine_id: str) -> KVTransferConfig:
 class FlowConnectorScheduler(NixlPullConnectorScheduler):
     """The scheduler's side of the pull, counting computed tokens instead of prompts."""
 
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self.pulled: dict[str, int] = {}  # engine id: tokens asked from the source, until it is scheduled
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step."""
         params = request.kv_transfer_params
@@ -50,10 +55,17 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         final = min(params["remote_num_tokens"], request.num_tokens - 1)
         return max(0, final - num_computed_tokens), final > num_computed_tokens
 
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Remember how much is pulled."""
+        if num_external_tokens:
+            self.pulled[request.request_id] = num_external_tokens
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, TransferParams | None]:
         """Pin the blocks of a request that leaves; free those of every other one at once."""
+        self.pulled.pop(request.request_id, None)
         leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         pinned, params = super().request_finished(request, block_ids)
         if not (leaves and pinned and params):
