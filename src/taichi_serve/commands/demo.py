@@ -84,7 +84,9 @@ def main(argv: list[str]) -> int:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)  # once is enough: what follows is quick and must not be cut short
+        signal.signal(
+            other, signal.SIG_IGN
+        )  # once is enough: what follows is quick and must not be cut short
     raise Stopped(number)
 
 

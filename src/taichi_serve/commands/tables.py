@@ -77,5 +77,7 @@ def totals_table(sums: Totals, kinds: Kinds, slo: SLO) -> Table:
     table.add_row("moves", moves or "none")
     table.add_row("KV moved", f"{sums.moved_bytes / 2**20:.1f} MiB")
     table.add_row("medians", f"TTFT {seconds(sums.ttft)} ms, TPOT {seconds(sums.tpot)} ms")
-    table.add_row("", f"gap of a move {seconds(sums.median_gap)} ms, from the last token here to the first there")
+    table.add_row(
+        "", f"gap of a move {seconds(sums.median_gap)} ms, from the last token here to the first there"
+    )
     return table

@@ -67,7 +67,9 @@ def _request(
         request_id=f"taichi-{purpose}-{a}-{b}",
         prompt_token_ids=tokens,
         mm_features=None,
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True),
+        sampling_params=SamplingParams(
+            temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True
+        ),
         pooling_params=None,
         arrival_time=time.time(),
         lora_request=None,
