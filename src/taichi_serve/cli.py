@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import sys
-from typing import NoReturn
 
 USAGE = """usage: taichi COMMAND ...
 
@@ -18,8 +17,25 @@ Every command explains itself with --help."""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command `taichi`: with no words given it is the whole process, and ends it."""
+    if argv is not None:
+        return command(argv)
+    try:
+        status = command(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:  # argparse: words that were wrong, or help that was asked for
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    # Not by way of the interpreter's teardown: Triton's bindings report whatever vLLM still holds as leaks.
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def command(words: list[str]) -> int:
     """Run one command; returns the exit status."""
-    words = sys.argv[1:] if argv is None else argv
     match words:
         case ["serve", *rest]:
             from taichi_serve.frontend.server import main as serve
@@ -42,21 +58,5 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def program() -> NoReturn:
-    """The command as a process of its own."""
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        status = 130
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    # Not by way of the interpreter's teardown: Triton's bindings report whatever vLLM still holds as leaks.
-    atexit._run_exitfuncs()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    program()
+    main()
