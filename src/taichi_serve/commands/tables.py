@@ -17,9 +17,8 @@ Kinds = Mapping[str, str]  # instance name -> kind
 
 
 def instance(name: str, kinds: Kinds) -> Text:
-    """An instance in the colour of its kind, as in "i0 P"."""
-    kind = kinds.get(name, "")
-    return Text(f"{name} {kind[:1]}".strip(), style=COLORS.get(kind, ""))
+    """An instance in the colour of its kind."""
+    return Text(name, style=COLORS.get(kinds.get(name, ""), ""))
 
 
 def seconds(value: float | None) -> str:
@@ -33,7 +32,9 @@ def requests_table(rows: list[Row], kinds: Kinds, slo: SLO) -> Table:
     names = "#", "kind", "prompt\ntokens", "output\ntokens", "prefill", "decode", "moves", "TTFT\nms"
     for name in (*names, "TPOT\nms", "good"):
         justify: JustifyMethod = "right" if "\n" in name or name == "#" else "left"
-        table.add_column(name, justify=justify, no_wrap=name != "moves")
+        table.add_column(
+            name, justify=justify, no_wrap=name != "moves", min_width=len(name) if name == "good" else None
+        )
     for row in rows:
         table.add_row(
             str(row.number + 1),
@@ -71,7 +72,10 @@ def totals_table(sums: Totals, kinds: Kinds, slo: SLO) -> Table:
     if sums.failed:
         table.add_row("failed", Text(str(sums.failed), style="bold red"))
     table.add_row("tokens", f"{sums.prompt_tokens} in, {sums.output_tokens} out")
-    places = [Text.assemble(instance(name, kinds), f" {count}") for name, count in sums.prefilled.items()]
+    places = [
+        Text.assemble(instance(name, kinds), f" ({kinds.get(name, '?')}) {count}")
+        for name, count in sums.prefilled.items()
+    ]
     table.add_row("prefilled on", Text(", ").join(places))
     moves = ", ".join(f"{move} {count}" for move, count in sorted(sums.moves.items()))
     table.add_row("moves", moves or "none")

@@ -57,10 +57,11 @@ class Average:
 class Learned:
     """A predictor without a profile: it starts from a safe default and learns from every step.
 
-    A step costs a fixed time, learned from steps without prompt tokens, and a time for each prompt token.
-    Without the fixed part an instance that gets short prompts would look slow for long ones, and the long
-    prompts would keep away from just the instance that is kept free for them. TPOT is the recent time per
-    step with decodes in it. The defaults are slow on purpose.
+    A step costs a fixed time, learned from the instance's steps without prompt tokens, and a time for each
+    prompt token, learned from all instances together: they run the same model on the same kind of device.
+    Were that time learned for each of them, or without the fixed part, an instance that gets few or short
+    prompts would look slow for long ones, they would keep away from just the instance that is kept free
+    for them, and the error would never heal. TPOT is the recent time per step with decodes in it.
     """
 
     seconds_per_prompt_token: float = 0.0005
@@ -68,17 +69,15 @@ class Learned:
     move_seconds: float = 0.05
     keep: float = 0.95  # a step's weight halves every 14 steps
     fixed: dict[str, Average] = field(default_factory=dict)
-    prefill: dict[str, Average] = field(default_factory=dict)
+    prefill: Average = field(default_factory=Average)
     steps: dict[str, Average] = field(default_factory=dict)
     gaps: Average = field(default_factory=Average)
 
     def ttft(self, instance: Instance, prompt_tokens: int) -> float:
         """The steps that the queue and the own prompt fill, and the time of their tokens (seconds)."""
         tokens = instance.queued_prefill_tokens + prompt_tokens
-        known = self.prefill.get(instance.name)
-        per_token = known.value(self.seconds_per_prompt_token) if known else self.seconds_per_prompt_token
         steps = -(-tokens // max(1, instance.chunk))
-        return steps * self._fixed(instance) + tokens * per_token
+        return steps * self._fixed(instance) + tokens * self.prefill.value(self.seconds_per_prompt_token)
 
     def _fixed(self, instance: Instance) -> float:
         known = self.fixed.get(instance.name)
@@ -96,8 +95,8 @@ class Learned:
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Learn the time of prompt tokens from steps that had some, and the fixed time from the others."""
         if step.prefill_tokens:
-            speed = self.prefill.setdefault(instance.name, Average())
-            speed.add(max(0.0, step.seconds - self._fixed(instance)), step.prefill_tokens, self.keep)
+            rest = max(0.0, step.seconds - self._fixed(instance))
+            self.prefill.add(rest, step.prefill_tokens, self.keep)
         else:
             self.fixed.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
         if step.decodes:
