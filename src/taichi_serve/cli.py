@@ -1,4 +1,4 @@
-"""The command `taichi`: the one file that knows every part. Parts are imported only when they are asked for."""
+"""The command `taichi`: the one file that knows every part. Parts are imported only when asked for."""
 
 from __future__ import annotations
 

@@ -6,20 +6,19 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from taichi_serve.commands import tables
+from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.load import Load
 from taichi_serve.commands.rows import Row, totals
-from taichi_serve.commands.subserver import ServerFailed, Subserver
+from taichi_serve.commands.subserver import ServerError, Subserver
 from taichi_serve.commands.workload import plan
 from taichi_serve.slo import SLO
 from taichi_serve.tiny import cached_tiny_model
@@ -30,14 +29,6 @@ DEMO_SLO = SLO(ttft=2.0, tpot=0.15)
 # The tiny model prefills fast: with the usual margin even its longest prompt could prefill anywhere.
 TTFT_MARGIN = 0.1
 P_CHUNK, D_CHUNK = 1024, 64
-
-
-class Stopped(BaseException):
-    """Somebody asked this process to end; carries the signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,48 +55,44 @@ def main(argv: list[str]) -> int:
     """`taichi demo` with these words; the exit status."""
     parser = argparse.ArgumentParser(
         prog="taichi demo",
-        description="Serve a tiny model on one P-heavy and one D-heavy vLLM instance, one CPU core each, send "
+        description="Serve a tiny model on one P-heavy and one D-heavy vLLM instance, a CPU core each, send "
         "real requests over HTTP, and show where each of them was prefilled and decoded.",
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+    interrupts = Interrupts()
     console = Console(stderr=args.json == "-", highlight=False)
     try:
-        return run(args, console)
+        return run(args, console, interrupts)
     except Stopped as stopped:
         console.print("demo: stopped; nothing is left running")
         return 128 + stopped.number
-    except ServerFailed as wrong:
+    except ServerError as wrong:
         console.print(f"[red]demo:[/] {wrong}", soft_wrap=True)
         return 1
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            other, signal.SIG_IGN
-        )  # once is enough: what follows is quick and must not be cut short
-    raise Stopped(number)
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(args: argparse.Namespace, console: Console, interrupts: Interrupts) -> int:
     """Model, server, requests, tables."""
     began = time.monotonic()
     with console.status("making the tiny model"):
         model = cached_tiny_model()
     console.print(f"model    {model}", soft_wrap=True)
-    server = Subserver(server_words(model))
+    server: Subserver | None = None
     keep = False
     try:
-        rows, state = asyncio.run(_serve_and_load(args, console, server, began))
-    except ServerFailed as wrong:
+        with interrupts.hold():
+            server = Subserver(server_words(model))
+        work = _serve_and_load(args, console, server, began)
+        rows, state = asyncio.run(interrupts.watch(work))
+    except ServerError as wrong:
         keep = True
-        raise ServerFailed(f"{wrong}\nits log is {server.log}") from None
+        log = server.log if server else "not there"
+        raise ServerError(f"{wrong}\nits log is {log}") from None
     finally:
-        with console.status("stopping the server"):
-            server.stop(keep)
+        with interrupts.hold(), console.status("stopping the server"):
+            if server is not None:
+                server.stop(keep)
     report(rows, state, args.json, console)
     console.print(f"done in {time.monotonic() - began:.0f} s")
     return 0 if all(row.error is None for row in rows) else 1

@@ -1,4 +1,4 @@
-"""`taichi serve` as a child process: start it, hear what it says, stop it; nothing of it is left afterwards."""
+"""`taichi serve` as a child process: start it, hear what it says, stop it so that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAYS = "taichi: "
 READY = "ready on "
 
 
-class ServerFailed(RuntimeError):
+class ServerError(RuntimeError):
     """The server ended before it was ready, or did not end well. The message is its own last word."""
 
 
@@ -63,7 +63,7 @@ class Subserver:
             raise
 
     async def sayings(self) -> AsyncIterator[str]:
-        """What the server says about itself, line by line, until it is ready. Raises ServerFailed."""
+        """What the server says about itself, line by line, until it is ready. Raises ServerError."""
         last, rest = "it said nothing", ""
         with self.log.open(encoding="utf-8", errors="replace") as log:
             while True:
@@ -78,7 +78,7 @@ class Subserver:
                     elif line.strip() and not last.startswith("waiting"):
                         last = line if "Error" in line else last
                 if ended is not None:
-                    raise ServerFailed(f"the server ended with exit code {ended}: {last}")
+                    raise ServerError(f"the server ended with exit code {ended}: {last}")
                 await asyncio.sleep(0.1)
 
     def stop(self, keep: bool) -> int:

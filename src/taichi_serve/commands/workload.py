@@ -6,12 +6,13 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-WORDS = (
-    "about after again air all also animal answer ask away back because before began below between big book "
-    "boy both bring call came can car change city close cold come could country day did different do does done "
-    "door down each early earth eat end enough even ever every eye face family far fast father few find fire "
-    "first follow food for form found four from full gave get give go good great ground grow had half hand hard"
-).split()
+TEXT = """\
+about after again air all also animal answer ask away back because before began below between big book
+boy both bring call came can car change city close cold come could country day did different do does done
+door down each early earth eat end enough even ever every eye face family far fast father few find fire
+first follow food for form found four from full gave get give go good great ground grow had half hand
+hard"""
+WORDS = TEXT.split()
 
 SHORT, LONG = (10, 90), (1000, 1800)  # words of a prompt
 LONG_SHARE = 0.4
