@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ QWEN_7B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+
+
+ASKED: Counter[int] = Counter()  # what the server said to wishes to move
 
 
 def shape(tokenizer_of: Path, config: dict[str, Any], target: Path) -> Path:
@@ -126,6 +130,7 @@ async def move(client: httpx.AsyncClient, request: str, targets: list[str]) -> b
     here = view["legs"][-1]["instance"]
     target = random.choice([name for name in targets if name != here])
     answer = await client.post(f"/taichi/requests/{request}/flow", json={"to": target})
+    ASKED[answer.status_code] += 1
     return answer.status_code == 202 or "bound" in answer.text
 
 

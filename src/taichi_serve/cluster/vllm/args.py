@@ -78,6 +78,13 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         text = f"{text} (default: {default})"
         group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=text)
     group.add_argument(
+        "--kv-over",
+        choices=("auto", "nixl"),
+        default="auto",
+        help="how KV moves between instances: directly where they share a host and it lets them, or always "
+        "over NIXL (default: auto)",
+    )
+    group.add_argument(
         "--devices",
         help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
         "tensor-parallel size each; on CPU the cores are divided evenly)",
@@ -124,7 +131,7 @@ def policy(args: argparse.Namespace) -> Policy:
     return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
 
 
-def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
+def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmConfig:
     """vLLM's configuration of one instance, from the server's command line.
 
     All instances get the same step budget, so that a D-heavy one can turn P-heavy while serving.
@@ -132,7 +139,7 @@ def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
     args = parse(argv)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.kv_transfer_config = transfer_config(engine_id)
+    engine_args.kv_transfer_config = transfer_config(engine_id, "" if args.kv_over == "nixl" else directory)
     chosen = sliders(args)
     if engine_args.max_num_batched_tokens is None:
         seqs = engine_args.max_num_seqs or 256
