@@ -105,11 +105,9 @@ def _log(record: Record) -> Table:
 
 
 def lines(record: Record) -> Iterator[Line]:
-    """The log in words. A decision is made at the time of the fact it follows from."""
-    at = 0.0
+    """The log in words. Facts have a time; a decision is made as soon as what it follows from is known."""
     for entry in record["log"]:
-        if "at" in entry:
-            at = entry["at"] - record["arrived_at"]
+        at = entry["at"] - record["arrived_at"] if "at" in entry else None
         head, *forecasts = WORDS.get(entry["type"], _other)(entry)
         yield at, *head
         for what, why in forecasts:
