@@ -19,7 +19,9 @@ from taichi_serve.sliders import Kind, Sliders
 class Move(Enum):
     """Why a request changes instance."""
 
-    HAND_OVER = "hand-over"  # after prefill, to the instance where it decodes (Alg. 1, low-interference start)
+    HAND_OVER = (
+        "hand-over"  # after prefill, to the instance where it decodes (Alg. 1, low-interference start)
+    )
     DEGRADE = "degrade"  # out of a D-heavy instance past the watermark (Alg. 1, longest first)
     BACKFLOW = "backflow"  # back to a D-heavy instance before its TPOT is lost (Alg. 1)
     OPERATOR = "operator"  # somebody asked for it
@@ -83,6 +85,20 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """The parts of one move, each the time in seconds at which it ended, on the cluster's clock."""
+
+    left: float  # the source made its last token
+    heard: float  # the server has it
+    arrived: float  # the target's engine has the request
+    began: float  # it has blocks, and the pull was asked for
+    landed: float  # the last byte is known to be there
+    scheduled: float  # it is in a step of the target
+    made: float  # that step has made its token
+    at: float  # the server has it
+
+
+@dataclass(frozen=True, slots=True)
 class Flowed:
     """The first token of leg `leg` is out on `instance`; with it `output_tokens` have been produced.
     `kv_tokens` came over from the instance before; `reused` counts these and what was still cached here, and
@@ -96,6 +112,7 @@ class Flowed:
     kv_tokens: int
     gap: float
     reused: int = 0
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +179,7 @@ class Slid:
 
 
 Event = (
-    Arrived
-    | Prefilled
-    | Stepped
-    | Flowed
-    | Finished
-    | Refused
-    | Lost
-    | Cancelled
-    | Asked
-    | Drained
-    | Slid
+    Arrived | Prefilled | Stepped | Flowed | Finished | Refused | Lost | Cancelled | Asked | Drained | Slid
 )
 
 
