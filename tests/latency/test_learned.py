@@ -42,3 +42,11 @@ def test_an_instance_without_prompts_is_judged_by_the_speed_of_the_others() -> N
     learned = Learned()
     learned.stepped(small, step("i1", 0.01, 100, decodes=0))
     assert learned.ttft(large, 1000) == pytest.approx(0.1)
+
+
+def test_one_stall_does_not_outweigh_what_was_known() -> None:
+    large = instance("i0", 1000)
+    learned = Learned()
+    for seconds in (0.1, 0.1, 12.0):
+        learned.stepped(large, step("i0", seconds, 1000))
+    assert learned.ttft(large, 1000) < 0.25

@@ -53,6 +53,15 @@ class Average:
         return self.above / self.below if self.below > 0 else default
 
 
+STALL = 4.0  # a sample counts for at most so many times what was known
+
+
+def bounded(sample: float, known: Average) -> float:
+    """One stall of seconds must not outweigh a hundred good samples: an instance that then looks bad is
+    asked no more, and nothing would ever correct it."""
+    return min(sample, STALL * known.value(sample))
+
+
 @dataclass(slots=True)
 class Learned:
     """A predictor without a profile: it starts from a safe default and learns from every step.
@@ -95,14 +104,17 @@ class Learned:
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Learn the time of prompt tokens from steps that had some, and the fixed time from the others."""
         if step.prefill_tokens:
-            rest = max(0.0, step.seconds - self._fixed(instance))
-            self.prefill.add(rest, step.prefill_tokens, self.keep)
+            rest = max(0.0, step.seconds - self._fixed(instance)) / step.prefill_tokens
+            self.prefill.add(
+                bounded(rest, self.prefill) * step.prefill_tokens, step.prefill_tokens, self.keep
+            )
         else:
-            self.fixed.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
+            fixed = self.fixed.setdefault(instance.name, Average())
+            fixed.add(bounded(step.seconds, fixed), 1.0, self.keep)
         if step.decodes:
             self.steps.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
 
     def flowed(self, source: str, move: Flowed) -> None:
         """Learn the gap of a move."""
         if source != move.instance:
-            self.gaps.add(move.gap, 1.0, self.keep)
+            self.gaps.add(bounded(move.gap, self.gaps), 1.0, self.keep)
