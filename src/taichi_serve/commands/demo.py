@@ -34,7 +34,7 @@ P_CHUNK, D_CHUNK = 1024, 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the demo can be told."""
     parser.add_argument("--requests", type=_count, default=40, help="how many to send (default: 40)")
-    parser.add_argument("--rate", type=_rate, default=2.5, help="requests a second (default: 2.5)")
+    parser.add_argument("--rate", type=_rate, default=2.0, help="requests a second (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of lengths and arrivals (default: 0)")
     parser.add_argument("--json", metavar="FILE", help='write rows and totals there ("-": standard output)')
 

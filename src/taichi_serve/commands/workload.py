@@ -14,10 +14,10 @@ first follow food for form found four from full gave get give go good great grou
 hard"""
 WORDS = TEXT.split()
 
-SHORT, LONG = (10, 90), (1000, 1800)  # words of a prompt
-LONG_SHARE = 0.4
+SHORT, LONG = (10, 90), (900, 1400)  # words of a prompt
+LONG_SHARE = 0.35
 OUTPUT = (16, 80)  # tokens
-BY_HAND_WORDS, BY_HAND_OUTPUT = 400, 320
+BY_HAND_WORDS, BY_HAND_OUTPUT = 300, 240
 
 
 @dataclass(frozen=True, slots=True)
