@@ -127,12 +127,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before."""
+    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before, with
+    `output_tokens` produced so far (0: not known; it is then counted as if it had stood still)."""
 
     at: float
     request: str
     leg: int
     why: str
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +190,27 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What was predicted for one instance when a decision was made: seconds, and why it was (not) taken."""
+    """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
+    before it, whether that is feasible, whether its KV cache has room for the prompt (`fits`), and whether
+    its decodes can bear more prompts beside them (`calm`)."""
 
     instance: str
     ttft: float
     queued_prefill_tokens: int
     feasible: bool
+    fits: bool = True
+    calm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a decode would meet on one instance: seconds per token, share of KV in use once it has landed,
+    and whether that is within the mark that was asked for."""
+
+    instance: str
+    tpot: float
+    load: float
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +222,7 @@ class Prefill:
     on: str
     hand_over: bool = False
     forecasts: tuple[Forecast, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +234,7 @@ class Decode:
     on: str
     move: Move
     why: str = ""
+    outlooks: tuple[Outlook, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +246,7 @@ class Flow:
     to: str
     move: Move
     why: str = ""
+    outlooks: tuple[Outlook, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,28 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
+from taichi_serve.messages import Outlook
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.residents import Residents
+from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
 
 Flowing = tuple[Request, Instance]
-
-
-def room_for(kv_tokens: int, policy: Policy) -> int:
-    """KV tokens to promise to a request that comes with `kv_tokens`: it grows while it is on its way."""
-    return kv_tokens + policy.growth
-
-
-def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
-    """Share of the KV cache in use once a request with `kv_tokens` has landed on this instance.
-
-    Counted are the blocks in use, the room already promised, the prompts queued here, and that every
-    resident grows while the move is under way.
-    """
-    grown = policy.growth * (instance.decodes + 1)
-    used = instance.kv_tokens + instance.reserved_tokens + instance.queued_prefill_tokens
-    return (used + kv_tokens + grown) / instance.kv_capacity if instance.kv_capacity else float("inf")
 
 
 def choose_target(
@@ -45,6 +31,17 @@ def choose_target(
         if load < best_load or (best is None and load <= mark):
             best, best_load = instance, load
     return best
+
+
+def outlooks(
+    instances: Iterable[Instance], room: int, mark: float, predictor: Predictor, policy: Policy
+) -> tuple[Outlook, ...]:
+    """What a decode that needs `room` KV tokens would meet on each of these instances: the explanation."""
+    looks = []
+    for instance in instances:
+        load = load_after(instance, room - policy.growth, policy)
+        looks.append(Outlook(instance.name, predictor.tpot(instance, room), load, load <= mark))
+    return tuple(looks)
 
 
 def choose_start(
@@ -94,7 +91,7 @@ def choose_degrade(
         target = choose_target(helpers, kv_tokens, policy.full_mark, policy)
         if target is None:
             continue
-        gap = predictor.move(source.name, target.name, kv_tokens)
+        gap = predictor.move(source, target, kv_tokens)
         if residents.slack(request, now, source.ticks) <= gap or request.max_tokens - output <= policy.growth:
             continue
         return request, target
@@ -126,7 +123,7 @@ def choose_backflow(
         if target is None:
             continue
         saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)
-        if saved * (request.max_tokens - output) > predictor.move(source.name, target.name, kv_tokens):
+        if saved * (request.max_tokens - output) > predictor.move(source, target, kv_tokens):
             return request, target
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from taichi_serve.instance import Instance
+from taichi_serve.latency.model import prompt_attention
 from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.residents import Residents
@@ -29,23 +30,39 @@ class Ledger:
             if capacities.get(name, 0) < 1:
                 raise ValueError(f"the KV capacity of {name} is missing or not positive")
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
+        # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
+        self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
 
     def enqueue(self, request: Request, instance: Instance) -> None:
         """The prompt waits on this instance."""
         request.enter(State.PREFILLING)
         request.instance = instance.name
+        if not (instance.decodes or instance.queued_requests):  # idle: a step with it begins at once
+            instance.running_tokens = min(instance.chunk, request.prompt_tokens)
+        self.queues[instance.name][request.id] = None
         instance.queued_tokens += request.prompt_tokens
         instance.queued_requests += 1
+        instance.queued_attention += prompt_attention(request.prompt_tokens)
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
-        """The prompt is through, or will not be computed; `cached` of it did not have to be."""
+        """The prompt is through; `cached` tokens of it did not have to be computed."""
         instance = self.instances[request.instance]
+        self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
+
+    def drop(self, request: Request) -> None:
+        """The prompt is not computed any further here. What was computed is that of the oldest prompt."""
+        instance = self.instances[request.instance]
+        oldest = next(iter(self.queues[instance.name])) == request.id
+        self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
+
+    def _unqueue(self, request: Request, instance: Instance, progress: int) -> None:
+        del self.queues[instance.name][request.id]
         instance.queued_tokens -= request.prompt_tokens
         instance.queued_requests -= 1
-        # Progress counts every prompt token computed here, and belongs to the head of the queue.
-        left = instance.progress_tokens - (request.prompt_tokens - cached)
-        instance.progress_tokens = min(max(0, left), instance.queued_tokens)
+        instance.queued_attention -= prompt_attention(request.prompt_tokens)
+        instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
+        instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
         self._rest(instance)
 
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
@@ -55,6 +72,7 @@ class Ledger:
         request.base, request.joined = output_tokens, instance.ticks
         request.degraded = request.degraded and instance.kind is Kind.P_HEAVY
         instance.decodes += 1
+        instance.context_base += request.prompt_tokens + request.base - request.joined
         if request.movable:
             self.residents[instance.name].add(request)
 
@@ -63,7 +81,7 @@ class Ledger:
         if request.state is State.MOVING:
             self.instances[request.instance].leaving_tokens -= request.reserved
         elif request.state is State.PREFILLING:
-            self.dequeue(request)
+            self.drop(request)
             request.enter(State.WAITING)
         elif request.state is State.DECODING:
             self.lift(request)
@@ -76,6 +94,7 @@ class Ledger:
         if request.movable:
             self.residents[instance.name].remove(request)
         instance.decodes -= 1
+        instance.context_base -= request.prompt_tokens + request.base - request.joined
         request.base, request.joined = request.output_tokens(instance.ticks), instance.ticks
 
     def depart(self, request: Request, target: Instance, move: Move, now: float, room: int) -> None:
@@ -93,27 +112,22 @@ class Ledger:
         if source := self.instances.get(request.instance):
             source.leaving_tokens += room
 
-    def arrive(self, request: Request, output_tokens: int) -> None:
-        """The request's first token is out at its target."""
-        target = self.instances[request.target]
+    def arrive(self, request: Request) -> None:
+        """The request is at its target: what was promised to it there is now in the target's own figures."""
         self._release(request)
-        self.settle(request, target, output_tokens)
 
-    def stay(self, request: Request) -> None:
+    def stay(self, request: Request, output_tokens: int) -> None:
         """The move did not happen: the request is resident where it came from."""
         self._release(request)
-        source, output = self.instances[request.instance], request.base
-        if request.why not in (Move.HAND_OVER, Move.RESCUE):  # those stood still; a flow ran on until refused
-            output += source.ticks - request.joined
         if request.why is not None:
             request.moves[request.why] -= 1
-        self.settle(request, source, output)
+        self.settle(request, self.instances[request.instance], max(request.base, output_tokens))
 
     def forget(self, request: Request) -> None:
         """The request is over: nothing of it is left in any sum."""
         match request.state:
             case State.PREFILLING:
-                self.dequeue(request)
+                self.drop(request)
             case State.DECODING:
                 self.lift(request)
             case State.MOVING:
@@ -129,6 +143,7 @@ class Ledger:
         instance.kv_tokens = step.kv_tokens
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
+        instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
         for name in step.missed:
             request = self.requests.get(name)
             if request is None or request.instance != instance.name:
@@ -137,6 +152,8 @@ class Ledger:
             if keyed:
                 self.residents[instance.name].remove(request)
             request.joined += 1
+            if request.state is State.DECODING:
+                instance.context_base -= 1
             if keyed:
                 self.residents[instance.name].add(request)
 

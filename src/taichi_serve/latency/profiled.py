@@ -1,0 +1,153 @@
+"""Predictions from a profile, corrected by what the instances are seen to do.
+
+Every instance has two biases, observed over predicted seconds of its recent steps: of those with prompt
+tokens in them, and of those without. They are bounded, so one stall cannot make an instance look dead; within
+the bounds a profile of another machine heals in a few dozen steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from taichi_serve.instance import Instance
+from taichi_serve.latency.model import Roofline, prompt_attention
+from taichi_serve.latency.predict import Average
+from taichi_serve.latency.profile import Profile, Transfer
+from taichi_serve.messages import Flowed, Stepped
+from taichi_serve.sliders import Kind
+
+KEEP = 0.95  # weight of the past at each sample: half is forgotten in 14
+LOWEST, HIGHEST = 0.25, 4.0  # bounds of a bias
+UNMEASURED = Transfer(Kind.P_HEAVY, Kind.D_HEAVY, latency=0.02, bytes_per_second=4e8)  # the slowest seen
+
+
+def bounded(ratio: float) -> float:
+    """A bias within its bounds."""
+    return min(max(ratio, LOWEST), HIGHEST)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one instance was seen to do lately."""
+
+    mixed: Average = field(default_factory=Average)  # seconds observed over predicted, steps with prompts
+    plain: Average = field(default_factory=Average)  # the same, steps without
+    share: Average = field(default_factory=Average)  # of steps that had prompt tokens
+    prompt: Average = field(default_factory=Average)  # prompt tokens in such a step
+    mixed_bias: float = 1.0  # the two ratios within their bounds: asked for often, changed once a step
+    plain_bias: float = 1.0
+    usual: float = 0.0  # the value of `prompt`
+
+
+class Profiled:
+    """A predictor that stands on a profile."""
+
+    def __init__(
+        self, model: Roofline, transfers: Mapping[tuple[Kind, Kind], Transfer], bytes_per_token: int
+    ) -> None:
+        """`transfers` says how fast KV moves between two kinds of instances; `bytes_per_token` is of KV."""
+        self.model = model
+        self.transfers = dict(transfers)
+        self.bytes_per_token = bytes_per_token
+        self.seen: dict[str, Seen] = {}
+        self.gaps: dict[tuple[Kind, Kind], Average] = {}
+
+    @classmethod
+    def of(cls, profile: Profile) -> Profiled:
+        """The predictor for a measured model and device."""
+        transfers = {(t.source, t.target): t for t in profile.transfers}
+        return cls(profile.fit.model(), transfers, profile.bytes_per_token)
+
+    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+        """Half of the running step, the queue's other chunks and the own ones, beside the decodes there (s).
+
+        Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
+        """
+        # Roofline.of is written out here: this runs for every instance at every arrival.
+        model, chunk, running = self.model, instance.chunk or 1, instance.running_tokens
+        ahead = instance.queued_tokens - instance.progress_tokens
+        decodes, token, floor = instance.decodes, model.token, model.token * model.knee
+        context = instance.context_base + decodes * instance.ticks
+        plain = model.launch + model.decode * decodes + model.kv * context
+        beside = plain + model.mixed
+        full, rest = divmod(ahead - running + prompt_tokens, chunk)
+        seconds = full * (beside + max(floor, token * (chunk + decodes)))
+        seen = self.seen.get(instance.name)
+        if rest:
+            if running and seen and rest < seen.usual:
+                # Until that step begins others arrive and share it: it will be as full as steps were lately.
+                rest = min(chunk, int(seen.usual))
+            seconds += beside + max(floor, token * (rest + decodes))
+        pairs = prompt_tokens * (prompt_tokens + 1) / 2
+        if ahead:
+            pairs += instance.queued_attention * (ahead - running / 2) / instance.queued_tokens
+        if running or decodes:
+            # A request arrives when on average half of a step is left, and cannot join it.
+            seconds += ((beside if running else plain) + max(floor, token * (running + decodes))) / 2
+        return (seconds + model.attention * pairs) * (seen.mixed_bias if seen else 1.0)
+
+    def tpot(self, instance: Instance, kv_tokens: int) -> float:
+        """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
+        joined = 1 if kv_tokens else 0
+        decodes, context = instance.decodes + joined, instance.context_tokens + kv_tokens
+        seconds = self.model.of(0, 0.0, decodes, context)
+        seen = self.seen.get(instance.name)
+        if seen is None:
+            return seconds
+        seconds *= seen.plain_bias
+        share = seen.share.value(0.0)
+        if share == 0.0:
+            return seconds
+        prompt = seen.usual
+        mixed = self.model.of(prompt, prompt * self._pairs(instance), decodes, context)
+        return (1 - share) * seconds + share * mixed * seen.mixed_bias
+
+    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        """The gap (s): KV over the link, or computing it again where that is faster, and one step there."""
+        if source is target:
+            return 0.0
+        pair = source.kind, target.kind
+        link = self.transfers.get(pair, UNMEASURED)
+        seconds = link.seconds(kv_tokens * self.bytes_per_token) * self._gap_bias(pair)
+        if target.chunk:
+            steps = -(-kv_tokens // target.chunk)
+            again = steps * self.model.of(target.chunk, 0.0, target.decodes, target.context_tokens)
+            seconds = min(seconds, again + self.model.attention * prompt_attention(kv_tokens))
+        return seconds + self.tpot(target, kv_tokens)
+
+    def stepped(self, instance: Instance, step: Stepped) -> None:
+        """Compare a step with its prediction; `instance` is as it was before the step."""
+        seen = self.seen.setdefault(instance.name, Seen())
+        pairs = step.prefill_tokens * self._pairs(instance)
+        predicted = self.model.of(step.prefill_tokens, pairs, step.decodes, instance.context_tokens)
+        # Each sample is bounded too: a stall of a minute would outweigh hundreds of good steps.
+        observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
+        if step.prefill_tokens:
+            seen.mixed.add(observed, predicted, KEEP)
+            seen.mixed_bias = bounded(seen.mixed.value(1.0))
+            seen.prompt.add(step.prefill_tokens, 1.0, KEEP)
+            seen.usual = seen.prompt.value(0.0)
+        else:
+            seen.plain.add(observed, predicted, KEEP)
+            seen.plain_bias = bounded(seen.plain.value(1.0))
+        if step.decodes:
+            seen.share.add(1.0 if step.prefill_tokens else 0.0, 1.0, KEEP)
+
+    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
+        """Compare the gap of a move that took its KV along with its prediction."""
+        if source is target or move.kv_tokens == 0:
+            return
+        pair = source.kind, target.kind
+        link = self.transfers.get(pair, UNMEASURED)
+        on_the_way = max(0.0, move.gap - self.tpot(target, 0))
+        predicted = link.seconds(move.kv_tokens * self.bytes_per_token)
+        self.gaps.setdefault(pair, Average()).add(on_the_way, predicted, KEEP)
+
+    def _gap_bias(self, pair: tuple[Kind, Kind]) -> float:
+        gaps = self.gaps.get(pair)
+        return bounded(gaps.value(1.0)) if gaps else 1.0
+
+    def _pairs(self, instance: Instance) -> float:
+        """Attended tokens per prompt token, on average over the queue of an instance."""
+        return instance.queued_attention / instance.queued_tokens if instance.queued_tokens else 0.0
