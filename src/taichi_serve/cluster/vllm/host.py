@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ log = logging.getLogger("vllm.taichi.host")
 Rows = NDArray[np.uint64]  # (n, 3): address, bytes, device
 DIRECT = "direct-"  # how the markers of pairs that read directly begin
 IOV_MAX = 1024
+EARLY_SECONDS = 10.0  # how long a word about an unknown request is kept
 
 
 class Memory(Protocol):
@@ -103,11 +104,28 @@ class HostAgent:
         self._engine_id = engine_id
         self._rank = rank
         self._in_step = False
+        self.knows: Callable[[str], bool] = lambda request: True
+        self._early: list[tuple[float, str, bytes]] = []
         self._peers: dict[str, dict[str, Any]] = {}
         self._ranges: list[Rows] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._nixl, name)  # whatever is not about copying stays NIXL's
+
+    def get_new_notifs(self) -> dict[str, list[bytes]]:
+        """Words of readers. One about a request that our worker has not heard of yet is kept for later:
+        a reader on this host can be done before the source's own next step."""
+        now = time.perf_counter()
+        words = [(now, agent, word) for agent, news in self._nixl.get_new_notifs().items() for word in news]
+        words, self._early = self._early + words, []
+        known: dict[str, list[bytes]] = {}
+        for at, agent, word in words:
+            request = word.decode().rsplit(":", 1)[0]
+            if self.knows(request) or request.startswith("HB") or now - at > EARLY_SECONDS:
+                known.setdefault(agent, []).append(word)
+            else:
+                self._early.append((at, agent, word))
+        return known
 
     # ------------------------------------------------------------------------------ meeting the peers
 

@@ -68,6 +68,7 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self.pulled: dict[str, tuple[int, float]] = {}
         directory = self.vllm_config.kv_transfer_config.get_from_extra_config("taichi_directory", "")
         self._directory = Path(directory) if directory else None
+        self._in_step: dict[str, int] = {}  # to be read within their step: tokens that are here already
         self._direct: set[str] = set()  # engines whose memory every rank here reads directly
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
@@ -80,9 +81,14 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
             return 0, False
         final = min(params["remote_num_tokens"], request.num_tokens - 1)
         missing = max(0, final - num_computed_tokens)
-        return missing, missing > 0 and not self._is_direct(params["remote_engine_id"])
+        in_step = missing > 0 and self._is_direct(params["remote_engine_id"])
+        if in_step:
+            self._in_step[request.request_id] = num_computed_tokens
+        return missing, missing > 0 and not in_step
 
     def _is_direct(self, engine_id: str) -> bool:
+        if len(self.kv_cache_config.kv_cache_groups) > 1:
+            return False  # a failed read could not be told apart by block
         if engine_id not in self._direct and self._directory is not None:
             ranks = self._directory.glob(f"{DIRECT}{self.engine_id}--{engine_id}--*")
             if len(list(ranks)) >= self.transfer_tp_size:
@@ -92,21 +98,30 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """Remember how much is pulled."""
+        """Have the missing blocks read, and remember how much that is."""
+        known = self._in_step.pop(request.request_id, None)
         if num_external_tokens:
             self.pulled[request.request_id] = num_external_tokens, time.monotonic()
-        super().update_state_after_alloc(request, blocks, num_external_tokens)
-        wanted = self._reqs_need_recv.get(request.request_id)
-        if wanted is not None and num_external_tokens and self._is_direct(_source(request)):
-            # It is in this step already: nobody waits for it, and its lease ends with the step.
-            self._reqs_need_recv[request.request_id] = (*wanted[:3], False)
-            self._stop_heartbeat(request.request_id)
+        if known is None or not num_external_tokens:
+            super().update_state_after_alloc(request, blocks, num_external_tokens)
+            return
+        # vLLM's own would look for blocks without a hash, and those of a request in this step have theirs.
+        first, last = known // self.block_size, -(-(known + num_external_tokens) // self.block_size)
+        missing = tuple(list(group)[first:last] for group in blocks.get_block_ids())
+        computed = tuple(first for _ in missing)
+        # Nobody waits for it (the False), and its lease ends with the step.
+        wanted = self.get_exchange_clipped_blocks(missing)
+        self._reqs_need_recv[request.request_id] = (request, wanted, computed, False)
+        assert request.kv_transfer_params is not None
+        request.kv_transfer_params["do_remote_prefill"] = False
+        self._stop_heartbeat(request.request_id)
 
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, TransferParams | None]:
         """Pin the blocks of a request that leaves; free those of every other one at once."""
         self.pulled.pop(request.request_id, None)
+        self._in_step.pop(request.request_id, None)
         leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         pinned, params = super().request_finished(request, block_ids)
         if not (leaves and pinned and params):
@@ -126,10 +141,6 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
     def release(self, request_id: str) -> None:
         """Let the lease of a request that left end now: nobody will read its blocks."""
         self._reqs_need_send[request_id] = time.perf_counter() - 1.0
-
-
-def _source(request: Request) -> str:
-    return str((request.kv_transfer_params or {}).get("remote_engine_id", ""))
 
 
 def let_progress_sleep(bindings: Any) -> None:
@@ -169,6 +180,9 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         if directory and (memory := _memory()) is not None:
             me = (engine_id, self.tp_rank)
             self.nixl_wrapper = self._host = HostAgent(self.nixl_wrapper, Path(directory), memory, *me)
+            self._host.knows = lambda request: (
+                request in self._reqs_to_send or request in self._reqs_to_process
+            )
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         """Read now, within the step, what the scheduler counts on; everything else as vLLM does."""
