@@ -30,11 +30,18 @@ class Instance:
     queued_requests: int = 0
     kv_tokens: int = 0  # blocks in use times block size, as of its last step
     reserved_tokens: int = 0
+    leaving_tokens: int = 0  # KV of requests that were told to go elsewhere and are not there yet
+    closing: bool = False  # takes no new prompts, and gets chunk 0 once the queued ones are through
 
     @property
     def serving(self) -> bool:
         """Whether new work may be sent here."""
         return self.alive and not self.draining
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prompts may be sent here."""
+        return self.alive and self.chunk > 0 and not self.closing
 
     @property
     def queued_prefill_tokens(self) -> int:

@@ -50,6 +50,7 @@ class Request:
     first_at: float | None = None  # when the user got the first token
     base: int = 0  # output tokens when it joined its instance's tick clock
     joined: int = 0  # the instance's ticks at that moment
+    reserved: int = 0  # while moving: KV tokens promised to it at the target
     degraded: bool = False  # moved to a P-heavy instance by Alg. 1, may flow back
     moves: dict[Move, int] = field(default_factory=dict)
     moved_at: float = float("-inf")  # when its last move was decided

@@ -1,0 +1,99 @@
+"""TTFT and TPOT of a request on an instance, and the gap of a move: what the policies ask.
+
+A prediction is a belief: the truth is in the cluster. Nothing here reads a clock; it learns from facts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from taichi_serve.instance import Instance
+from taichi_serve.messages import Flowed, Stepped
+
+
+class Predictor(Protocol):
+    """What the policies ask. All answers are in seconds and must cost microseconds."""
+
+    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+        """From now until the first token of a prompt that is queued on this instance now."""
+        ...
+
+    def tpot(self, instance: Instance, kv_tokens: int) -> float:
+        """Per output token of a resident, once a decode with `kv_tokens` of context has joined."""
+        ...
+
+    def move(self, source: str, target: str, kv_tokens: int) -> float:
+        """Between the last token on `source` and the first on `target`, for a context of `kv_tokens`."""
+        ...
+
+    def stepped(self, instance: Instance, step: Stepped) -> None:
+        """Learn from a step; `instance` is as it was before the step."""
+        ...
+
+    def flowed(self, source: str, move: Flowed) -> None:
+        """Learn from a move that came from `source`."""
+        ...
+
+
+@dataclass(slots=True)
+class Average:
+    """A decaying ratio of two sums: the first sample counts fully, old ones fade."""
+
+    above: float = 0.0
+    below: float = 0.0
+
+    def add(self, above: float, below: float, keep: float) -> None:
+        """Take a sample; `keep` is the weight that the past retains."""
+        self.above = self.above * keep + above
+        self.below = self.below * keep + below
+
+    def value(self, default: float) -> float:
+        """The ratio, or the default while there is no sample."""
+        return self.above / self.below if self.below > 0 else default
+
+
+@dataclass(slots=True)
+class Learned:
+    """A predictor without a profile: it starts from a safe default and learns from every step.
+
+    TTFT is the queued prompt tokens plus the own ones, over the speed the instance prefilled with lately;
+    TPOT is its recent time per step with decodes in it. The defaults are slow on purpose: a pessimist
+    spreads requests evenly until it knows better.
+    """
+
+    seconds_per_prompt_token: float = 0.0005
+    seconds_per_step: float = 0.02
+    move_seconds: float = 0.05
+    keep: float = 0.95  # a step's weight halves every 14 steps
+    prefill: dict[str, Average] = field(default_factory=dict)
+    steps: dict[str, Average] = field(default_factory=dict)
+    gaps: Average = field(default_factory=Average)
+
+    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+        """Queued and own prompt tokens over the instance's recent speed (seconds)."""
+        known = self.prefill.get(instance.name)
+        per_token = known.value(self.seconds_per_prompt_token) if known else self.seconds_per_prompt_token
+        return (instance.queued_prefill_tokens + prompt_tokens) * per_token
+
+    def tpot(self, instance: Instance, kv_tokens: int) -> float:
+        """The recent time per step with decodes in it (seconds); one more decode is taken to be free."""
+        known = self.steps.get(instance.name)
+        return known.value(self.seconds_per_step) if known else self.seconds_per_step
+
+    def move(self, source: str, target: str, kv_tokens: int) -> float:
+        """The recent average gap of all moves (seconds); staying costs nothing."""
+        return 0.0 if source == target else self.gaps.value(self.move_seconds)
+
+    def stepped(self, instance: Instance, step: Stepped) -> None:
+        """Learn speed from steps that prefilled, and TPOT from steps that decoded."""
+        if step.prefill_tokens:
+            speed = self.prefill.setdefault(instance.name, Average())
+            speed.add(step.seconds, step.prefill_tokens, self.keep)
+        if step.decodes:
+            self.steps.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
+
+    def flowed(self, source: str, move: Flowed) -> None:
+        """Learn the gap of a move."""
+        if source != move.instance:
+            self.gaps.add(move.gap, 1.0, self.keep)

@@ -1,0 +1,135 @@
+"""Algorithm 1: flowing decode scheduling. Where a decode starts, who is degraded, who flows back, where to.
+
+Every function reads the ledger and answers; none of them writes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from taichi_serve.instance import Instance
+from taichi_serve.latency.predict import Predictor
+from taichi_serve.request import Request
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.residents import Residents
+from taichi_serve.sliders import Kind
+
+Flowing = tuple[Request, Instance]
+
+
+def room_for(kv_tokens: int, policy: Policy) -> int:
+    """KV tokens to promise to a request that comes with `kv_tokens`: it grows while it is on its way."""
+    return kv_tokens + policy.growth
+
+
+def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
+    """Share of the KV cache in use once a request with `kv_tokens` has landed on this instance.
+
+    Counted are the blocks in use, the room already promised, the prompts queued here, and that every
+    resident grows while the move is under way.
+    """
+    grown = policy.growth * (instance.decodes + 1)
+    used = instance.kv_tokens + instance.reserved_tokens + instance.queued_prefill_tokens
+    return (used + kv_tokens + grown) / instance.kv_capacity if instance.kv_capacity else float("inf")
+
+
+def choose_target(
+    instances: Iterable[Instance], kv_tokens: int, mark: float, policy: Policy
+) -> Instance | None:
+    """The least loaded instance within `mark` (share of KV) with the newcomer; the first of equals."""
+    best, best_load = None, mark
+    for instance in instances:
+        if instance.decodes + instance.arriving >= instance.max_decodes:
+            continue
+        load = load_after(instance, kv_tokens, policy)
+        if load < best_load or (best is None and load <= mark):
+            best, best_load = instance, load
+    return best
+
+
+def choose_start(
+    request: Request, here: Instance, instances: Sequence[Instance], policy: Policy
+) -> tuple[Instance, str]:
+    """Low-interference start: the D-heavy instance where the decode of a prefilled request begins, and why.
+
+    One that stays below the watermark comes first; past it, any that has room at all (its longest output is
+    then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). With no room
+    anywhere the request stays where it prefilled, unless nobody may decode on P-heavy instances: then it
+    waits for the emptiest D-heavy one.
+    """
+    decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
+    if here.kind is Kind.D_HEAVY and here in decoders and load_after(here, 0, policy) <= policy.full_mark:
+        return here, "it prefilled on a D-heavy instance with room"
+    kv_tokens = request.prompt_tokens + 1
+    if target := choose_target(decoders, kv_tokens, policy.full_mark, policy):
+        return target, "the D-heavy instance with most room"
+    if target := choose_target(decoders, kv_tokens, 1.0, policy):
+        return target, "no D-heavy instance below the watermark; this one has room"
+    if decoders and not policy.degrades:
+        return min(decoders, key=lambda i: load_after(i, kv_tokens, policy)), "waits for room: none has any"
+    return here, "no D-heavy instance has room"
+
+
+def choose_degrade(
+    source: Instance,
+    residents: Residents,
+    requests: Mapping[str, Request],
+    helpers: Sequence[Instance],
+    now: float,
+    predictor: Predictor,
+    policy: Policy,
+) -> Flowing | None:
+    """Longest-first degrading: whom a D-heavy instance past the watermark sends to a P-heavy one, and where.
+
+    The longest output has banked the most TPOT slack. It is passed over when it moved a moment ago, is about
+    to end, or could not pay the gap of the move out of its slack.
+    """
+    if not helpers or source.kv_tokens - source.leaving_tokens <= policy.watermark * source.kv_capacity:
+        return None
+    for request in _first(residents.longest(), requests, policy.scan):
+        if now - request.moved_at < policy.dwell:
+            continue
+        output = request.output_tokens(source.ticks)
+        kv_tokens = request.prompt_tokens + output
+        target = choose_target(helpers, kv_tokens, policy.full_mark, policy)
+        if target is None:
+            continue
+        gap = predictor.move(source.name, target.name, kv_tokens)
+        if residents.slack(request, now, source.ticks) <= gap or request.max_tokens - output <= policy.growth:
+            continue
+        return request, target
+    return None
+
+
+def choose_backflow(
+    source: Instance,
+    residents: Residents,
+    requests: Mapping[str, Request],
+    decoders: Sequence[Instance],
+    now: float,
+    predictor: Predictor,
+    policy: Policy,
+) -> Flowing | None:
+    """TPOT-aware backflow: whose running TPOT on a P-heavy instance reached alpha x SLO, and where it goes.
+
+    It goes only if that pays: what the D-heavy instance saves over the tokens it may still produce is more
+    than the gap of the move.
+    """
+    if not decoders:
+        return None
+    for request in _first(residents.crossing(now, source.ticks), requests, policy.scan):
+        if now - request.moved_at < policy.dwell:
+            continue
+        output = request.output_tokens(source.ticks)
+        kv_tokens = request.prompt_tokens + output
+        target = choose_target(decoders, kv_tokens, policy.return_mark, policy)
+        if target is None:
+            continue
+        saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)
+        if saved * (request.max_tokens - output) > predictor.move(source.name, target.name, kv_tokens):
+            return request, target
+    return None
+
+
+def _first(names: Iterable[str], requests: Mapping[str, Request], count: int) -> list[Request]:
+    return [requests[name] for _, name in zip(range(count), names, strict=False)]

@@ -1,0 +1,155 @@
+"""The books: which request is where, and what every instance therefore holds and expects.
+
+Every change of a request's place goes through one of these methods, so that the sums of an instance are
+changed in the same line as the state of the request. They decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from taichi_serve.instance import Instance
+from taichi_serve.messages import Move, Stepped
+from taichi_serve.request import Request, State
+from taichi_serve.scheduling.residents import Residents
+from taichi_serve.sliders import Kind, Sliders
+
+
+class Ledger:
+    """Live requests, instances, and the ordered residents of every instance."""
+
+    def __init__(
+        self, sliders: Sliders, capacities: Mapping[str, int], pace: float, max_degrades: int
+    ) -> None:
+        """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens."""
+        self.requests: dict[str, Request] = {}
+        self.instances: dict[str, Instance] = {}
+        for number, kind in enumerate(sliders.kinds()):
+            name = f"i{number}"
+            if capacities.get(name, 0) < 1:
+                raise ValueError(f"the KV capacity of {name} is missing or not positive")
+            self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
+        self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
+
+    def enqueue(self, request: Request, instance: Instance) -> None:
+        """The prompt waits on this instance."""
+        request.enter(State.PREFILLING)
+        request.instance = instance.name
+        instance.queued_tokens += request.prompt_tokens
+        instance.queued_requests += 1
+
+    def dequeue(self, request: Request, cached: int = 0) -> None:
+        """The prompt is through, or will not be computed; `cached` of it did not have to be."""
+        instance = self.instances[request.instance]
+        instance.queued_tokens -= request.prompt_tokens
+        instance.queued_requests -= 1
+        # Progress counts every prompt token computed here, and belongs to the head of the queue.
+        left = instance.progress_tokens - (request.prompt_tokens - cached)
+        instance.progress_tokens = min(max(0, left), instance.queued_tokens)
+        self._rest(instance)
+
+    def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
+        """The request is resident here, with so many tokens out as of the instance's last step."""
+        request.enter(State.DECODING)
+        request.instance, request.target, request.why = instance.name, "", None
+        request.base, request.joined = output_tokens, instance.ticks
+        request.degraded = request.degraded and instance.kind is Kind.P_HEAVY
+        instance.decodes += 1
+        if request.movable:
+            self.residents[instance.name].add(request)
+
+    def strand(self, request: Request) -> None:
+        """The request's instance is lost: it waits, with the tokens it has, for a place elsewhere."""
+        if request.state is State.MOVING:
+            self.instances[request.instance].leaving_tokens -= request.reserved
+        elif request.state is State.PREFILLING:
+            self.dequeue(request)
+            request.enter(State.WAITING)
+        elif request.state is State.DECODING:
+            self.lift(request)
+            request.enter(State.WAITING)
+        request.instance = ""
+
+    def lift(self, request: Request) -> None:
+        """The request is resident no more; its output so far stays in `base`."""
+        instance = self.instances[request.instance]
+        if request.movable:
+            self.residents[instance.name].remove(request)
+        instance.decodes -= 1
+        request.base, request.joined = request.output_tokens(instance.ticks), instance.ticks
+
+    def depart(self, request: Request, target: Instance, move: Move, now: float, room: int) -> None:
+        """The request leaves for `target`, where `room` KV tokens are promised to it."""
+        if request.state is State.DECODING:
+            self.lift(request)
+        if request.state is State.MOVING:
+            self._release(request)
+        request.enter(State.MOVING)
+        request.leg += 1
+        request.target, request.why, request.moved_at, request.reserved = target.name, move, now, room
+        request.moves[move] = request.moves.get(move, 0) + 1
+        target.arriving += 1
+        target.reserved_tokens += room
+        if source := self.instances.get(request.instance):
+            source.leaving_tokens += room
+
+    def arrive(self, request: Request, output_tokens: int) -> None:
+        """The request's first token is out at its target."""
+        target = self.instances[request.target]
+        self._release(request)
+        self.settle(request, target, output_tokens)
+
+    def stay(self, request: Request) -> None:
+        """The move did not happen: the request is resident where it came from."""
+        self._release(request)
+        source, output = self.instances[request.instance], request.base
+        if request.why not in (Move.HAND_OVER, Move.RESCUE):  # those stood still; a flow ran on until refused
+            output += source.ticks - request.joined
+        if request.why is not None:
+            request.moves[request.why] -= 1
+        self.settle(request, source, output)
+
+    def forget(self, request: Request) -> None:
+        """The request is over: nothing of it is left in any sum."""
+        match request.state:
+            case State.PREFILLING:
+                self.dequeue(request)
+            case State.DECODING:
+                self.lift(request)
+            case State.MOVING:
+                self._release(request)
+        request.enter(State.DONE)
+        del self.requests[request.id]
+        for name in {request.instance, request.target} - {""}:
+            self._rest(self.instances[name])
+
+    def step(self, instance: Instance, step: Stepped) -> None:
+        """One step of an instance: its tick clock goes on, for everybody but those who missed it."""
+        instance.ticks += 1
+        instance.kv_tokens = step.kv_tokens
+        progress = instance.progress_tokens + step.prefill_tokens
+        instance.progress_tokens = min(progress, instance.queued_tokens)
+        for name in step.missed:
+            request = self.requests.get(name)
+            if request is None or request.instance != instance.name:
+                continue
+            keyed = request.state is State.DECODING and request.movable
+            if keyed:
+                self.residents[instance.name].remove(request)
+            request.joined += 1
+            if keyed:
+                self.residents[instance.name].add(request)
+
+    def _release(self, request: Request) -> None:
+        target = self.instances[request.target]
+        target.arriving -= 1
+        target.reserved_tokens -= request.reserved
+        if source := self.instances.get(request.instance):
+            source.leaving_tokens -= request.reserved
+        request.reserved = 0
+
+    def _rest(self, instance: Instance) -> None:
+        # An idle instance makes no steps that would report its KV: with nobody left it holds nothing.
+        if not (instance.decodes or instance.queued_requests or instance.leaving_tokens):
+            instance.kv_tokens = 0
+            instance.progress_tokens = 0

@@ -1,0 +1,60 @@
+"""The values the two algorithms work with. Values, never mode flags: every mode is a choice of numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may be tuned in Algorithms 1 and 2 (paper, section 4; docs/decisions say why these defaults).
+
+    `watermark`     share of a D-heavy instance's KV above which its longest output is degraded; from 1.0 on
+                    nobody is ever degraded, and no decode is put on a P-heavy instance (disaggregation).
+    `alpha`         share of the TPOT SLO at which a request on a P-heavy instance flows back.
+    `ttft_margin`   share of the TTFT SLO that a prediction may use up and still count as feasible.
+    `hysteresis`    share of KV below the watermark that must stay free after a backflow lands.
+    `max_degrades`  how often one request may be degraded; every degrading may be followed by a backflow.
+    `dwell`         seconds a request stays where it is between two moves of Algorithm 1.
+    `growth`        tokens that every resident is expected to grow by while one move is under way.
+    `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
+    """
+
+    watermark: float = 0.95
+    alpha: float = 0.96
+    ttft_margin: float = 0.5
+    hysteresis: float = 0.05
+    max_degrades: int = 2
+    dwell: float = 0.25
+    growth: int = 8
+    scan: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("watermark", "alpha", "ttft_margin"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        for name in ("hysteresis", "dwell", "max_degrades", "growth"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must not be negative, and is {value!r}")
+        if self.hysteresis >= self.watermark:
+            raise ValueError(f"hysteresis ({self.hysteresis}) must be below watermark ({self.watermark})")
+        if self.scan < 1:
+            raise ValueError(f"scan must be at least 1, not {self.scan!r}")
+
+    @property
+    def degrades(self) -> bool:
+        """Whether a decode may be put on a P-heavy instance to relieve a D-heavy one."""
+        return self.watermark < 1.0
+
+    @property
+    def full_mark(self) -> float:
+        """Share of KV that a newcomer may fill an instance up to without anybody being degraded."""
+        return min(self.watermark, 1.0)
+
+    @property
+    def return_mark(self) -> float:
+        """Share of KV that a backflow may fill an instance up to."""
+        return self.full_mark - self.hysteresis
