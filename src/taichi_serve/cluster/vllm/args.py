@@ -1,0 +1,133 @@
+"""The command line of `taichi serve`: vLLM's own, with the sliders and the SLOs added to it.
+
+It is vLLM's parser, so a command line of `vllm serve` can be pasted and an unknown flag fails as it does
+there. The engine processes parse the same command line again: configuration is never pickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from taichi_serve.cluster.vllm.kv import transfer_config
+from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SCHEDULER = "taichi_serve.cluster.vllm.flow.FlowScheduler"
+# Several CPU instances share one memory: each takes at most this much for KV unless told otherwise.
+CPU_KV_BYTES = 1 << 30
+
+# vLLM flags that contradict what TaiChi does itself, each with what to use instead.
+REFUSED = {
+    "data_parallel_size": "instances are TaiChi's: use --p-heavy and --d-heavy",
+    "pipeline_parallel_size": "pipeline parallelism is not supported: use --tensor-parallel-size",
+    "speculative_config": "speculative decoding is not supported yet",
+    "kv_transfer_config": "TaiChi sets up the KV transfer between its instances itself",
+    "scheduler_cls": "TaiChi brings its own scheduler class",
+    "headless": "every instance belongs to one server",
+    "grpc": "only the HTTP front end is supported",
+    "api_server_count": "one front end serves all instances",
+    "enable_elastic_ep": "instances change with the sliders, not with elastic experts",
+}
+
+
+def make_parser() -> FlexibleArgumentParser:
+    """vLLM's serve parser with a group of our own."""
+    parser = FlexibleArgumentParser(prog="taichi")
+    commands = parser.add_subparsers(dest="subparser")
+    serve = commands.add_parser(
+        "serve",
+        description="Serve one model on several vLLM instances. Every flag of `vllm serve` applies to each "
+        "instance; `--help=TaiChi` shows the flags added here, `--help=all` everything.",
+        usage="taichi serve MODEL [--p-heavy N --d-heavy N ...] [any flag of vllm serve]",
+    )
+    make_arg_parser(serve)
+    _add_taichi_flags(serve)
+    return parser
+
+
+def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
+    group = serve.add_argument_group("TaiChi", "Sliders, SLOs and policy of TaiChi")
+    for name, kind, default, text in (
+        ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
+        ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
+        ("p-chunk", int, 1024, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
+        ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
+        ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
+        ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
+        ("ttft-margin", float, 0.5, "an instance is feasible when the predicted TTFT is at most this share of the SLO"),
+        ("watermark", float, 0.95, "share of a D-heavy instance's KV memory above which requests are degraded"),
+        ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
+        ("move-timeout", float, 10.0, "seconds a moved request may wait for its KV before it is recomputed"),
+        ("stall-timeout", float, 120.0, "seconds an instance with work may be silent before it counts as lost"),
+        ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    group.add_argument(
+        "--devices",
+        help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
+        "tensor-parallel size each; on CPU the cores are divided evenly)",
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the words after `taichi serve`; exits as argparse does when they are wrong."""
+    parser = make_parser()
+    args = parser.parse_args(["serve", *argv])
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    for name, instead in REFUSED.items():
+        if getattr(args, name, None) not in (None, False, 1):
+            parser.error(f"--{name.replace('_', '-')} cannot be used with taichi serve: {instead}")
+    try:
+        validate_parsed_serve_args(args)
+        sliders(args)
+        slo(args)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def sliders(args: argparse.Namespace) -> Sliders:
+    """The sliders of a parsed command line. Without P-heavy instances their chunk has no meaning."""
+    return Sliders(args.p_heavy, args.d_heavy, args.p_chunk if args.p_heavy else args.d_chunk, args.d_chunk)
+
+
+def slo(args: argparse.Namespace) -> SLO:
+    """The SLOs of a parsed command line."""
+    return SLO(args.ttft_slo, args.tpot_slo)
+
+
+def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
+    """vLLM's configuration of one instance, from the server's command line.
+
+    All instances get the same step budget, so that a D-heavy one can turn P-heavy while serving.
+    """
+    args = parse(argv)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine_args.scheduler_cls = SCHEDULER
+    engine_args.kv_transfer_config = transfer_config(engine_id)
+    chosen = sliders(args)
+    if engine_args.max_num_batched_tokens is None:
+        seqs = engine_args.max_num_seqs or 256
+        engine_args.max_num_batched_tokens = max(chosen.p_chunk, chosen.d_chunk, 2048) + seqs
+    if current_platform.is_cpu() and engine_args.kv_cache_memory_bytes is None:
+        if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            engine_args.kv_cache_memory_bytes = CPU_KV_BYTES
+    config = engine_args.create_engine_config()
+    largest = max(chosen.p_chunk, chosen.d_chunk)
+    if largest > config.scheduler_config.max_num_batched_tokens:
+        raise ValueError(
+            f"a chunk of {largest} tokens is above --max-num-batched-tokens "
+            f"{config.scheduler_config.max_num_batched_tokens}"
+        )
+    return config

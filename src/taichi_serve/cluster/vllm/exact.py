@@ -1,0 +1,46 @@
+"""Which requests can change instance without changing their output. docs/moving.md is this table in words.
+
+A later leg hands the engine prompt and output so far as one prompt. Whatever looks only at all tokens, or
+only at the next one, cannot tell the difference; whatever keeps a state of its own, or tells prompt from
+output, can, and such a request stays on one instance for life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+# What binds a request to its instance: a name for counters and docs, and how to see it.
+BOUND_BY_PARAMS: dict[str, Callable[[SamplingParams], object]] = {
+    "presence_penalty": lambda p: p.presence_penalty,
+    "frequency_penalty": lambda p: p.frequency_penalty,
+    "seed": lambda p: p.seed is not None and p.temperature > 0,
+    "structured_outputs": lambda p: p.structured_outputs,
+    "bad_words": lambda p: p.bad_words,
+    "prompt_logprobs": lambda p: p.prompt_logprobs is not None,
+    "thinking_token_budget": lambda p: p.thinking_token_budget,
+    "watermarking": lambda p: p.watermarking,
+    "repetition_detection": lambda p: p.repetition_detection,
+    "logits_processors": lambda p: set(p.extra_args or ()) - {"kv_cache_report_mode"},
+}
+
+BOUND_BY_REQUEST: dict[str, Callable[[EngineCoreRequest], object]] = {
+    "pooling": lambda r: r.pooling_params is not None,
+    "multimodal": lambda r: r.mm_features,
+    "prompt_embeds": lambda r: r.prompt_embeds is not None,
+    "streaming_input": lambda r: r.resumable,
+}
+
+
+def bound_by(request: EngineCoreRequest) -> str | None:
+    """Why this request must stay on one instance for life, or None when it moves exactly."""
+    for name, sees in BOUND_BY_REQUEST.items():
+        if sees(request):
+            return name
+    params = request.sampling_params
+    for name, looks in BOUND_BY_PARAMS.items() if params is not None else ():
+        if looks(params):
+            return name
+    return None

@@ -1,0 +1,168 @@
+"""The scheduler inside every engine core, loaded by vLLM through `scheduler_cls`.
+
+It adds four things to vLLM's own: a chunk that can change between two steps and does not count decodes;
+decodes, and among them those that just moved in, always before prefills; a request that leaves after the
+token it is on; and one small record of each step for the outside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request, RequestStatus
+
+from taichi_serve.cluster.vllm.kv import FlowConnectorScheduler
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+
+# The stop reason of a leg that ended because the request goes on elsewhere. Users never see it.
+LEFT = "taichi:left"
+# Key of our entry in SamplingParams.extra_args, and in SchedulerStats.kv_connector_stats.
+KEY = "taichi"
+# A chunk of 0 keeps new prompts away by policy; what was preempted or lost its KV must still be computed.
+RECOVERY_CHUNK = 128
+
+
+class Step(NamedTuple):
+    """What one scheduled step holds, until its output is there."""
+
+    scheduled_at: float
+    prefill_tokens: int
+    decodes: int
+
+
+def extra(request: Request) -> dict[str, Any]:
+    """Our own entry in the request's sampling parameters: `hand_over`, `moved`."""
+    params = request.sampling_params
+    return (params.extra_args or {}).get(KEY) or {} if params is not None else {}
+
+
+class FlowScheduler(AsyncScheduler):
+    """vLLM's asynchronous scheduler with live chunks, moved-in decodes first, and requests that leave."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.chunk: int = self.scheduler_config.max_num_batched_tokens
+        # A cap of one chunk for each prefill keeps the budget's decode share out of its reach.
+        self.adaptive_long_prefill_threshold = False
+        self._leaving: set[str] = set()
+        self._steps: deque[Step] = deque()
+        self._step: Step | None = None
+        self._stepped_at = 0.0
+
+    # ------------------------------------------------------------------------------ who is in the step
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """One step: every decode, then at most `chunk` prompt tokens."""
+        # Decodes first: a prefill that was admitted earlier must not eat the share of a later decode.
+        self.running.sort(key=_is_prefill)
+        decodes = sum(not r.is_prefill_chunk for r in self.running)
+        chunk = self.chunk or RECOVERY_CHUNK
+        budget = chunk + decodes + len(self.kv_holding_waiting)
+        self.max_num_scheduled_tokens = min(budget, self.scheduler_config.max_num_batched_tokens)
+        self.scheduler_config.long_prefill_token_threshold = chunk
+        at = time.monotonic()
+        output = super().schedule(throttle_prefills)
+        single = list(output.num_scheduled_tokens.values()).count(1)
+        self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single))
+        return output
+
+    def _enqueue_waiting_request(self, request: Request) -> None:
+        # A request that was already generating needs one token, so it never queues behind prefills.
+        if extra(request).get("moved"):
+            self.kv_holding_waiting.add_request(request)
+        else:
+            super()._enqueue_waiting_request(request)
+
+    # ---------------------------------------------------------------------------------------- who leaves
+
+    def leave(self, request_ids: list[str]) -> None:
+        """These requests stop after the token they are on; ids that are not here are dropped."""
+        self._leaving.update(i for i in request_ids if i in self.requests)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Free the blocks of requests that left and that nobody will read."""
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is not None and request.is_finished():
+                self._connector_scheduler.release(request_id)
+
+    @property
+    def _connector_scheduler(self) -> FlowConnectorScheduler:
+        return cast(FlowConnectorScheduler, cast(Any, self.connector).connector_scheduler)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
+        wanted = request.request_id in self._leaving or extra(request).get("hand_over")
+        if wanted and not stopped and new_token_ids and request.status == RequestStatus.RUNNING:
+            self._connector_scheduler.leave(request)
+            request.status = RequestStatus.FINISHED_STOPPED
+            request.stop_reason = LEFT
+            stopped = True
+        return new_token_ids, stopped
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        self._leaving.discard(request.request_id)
+        return super()._free_request(request, delay_free_blocks)
+
+    # --------------------------------------------------------------------------------- what the step was
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        """Take the step's tokens, and remember for make_stats which step this is."""
+        self._step = self._steps.popleft()
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's own statistics with our record of the step under KEY."""
+        stats = super().make_stats(*args, **kwargs)
+        step, self._step = self._step, None
+        if stats is None or step is None:
+            return stats
+        now = time.monotonic()
+        began = max(step.scheduled_at, self._stepped_at)
+        if step.prefill_tokens or step.decodes:
+            self._stepped_at = now
+        pool = self.kv_cache_manager.block_pool
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
+        record = [now - began, step.prefill_tokens, step.decodes, used * self.block_size]
+        stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
+        return stats
+
+
+def _is_prefill(request: Request) -> bool:
+    return bool(request.is_prefill_chunk)
+
+
+# --------------------------------------------------------- what the outside may call on the engine core
+
+
+def _scheduler(core: EngineCore) -> FlowScheduler:
+    return cast(FlowScheduler, core.scheduler)
+
+
+def taichi_leave(core: EngineCore, request_ids: list[str]) -> None:
+    """Utility call: see FlowScheduler.leave."""
+    _scheduler(core).leave(request_ids)
+
+
+def taichi_release(core: EngineCore, request_ids: list[str]) -> None:
+    """Utility call: see FlowScheduler.release."""
+    _scheduler(core).release(request_ids)
+
+
+def taichi_chunk(core: EngineCore, chunk: int) -> None:
+    """Utility call: at most `chunk` prompt tokens in each step from the next one on."""
+    _scheduler(core).chunk = chunk
+
+
+# A utility call names a method of EngineCore; vLLM has no other way in (contract: tests/contract).
+for _function in (taichi_leave, taichi_release, taichi_chunk):
+    setattr(EngineCore, _function.__name__, _function)

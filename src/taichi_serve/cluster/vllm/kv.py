@@ -1,0 +1,84 @@
+"""How the KV of a request gets from one vLLM instance to another: NIXL, with exact block arithmetic.
+
+A request leaves an instance after token T (prompt and output counted together). The KV of its first T - 1
+tokens is final there; token T is the one the next instance computes, which yields token T + 1. The stock
+connector counts in whole prompts instead; this subclass counts what was really computed and trims the block
+list to it, so that both sides agree block by block.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+# Seconds that a source keeps the blocks of a request that left, unless the reader sends heartbeats.
+LEASE = 30
+
+TransferParams = dict[str, Any]
+
+
+def transfer_config(engine_id: str) -> KVTransferConfig:
+    """vLLM's KV transfer settings for one instance. A failed load is recomputed, never an error to the user."""
+    return KVTransferConfig(
+        kv_connector="FlowConnector",
+        kv_connector_module_path="taichi_serve.cluster.vllm.kv",
+        kv_role="kv_both",
+        engine_id=engine_id,
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={"kv_lease_duration": LEASE},
+    )
+
+
+class FlowConnectorScheduler(NixlPullConnectorScheduler):
+    """The scheduler's side of the pull, counting computed tokens instead of prompts."""
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return 0, False
+        final = min(params["remote_num_tokens"], request.num_tokens - 1)
+        return max(0, final - num_computed_tokens), final > num_computed_tokens
+
+    def request_finished(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, TransferParams | None]:
+        """Pin the blocks of a request that leaves; free those of every other one at once."""
+        leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+        pinned, params = super().request_finished(request, block_ids)
+        if not (leaves and pinned and params):
+            return pinned, params
+        final = request.num_tokens - 1
+        blocks = -(-final // self.block_size)
+        params["remote_block_ids"] = tuple(list(group)[:blocks] for group in params["remote_block_ids"])
+        params["remote_num_tokens"] = final
+        return pinned, params
+
+    def leave(self, request: Request) -> None:
+        """Mark a request so that its blocks stay pinned for a reader when it stops in this step."""
+        request.kv_transfer_params = {"do_remote_decode": True}
+        # The worker only accepts a reader's "done" for requests it saw in a batch.
+        self._reqs_in_batch.add(request.request_id)
+
+    def release(self, request_id: str) -> None:
+        """Let the lease of a request that left end now: nobody will read its blocks."""
+        self._reqs_need_send[request_id] = time.perf_counter() - 1.0
+
+
+class FlowConnector(NixlPullConnector):
+    """vLLM's NIXL pull connector with FlowConnectorScheduler on the scheduler's side."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = FlowConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)

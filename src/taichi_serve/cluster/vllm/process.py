@@ -1,0 +1,123 @@
+"""One engine process: start it with its own devices, wait until it is ready, notice its end, stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import zmq
+from vllm.config import VllmConfig
+from vllm.v1.engine.utils import (
+    CoreEngine,
+    CoreEngineLaunch,
+    EngineZmqAddresses,
+    wait_for_engine_startup,
+)
+
+
+class StartError(RuntimeError):
+    """An instance did not start. The message names it, the likely cause and its log."""
+
+
+class EngineProcess:
+    """The process of one instance and the process group it leads.
+
+    `sentinel`, `name` and `exitcode` are what vLLM's start-up handshake watches.
+    """
+
+    def __init__(self, name: str, directory: Path, argv: list[str], env: Mapping[str, str]) -> None:
+        self.name = name
+        self.log = directory / f"{name}.log"
+        self.handshake = f"ipc://{directory}/{name}.start"
+        self.addresses = EngineZmqAddresses(
+            inputs=[f"ipc://{directory}/{name}.in"], outputs=[f"ipc://{directory}/{name}.out"]
+        )
+        self.engine_id = f"{directory.name}-{name}"
+        spec = {"argv": argv, "engine_id": self.engine_id, "handshake": self.handshake}
+        path = directory / f"{name}.json"
+        path.write_text(json.dumps(spec))
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "taichi_serve.cluster.vllm.engine", str(path)],
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its workers can then be ended with it, by group
+            )
+        self.pid = self._process.pid
+        self.sentinel = os.pidfd_open(self.pid)
+        self.stopping = False
+
+    @property
+    def exitcode(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self._process.poll()
+
+    def wait_ready(self, config: VllmConfig) -> None:
+        """Block until the engine core is up (vLLM's handshake). Raises StartError when it ends instead."""
+        context = zmq.Context()
+        try:
+            with context.socket(zmq.ROUTER) as socket:
+                socket.linger = 0
+                socket.bind(self.handshake)
+                launch = CoreEngineLaunch(None, None, self.addresses, None)
+                launch.watched_frontend_processes = [self]
+                engines = [CoreEngine(index=0, local=True)]
+                wait_for_engine_startup(
+                    socket, engines, config.parallel_config, False, config.cache_config, launch
+                )
+        except RuntimeError as error:
+            raise StartError(
+                f"instance {self.name} did not start (exit code {self.exitcode}): {self.cause()}; "
+                f"its log is {self.log}"
+            ) from error
+        finally:
+            context.term()
+
+    def cause(self) -> str:
+        """The last line of its log that names an error."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
+        for line in reversed(lines):
+            head = line.rsplit("] ", 1)[-1]
+            if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
+                return head.removeprefix("ERROR ").strip()
+        return lines[-1] if lines else "it wrote nothing"
+
+    def on_exit(self, call: Callable[[int], Any]) -> None:
+        """Have `call(exitcode)` made once, from a thread, when the process ends."""
+
+        def watch() -> None:
+            call(self._process.wait())
+
+        threading.Thread(target=watch, name=f"watch-{self.name}", daemon=True).start()
+
+    def terminate(self) -> None:
+        """Ask the engine core to stop."""
+        self.stopping = True
+        if self.exitcode is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the whole group now, and wait until its leader is gone."""
+        self.stopping = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self, timeout: float) -> None:
+        """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards."""
+        self.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        self.kill()
+        with contextlib.suppress(OSError):
+            os.close(self.sentinel)
