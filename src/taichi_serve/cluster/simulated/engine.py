@@ -258,6 +258,20 @@ class Engine:
         job.where = Where.LANDED
         self.landed.append(job)
 
+    def strand(self, job: Job) -> None:
+        """This engine is lost: the job is nowhere, with the tokens that were out and without those in flight."""
+        if job.where is Where.DECODING:
+            self._leave(job)
+            job.made -= sum(step is not None for step in (self.current, self.next))
+        elif job.where is Where.ENDING:
+            ahead = self.next is not None and any(job is other for _, other in self.next.ends)
+            job.made -= 2 if ahead and self.current is not None else 1
+        job.made = max(job.made, job.began)
+        job.where = Where.NOWHERE
+        job.engine = None
+        job.missing = False
+        job.restart()
+
     def drop(self, job: Job) -> None:
         """Forget a job wherever it is and free its blocks. Queues are cleaned when it comes up in them."""
         if job.where is Where.DECODING:

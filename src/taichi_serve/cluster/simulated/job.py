@@ -46,7 +46,7 @@ class Job:
 
     __slots__ = (
         "arrived_at", "began", "blocks", "computed", "engine", "finish_tick", "hand_over", "id", "last_at",
-        "leg", "made", "missing", "need", "output", "pinned", "prompt", "since", "source", "target", "where",
+        "leg", "made", "missing", "need", "output", "pinned", "prompt", "pulled", "since", "source", "target", "where",
     )  # fmt: skip
 
     def __init__(self, id: str, arrived_at: float, prompt: int, output: int) -> None:
@@ -61,6 +61,7 @@ class Job:
         self.pinned = 0  # how many
         self.target: tuple[int, Engine] | None = None  # the leg and engine that a Flow sends it to
         self.hand_over = False
+        self.pulled = False  # whether the KV of this leg came over from elsewhere
         self.missing = False  # it was decoding, was preempted, and is computed again
         self.need = prompt  # tokens to compute before the next one comes out
         self.computed = 0  # tokens whose KV is there
