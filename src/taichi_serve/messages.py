@@ -19,7 +19,9 @@ from taichi_serve.sliders import Kind, Sliders
 class Move(Enum):
     """Why a request changes instance."""
 
-    HAND_OVER = "hand-over"  # after prefill, to the instance where it decodes (Alg. 1, low-interference start)
+    HAND_OVER = (
+        "hand-over"  # after prefill, to the instance where it decodes (Alg. 1, low-interference start)
+    )
     DEGRADE = "degrade"  # out of a D-heavy instance past the watermark (Alg. 1, longest first)
     BACKFLOW = "backflow"  # back to a D-heavy instance before its TPOT is lost (Alg. 1)
     OPERATOR = "operator"  # somebody asked for it
@@ -159,17 +161,7 @@ class Slid:
 
 
 Event = (
-    Arrived
-    | Prefilled
-    | Stepped
-    | Flowed
-    | Finished
-    | Refused
-    | Lost
-    | Cancelled
-    | Asked
-    | Drained
-    | Slid
+    Arrived | Prefilled | Stepped | Flowed | Finished | Refused | Lost | Cancelled | Asked | Drained | Slid
 )
 
 

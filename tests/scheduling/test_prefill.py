@@ -28,12 +28,12 @@ class ByHand:
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots[instance.name]
 
-    def move(self, source: str, target: str, kv_tokens: int) -> float:
-        return 0.0 if source == target else 0.1
+    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        return 0.0 if source is target else 0.1
 
     def stepped(self, instance: Instance, step: Stepped) -> None: ...
 
-    def flowed(self, source: str, move: Flowed) -> None: ...
+    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None: ...
 
 
 def p_heavy(name: str, queued: int = 0) -> Instance:

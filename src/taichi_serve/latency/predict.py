@@ -23,7 +23,7 @@ class Predictor(Protocol):
         """Per output token of a resident, once a decode with `kv_tokens` of context has joined."""
         ...
 
-    def move(self, source: str, target: str, kv_tokens: int) -> float:
+    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """Between the last token on `source` and the first on `target`, for a context of `kv_tokens`."""
         ...
 
@@ -31,8 +31,8 @@ class Predictor(Protocol):
         """Learn from a step; `instance` is as it was before the step."""
         ...
 
-    def flowed(self, source: str, move: Flowed) -> None:
-        """Learn from a move that came from `source`."""
+    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
+        """Learn from a move that is done; moves from a lost instance are not shown to it."""
         ...
 
 
@@ -81,9 +81,9 @@ class Learned:
         known = self.steps.get(instance.name)
         return known.value(self.seconds_per_step) if known else self.seconds_per_step
 
-    def move(self, source: str, target: str, kv_tokens: int) -> float:
+    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """The recent average gap of all moves (seconds); staying costs nothing."""
-        return 0.0 if source == target else self.gaps.value(self.move_seconds)
+        return 0.0 if source is target else self.gaps.value(self.move_seconds)
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Learn speed from steps that prefilled, and TPOT from steps that decoded."""
@@ -93,7 +93,7 @@ class Learned:
         if step.decodes:
             self.steps.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
 
-    def flowed(self, source: str, move: Flowed) -> None:
+    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
         """Learn the gap of a move."""
-        if source != move.instance:
+        if source is not target:
             self.gaps.add(move.gap, 1.0, self.keep)

@@ -94,7 +94,7 @@ def choose_degrade(
         target = choose_target(helpers, kv_tokens, policy.full_mark, policy)
         if target is None:
             continue
-        gap = predictor.move(source.name, target.name, kv_tokens)
+        gap = predictor.move(source, target, kv_tokens)
         if residents.slack(request, now, source.ticks) <= gap or request.max_tokens - output <= policy.growth:
             continue
         return request, target
@@ -126,7 +126,7 @@ def choose_backflow(
         if target is None:
             continue
         saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)
-        if saved * (request.max_tokens - output) > predictor.move(source.name, target.name, kv_tokens):
+        if saved * (request.max_tokens - output) > predictor.move(source, target, kv_tokens):
             return request, target
     return None
 

@@ -51,7 +51,7 @@ def choose_prefill(
     for position, instance in enumerate(instances):
         ttft = waited + predictor.ttft(instance, request.prompt_tokens)
         if likely is not None and hands_over(request, instance, decoders):
-            ttft += predictor.move(instance.name, likely.name, request.prompt_tokens)
+            ttft += predictor.move(instance, likely, request.prompt_tokens)
         queued = instance.queued_prefill_tokens
         feasible = ttft <= limit
         forecasts.append(Forecast(instance.name, ttft, queued, feasible))

@@ -128,7 +128,8 @@ class GlobalScheduler:
         request = self._current(event.request, event.leg, State.MOVING)
         if request is None or request.target != event.instance:
             return []
-        self.predictor.flowed(request.instance, event)
+        if source := self.instances.get(request.instance):
+            self.predictor.flowed(source, self.instances[request.target], event)
         self.ledger.arrive(request, event.output_tokens)
         return []
 
