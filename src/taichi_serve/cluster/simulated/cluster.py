@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from heapq import heappop, heappush
 
+from taichi_serve.cluster.base import told
 from taichi_serve.cluster.simulated.engine import Engine
 from taichi_serve.cluster.simulated.job import Call, Job, Where
 from taichi_serve.cluster.simulated.link import Link
@@ -94,10 +95,9 @@ class SimulatedCluster:
 
     # ----------------------------------------------------------------------------------------------- facts
 
-    async def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncIterator[Event]:
         """The facts, for drive()."""
-        for event in self.facts():
-            yield event
+        return told(self.facts())
 
     def facts(self) -> Iterator[Event]:
         """The facts in order of time, until nothing is left to happen or `close` was called."""
