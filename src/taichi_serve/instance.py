@@ -28,6 +28,8 @@ class Instance:
     queued_tokens: int = 0  # prompt tokens placed here and not yet through their prefill
     progress_tokens: int = 0  # of these, computed already
     queued_requests: int = 0
+    queued_attention: int = 0  # (token, attended token) pairs of the queued prompts
+    context_base: int = 0  # of the resident decodes: sum of prompt + base - joined
     kv_tokens: int = 0  # blocks in use times block size, as of its last step
     reserved_tokens: int = 0
     leaving_tokens: int = 0  # KV of requests that were told to go elsewhere and are not there yet
@@ -47,6 +49,11 @@ class Instance:
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens that a new request would have to wait for here."""
         return max(0, self.queued_tokens - self.progress_tokens)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the resident decodes attend to, by the tick clock."""
+        return self.context_base + self.decodes * self.ticks
 
     @property
     def kv_usage(self) -> float:

@@ -179,6 +179,17 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a decode would meet on one instance: seconds per token, share of KV in use once it has landed,
+    and whether that is within the mark that was asked for."""
+
+    instance: str
+    tpot: float
+    load: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
     """Start the request here. With `hand_over` the leg ends after the first token and a Decode follows."""
 
@@ -187,6 +198,7 @@ class Prefill:
     on: str
     hand_over: bool = False
     forecasts: tuple[Forecast, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +210,7 @@ class Decode:
     on: str
     move: Move
     why: str = ""
+    outlooks: tuple[Outlook, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +222,7 @@ class Flow:
     to: str
     move: Move
     why: str = ""
+    outlooks: tuple[Outlook, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

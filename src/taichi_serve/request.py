@@ -54,6 +54,9 @@ class Request:
     degraded: bool = False  # moved to a P-heavy instance by Alg. 1, may flow back
     moves: dict[Move, int] = field(default_factory=dict)
     moved_at: float = float("-inf")  # when its last move was decided
+    predicted_ttft: float = 0.0  # as predicted when its prefill was placed, in seconds from its arrival
+    predicted_tpot: float = 0.0  # as predicted when it became resident where it is
+    settled_at: float = 0.0  # when that was
 
     def enter(self, state: State) -> bool:
         """Change state if the table allows it; False means the fact that led here came too late."""

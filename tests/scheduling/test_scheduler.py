@@ -58,7 +58,7 @@ def decoding(s: GlobalScheduler, name: str, prompt: int, at: float = 0.0) -> Non
     where = s.requests[name].instance
     sent = s.on(Prefilled(at, name, 0, where, held=where == "i0"))
     if where == "i0":
-        assert sent == [Decode(name, 1, "i1", Move.HAND_OVER, "the D-heavy instance with most room")]
+        assert [(c.on, c.leg, c.move) for c in sent if isinstance(c, Decode)] == [("i1", 1, Move.HAND_OVER)]
         s.on(Flowed(at, name, 1, "i1", 1, prompt, 0.05))
     assert s.requests[name].instance == "i1"
 
@@ -71,6 +71,7 @@ def assert_empty(s: GlobalScheduler) -> None:
     assert not s.requests
     for i in s.instances.values():
         assert (i.decodes, i.arriving, i.queued_tokens, i.queued_requests) == (0, 0, 0, 0)
+        assert (i.queued_attention, i.context_base) == (0, 0)
         assert (i.progress_tokens, i.reserved_tokens, i.leaving_tokens) == (0, 0, 0)
 
 
@@ -190,9 +191,10 @@ def test_no_room_on_any_d_heavy_instance_leaves_the_decode_where_it_prefilled() 
     s = scheduler(DISAGGREGATION)
     s.on(step(0.0, "i1", kv=9_990))
     s.on(Arrived(0.0, "a", 100, 50))
-    assert s.on(Prefilled(0.1, "a", 0, "i0", held=True)) == [
-        Decode("a", 1, "i0", Move.HAND_OVER, "no D-heavy instance has room")
-    ]
+    (decode,) = s.on(Prefilled(0.1, "a", 0, "i0", held=True))
+    assert isinstance(decode, Decode)
+    assert (decode.on, decode.why) == ("i0", "no D-heavy instance has room")
+    assert s.requests["a"].degraded
 
 
 def test_lost_instance_sends_its_prompts_and_decodes_elsewhere() -> None:

@@ -61,12 +61,16 @@ class Roofline:
 
     def seconds(self, batch: Batch) -> float:
         """Seconds of a step with this work in it."""
-        seconds = self.launch + self.token * max(self.knee, batch.prefill_tokens + batch.decodes)
-        if batch.prefill_tokens:
-            seconds += self.mixed + self.attention * batch.attention
-        return seconds + self.decode * batch.decodes + self.kv * batch.kv_tokens
+        return self.of(batch.prefill_tokens, batch.attention, batch.decodes, batch.kv_tokens)
+
+    def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
+        """The same from plain numbers: a prediction asks for many steps, averages are not whole."""
+        seconds = self.launch + self.token * max(self.knee, prefill_tokens + decodes)
+        if prefill_tokens:
+            seconds += self.mixed + self.attention * attention
+        return seconds + self.decode * decodes + self.kv * kv_tokens
 
 
-def prompt_attention(prompt_tokens: int) -> float:
+def prompt_attention(prompt_tokens: int) -> int:
     """(token, attended token) pairs of a whole prompt, in however many chunks it is computed."""
-    return prompt_tokens * (prompt_tokens + 1) / 2
+    return prompt_tokens * (prompt_tokens + 1) // 2

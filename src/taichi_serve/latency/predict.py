@@ -20,7 +20,7 @@ class Predictor(Protocol):
         ...
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
-        """Per output token of a resident, once a decode with `kv_tokens` of context has joined."""
+        """Per output token of a resident once a decode with this context has joined; 0: as it is now."""
         ...
 
     def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:

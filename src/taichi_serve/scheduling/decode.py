@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
+from taichi_serve.messages import Outlook
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.residents import Residents
@@ -45,6 +46,17 @@ def choose_target(
         if load < best_load or (best is None and load <= mark):
             best, best_load = instance, load
     return best
+
+
+def outlooks(
+    instances: Iterable[Instance], room: int, mark: float, predictor: Predictor, policy: Policy
+) -> tuple[Outlook, ...]:
+    """What a decode that needs `room` KV tokens would meet on each of these instances: the explanation."""
+    looks = []
+    for instance in instances:
+        load = load_after(instance, room - policy.growth, policy)
+        looks.append(Outlook(instance.name, predictor.tpot(instance, room), load, load <= mark))
+    return tuple(looks)
 
 
 def choose_start(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from taichi_serve.instance import Instance
+from taichi_serve.latency.model import prompt_attention
 from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.residents import Residents
@@ -37,12 +38,14 @@ class Ledger:
         request.instance = instance.name
         instance.queued_tokens += request.prompt_tokens
         instance.queued_requests += 1
+        instance.queued_attention += prompt_attention(request.prompt_tokens)
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
         """The prompt is through, or will not be computed; `cached` of it did not have to be."""
         instance = self.instances[request.instance]
         instance.queued_tokens -= request.prompt_tokens
         instance.queued_requests -= 1
+        instance.queued_attention -= prompt_attention(request.prompt_tokens)
         # Progress counts every prompt token computed here, and belongs to the head of the queue.
         left = instance.progress_tokens - (request.prompt_tokens - cached)
         instance.progress_tokens = min(max(0, left), instance.queued_tokens)
@@ -55,6 +58,7 @@ class Ledger:
         request.base, request.joined = output_tokens, instance.ticks
         request.degraded = request.degraded and instance.kind is Kind.P_HEAVY
         instance.decodes += 1
+        instance.context_base += request.prompt_tokens + request.base - request.joined
         if request.movable:
             self.residents[instance.name].add(request)
 
@@ -76,6 +80,7 @@ class Ledger:
         if request.movable:
             self.residents[instance.name].remove(request)
         instance.decodes -= 1
+        instance.context_base -= request.prompt_tokens + request.base - request.joined
         request.base, request.joined = request.output_tokens(instance.ticks), instance.ticks
 
     def depart(self, request: Request, target: Instance, move: Move, now: float, room: int) -> None:
@@ -93,11 +98,9 @@ class Ledger:
         if source := self.instances.get(request.instance):
             source.leaving_tokens += room
 
-    def arrive(self, request: Request, output_tokens: int) -> None:
-        """The request's first token is out at its target."""
-        target = self.instances[request.target]
+    def arrive(self, request: Request) -> None:
+        """The request is at its target: what was promised to it there is now in the target's own figures."""
         self._release(request)
-        self.settle(request, target, output_tokens)
 
     def stay(self, request: Request) -> None:
         """The move did not happen: the request is resident where it came from."""
@@ -137,6 +140,8 @@ class Ledger:
             if keyed:
                 self.residents[instance.name].remove(request)
             request.joined += 1
+            if request.state is State.DECODING:
+                instance.context_base -= 1
             if keyed:
                 self.residents[instance.name].add(request)
 

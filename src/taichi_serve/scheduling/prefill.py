@@ -16,11 +16,17 @@ from taichi_serve.slo import SLO
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The instance that prefills, whether the decode runs elsewhere, and what was predicted for everyone."""
+    """The instance that prefills, whether the decode runs elsewhere, and what was predicted for everyone.
+
+    `ttft` is the prediction for the first token that the user gets (seconds from arrival). Forecasts add the
+    move, as the paper does: it delays the second token, and so counts when instances are compared.
+    """
 
     instance: Instance
     hand_over: bool
+    ttft: float
     forecasts: tuple[Forecast, ...]
+    why: str
 
 
 def choose_prefill(
@@ -42,24 +48,38 @@ def choose_prefill(
     # A request that can never move decodes where it prefills: it may use the whole TTFT SLO to get a
     # low-interference instance, because nothing can repair its TPOT later.
     limit = slo.ttft * (policy.ttft_margin if request.movable else 1.0)
-    waited = now - request.arrived_at
     # The decode is expected where there is most room now; one guess for all keeps this linear in instances.
     likely = min(decoders, key=lambda d: d.kv_usage, default=None)
     forecasts = []
     best_key: tuple[float, ...] | None = None
-    best = 0
+    best, best_move = 0, 0.0
     for position, instance in enumerate(instances):
-        ttft = waited + predictor.ttft(instance, request.prompt_tokens)
+        move = 0.0
         if likely is not None and hands_over(request, instance, decoders):
-            ttft += predictor.move(instance, likely, request.prompt_tokens)
+            move = predictor.move(instance, likely, request.prompt_tokens)
+        ttft = now - request.arrived_at + predictor.ttft(instance, request.prompt_tokens) + move
         queued = instance.queued_prefill_tokens
         feasible = ttft <= limit
         forecasts.append(Forecast(instance.name, ttft, queued, feasible))
         key = (0.0, instance.kind is Kind.P_HEAVY, queued, ttft) if feasible else (1.0, ttft, queued, 0.0)
         if best_key is None or key < best_key:
-            best_key, best = key, position
+            best_key, best, best_move = key, position, move
     chosen = instances[best]
-    return Placement(chosen, hands_over(request, chosen, decoders), tuple(forecasts))
+    return Placement(
+        chosen,
+        hands_over(request, chosen, decoders),
+        forecasts[best].ttft - best_move,
+        tuple(forecasts),
+        _why(forecasts[best], chosen, limit),
+    )
+
+
+def _why(forecast: Forecast, chosen: Instance, limit: float) -> str:
+    if not forecast.feasible:
+        return f"none within {limit:g} s: the lowest prediction"
+    if chosen.kind is Kind.D_HEAVY:
+        return f"D-heavy within {limit:g} s, fewest queued prompt tokens"
+    return f"no D-heavy within {limit:g} s; P-heavy with fewest queued prompt tokens"
 
 
 def hands_over(request: Request, instance: Instance, decoders: Sequence[Instance]) -> bool:

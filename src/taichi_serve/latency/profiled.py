@@ -1,0 +1,144 @@
+"""Predictions from a profile, corrected by what the instances are seen to do.
+
+Every instance has two biases, observed over predicted seconds of its recent steps: of those with prompt
+tokens in them, and of those without. They are bounded, so one stall cannot make an instance look dead; within
+the bounds a profile of another machine heals in a few dozen steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from taichi_serve.instance import Instance
+from taichi_serve.latency.model import Roofline, prompt_attention
+from taichi_serve.latency.predict import Average
+from taichi_serve.latency.profile import Profile, Transfer
+from taichi_serve.messages import Flowed, Stepped
+from taichi_serve.sliders import Kind
+
+KEEP = 0.95  # weight of the past at each sample: half is forgotten in 14
+LOWEST, HIGHEST = 0.25, 4.0  # bounds of a bias
+UNMEASURED = Transfer(Kind.P_HEAVY, Kind.D_HEAVY, latency=0.02, bytes_per_second=4e8)  # the slowest seen
+
+
+def bounded(ratio: float) -> float:
+    """A bias within its bounds."""
+    return min(max(ratio, LOWEST), HIGHEST)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one instance was seen to do lately."""
+
+    mixed: Average = field(default_factory=Average)  # seconds observed over predicted, steps with prompts
+    plain: Average = field(default_factory=Average)  # the same, steps without
+    share: Average = field(default_factory=Average)  # of steps that had prompt tokens
+    prompt: Average = field(default_factory=Average)  # prompt tokens in such a step
+
+
+class Profiled:
+    """A predictor that stands on a profile."""
+
+    def __init__(
+        self, model: Roofline, transfers: Mapping[tuple[Kind, Kind], Transfer], bytes_per_token: int
+    ) -> None:
+        """`transfers` says how fast KV moves between two kinds of instances; `bytes_per_token` is of KV."""
+        self.model = model
+        self.transfers = dict(transfers)
+        self.bytes_per_token = bytes_per_token
+        self.seen: dict[str, Seen] = {}
+        self.gaps: dict[tuple[Kind, Kind], Average] = {}
+
+    @classmethod
+    def of(cls, profile: Profile) -> Profiled:
+        """The predictor for a measured model and device."""
+        transfers = {(t.source, t.target): t for t in profile.transfers}
+        return cls(profile.fit.model(), transfers, profile.bytes_per_token)
+
+    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+        """The rest of the running step, the queue's chunks and the own ones, beside the decodes there (s).
+
+        Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
+        """
+        ahead, chunk = instance.queued_prefill_tokens, max(1, instance.chunk)
+        decodes, context = instance.decodes, instance.context_tokens
+        full, rest = divmod(ahead + prompt_tokens, chunk)
+        model = self.model
+        seconds = full * model.of(chunk, 0.0, decodes, context)
+        if rest:
+            seconds += model.of(rest, 0.0, decodes, context)
+        pairs = float(prompt_attention(prompt_tokens))
+        if ahead:
+            pairs += instance.queued_attention * ahead / instance.queued_tokens
+        seconds += model.attention * pairs
+        if ahead or decodes:
+            # A request arrives in the middle of a step, on average when half of it is left.
+            seconds += model.of(min(chunk, ahead), 0.0, decodes, context) / 2
+        return seconds * self.bias(instance.name, mixed=True)
+
+    def tpot(self, instance: Instance, kv_tokens: int) -> float:
+        """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
+        joined = 1 if kv_tokens else 0
+        decodes, context = instance.decodes + joined, instance.context_tokens + kv_tokens
+        seconds = self.model.of(0, 0.0, decodes, context) * self.bias(instance.name, mixed=False)
+        seen = self.seen.get(instance.name)
+        share = seen.share.value(0.0) if seen else 0.0
+        if seen is None or share == 0.0:
+            return seconds
+        prompt = seen.prompt.value(0.0)
+        mixed = self.model.of(prompt, prompt * self._pairs(instance), decodes, context)
+        return (1 - share) * seconds + share * mixed * self.bias(instance.name, mixed=True)
+
+    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        """The gap (s): KV over the link, or computing it again where that is faster, and one step there."""
+        if source is target:
+            return 0.0
+        pair = source.kind, target.kind
+        link = self.transfers.get(pair, UNMEASURED)
+        seconds = link.seconds(kv_tokens * self.bytes_per_token) * self._gap_bias(pair)
+        if target.chunk:
+            steps = -(-kv_tokens // target.chunk)
+            again = steps * self.model.of(target.chunk, 0.0, target.decodes, target.context_tokens)
+            seconds = min(seconds, again + self.model.attention * prompt_attention(kv_tokens))
+        return seconds + self.tpot(target, kv_tokens)
+
+    def stepped(self, instance: Instance, step: Stepped) -> None:
+        """Compare a step with its prediction; `instance` is as it was before the step."""
+        seen = self.seen.setdefault(instance.name, Seen())
+        pairs = step.prefill_tokens * self._pairs(instance)
+        predicted = self.model.of(step.prefill_tokens, pairs, step.decodes, instance.context_tokens)
+        # Each sample is bounded too: a stall of a minute would outweigh hundreds of good steps.
+        observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
+        if step.prefill_tokens:
+            seen.mixed.add(observed, predicted, KEEP)
+            seen.prompt.add(step.prefill_tokens, 1.0, KEEP)
+        else:
+            seen.plain.add(observed, predicted, KEEP)
+        if step.decodes:
+            seen.share.add(1.0 if step.prefill_tokens else 0.0, 1.0, KEEP)
+
+    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
+        """Compare the gap of a move that took its KV along with its prediction."""
+        if source is target or move.kv_tokens == 0:
+            return
+        pair = source.kind, target.kind
+        link = self.transfers.get(pair, UNMEASURED)
+        on_the_way = max(0.0, move.gap - self.tpot(target, 0))
+        predicted = link.seconds(move.kv_tokens * self.bytes_per_token)
+        self.gaps.setdefault(pair, Average()).add(on_the_way, predicted, KEEP)
+
+    def bias(self, name: str, mixed: bool) -> float:
+        """Observed over predicted seconds of an instance's recent steps with (or without) prompt tokens."""
+        seen = self.seen.get(name)
+        if seen is None:
+            return 1.0
+        return bounded((seen.mixed if mixed else seen.plain).value(1.0))
+
+    def _gap_bias(self, pair: tuple[Kind, Kind]) -> float:
+        gaps = self.gaps.get(pair)
+        return bounded(gaps.value(1.0)) if gaps else 1.0
+
+    def _pairs(self, instance: Instance) -> float:
+        """Attended tokens per prompt token, on average over the queue of an instance."""
+        return instance.queued_attention / instance.queued_tokens if instance.queued_tokens else 0.0

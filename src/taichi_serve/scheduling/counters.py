@@ -1,0 +1,38 @@
+"""What the algorithms did, in numbers that metrics export, and the paper's reading of one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from taichi_serve.latency.predict import Average
+from taichi_serve.messages import Move, Outcome
+
+RECENT = 0.99  # weight of the past at each finished request: about the last hundred count
+FREQUENT = 0.1  # backflows a request from which on the sliders are called wrong
+
+
+@dataclass(slots=True)
+class Counters:
+    """Moves that landed and that were refused, by kind; endings, by outcome; and the recent backflow rate."""
+
+    moves: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
+    refused: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
+    outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    recent: Average = field(default_factory=Average)
+
+    def ended(self, outcome: Outcome, backflows: int) -> None:
+        """A request is over after so many backflows."""
+        self.outcomes[outcome] += 1
+        self.recent.add(backflows, 1.0, RECENT)
+
+    @property
+    def backflow_rate(self) -> float:
+        """Backflows a request over about the last hundred that ended."""
+        return self.recent.value(0.0)
+
+    @property
+    def reading(self) -> str:
+        """What the backflow rate says about the sliders (paper, section 4: frequent backflow)."""
+        if self.backflow_rate < FREQUENT:
+            return "ok"
+        return "too few D-heavy instances: requests degraded for lack of KV come back for lack of TPOT"

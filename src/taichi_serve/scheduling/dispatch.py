@@ -1,0 +1,114 @@
+"""From a choice to a command: asks the algorithms where, books it in the ledger, and words the decision.
+
+A command and its booking are made in one place, so that none goes out that the ledger does not know of.
+"""
+
+from __future__ import annotations
+
+from taichi_serve.instance import Instance
+from taichi_serve.latency.predict import Predictor
+from taichi_serve.messages import Abort, Command, Decode, Flow, Move, Outcome, Prefill, SetChunk
+from taichi_serve.request import Request
+from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks, room_for
+from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.prefill import choose_prefill
+from taichi_serve.sliders import Kind
+from taichi_serve.slo import SLO
+
+
+class Dispatcher:
+    """Makes commands, and books each of them as it is made."""
+
+    def __init__(self, ledger: Ledger, predictor: Predictor, slo: SLO, policy: Policy) -> None:
+        self.ledger = ledger
+        self.predictor = predictor
+        self.slo = slo
+        self.policy = policy
+
+    def serving(self) -> list[Instance]:
+        """Who may get new work; when all that live are being drained, these."""
+        instances = self.ledger.instances.values()
+        return [i for i in instances if i.serving] or [i for i in instances if i.alive]
+
+    def able(self) -> list[Instance]:
+        """Who may get a prompt; an instance being drained only when nobody else can."""
+        able = [i for i in self.ledger.instances.values() if i.prefills]
+        return [i for i in able if i.serving] or able
+
+    def prefill(self, request: Request, now: float, p_chunk: int) -> list[Command]:
+        """Place a prompt by Algorithm 2. Where all who prefill are lost, one of the rest becomes P-heavy."""
+        commands: list[Command] = []
+        able = self.able()
+        if not able:
+            left = self.serving()
+            if not left:
+                return [self.fail(request, "no instance is left")]
+            heir = min(left, key=lambda i: i.decodes)
+            heir.kind, heir.chunk, heir.closing = Kind.P_HEAVY, p_chunk, False
+            commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
+            able = [heir]
+        decoders = [i for i in self.serving() if i.kind is Kind.D_HEAVY]
+        placed = choose_prefill(request, now, able, decoders, self.predictor, self.slo, self.policy)
+        self.ledger.enqueue(request, placed.instance)
+        request.predicted_ttft = placed.ttft
+        name, forecasts = placed.instance.name, placed.forecasts
+        commands.append(Prefill(request.id, request.leg, name, placed.hand_over, forecasts, placed.why))
+        return commands
+
+    def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
+        """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
+        serving = self.serving()
+        target, why = choose_start(request, here, serving, self.policy)
+        return self._decode(request, target, Move.HAND_OVER, now, why, serving)
+
+    def rescue(self, request: Request, now: float) -> Command:
+        """Compute the tokens so far again: where a prompt may be computed, D-heavy ones first."""
+        alive = self.serving()
+        able = [i for i in alive if i.prefills] or alive
+        if not able:
+            return self.fail(request, "no instance is left")
+        kv_tokens = request.prompt_tokens + request.base
+        low = [i for i in able if i.kind is Kind.D_HEAVY]
+        target = (
+            choose_target(low, kv_tokens, self.policy.full_mark, self.policy)
+            or choose_target(able, kv_tokens, 1.0, self.policy)
+            or min(able, key=lambda i: i.kv_usage)
+        )
+        return self._decode(request, target, Move.RESCUE, now, "its instance was lost", able)
+
+    def flow(
+        self, request: Request, target: Instance, move: Move, now: float, why: str, among: list[Instance]
+    ) -> Flow:
+        """Move a running request to `target`, which was chosen `among` these instances."""
+        room, mark = self._room(request), self._mark(move)
+        looks = outlooks(among, room, mark, self.predictor, self.policy)
+        self.ledger.depart(request, target, move, now, room)
+        request.degraded = move is Move.DEGRADE
+        return Flow(request.id, request.leg, target.name, move, why, looks)
+
+    def _decode(
+        self, request: Request, target: Instance, move: Move, now: float, why: str, among: list[Instance]
+    ) -> Decode:
+        room, mark = self._room(request), self._mark(move)
+        looks = outlooks(among, room, mark, self.predictor, self.policy)
+        self.ledger.depart(request, target, move, now, room)
+        request.degraded = target.kind is Kind.P_HEAVY
+        return Decode(request.id, request.leg, target.name, move, why, looks)
+
+    def fail(self, request: Request, why: str) -> Abort:
+        """Nothing can be done for the request any more."""
+        self.ledger.forget(request)
+        return Abort(request.id, Outcome.FAILED, why)
+
+    def _room(self, request: Request) -> int:
+        """KV tokens to promise to a request that is about to move."""
+        here = self.ledger.instances.get(request.instance)
+        output = request.output_tokens(here.ticks) if here else request.base
+        return room_for(request.prompt_tokens + output, self.policy)
+
+    def _mark(self, move: Move) -> float:
+        """The share of KV that a target was asked to stay within."""
+        if move is Move.BACKFLOW:
+            return self.policy.return_mark
+        return 1.0 if move in (Move.OPERATOR, Move.DRAIN) else self.policy.full_mark

@@ -1,0 +1,288 @@
+"""What must hold whatever happens, on a small model cluster that hypothesis drives.
+
+The cluster is ragged on purpose: moves are refused, prompts are cached, steps are missed, instances die, and
+facts that are out of date are sent again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taichi_serve.latency.predict import Learned
+from taichi_serve.messages import (
+    Abort,
+    Arrived,
+    Asked,
+    Cancelled,
+    Command,
+    Decode,
+    Drained,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Lost,
+    Move,
+    Prefill,
+    Prefilled,
+    Refused,
+    SetChunk,
+    Slid,
+    Stepped,
+)
+from taichi_serve.request import State
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Kind, Sliders
+from taichi_serve.slo import SLO
+
+CAPACITY = 2_000
+
+
+@dataclass
+class Work:
+    """A request as the model cluster sees it."""
+
+    name: str
+    prompt: int
+    output: int
+    leg: int = 0
+    on: str = ""  # where it prefills or decodes
+    to: str = ""  # where it goes
+    done: int = 0  # prompt tokens computed
+    out: int = 0
+    hand_over: bool = False
+    held: bool = False
+
+
+@dataclass
+class Model:
+    """Instances that step in turn; every command is obeyed at the next step, or refused."""
+
+    scheduler: GlobalScheduler
+    work: dict[str, Work] = field(default_factory=dict)
+    now: float = 0.0
+    chunks: dict[str, int] = field(default_factory=dict)
+    dead: set[str] = field(default_factory=set)
+    ended: Counter[str] = field(default_factory=Counter)
+    sent: list[Command] = field(default_factory=list)
+    arrived: int = 0
+    stale: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chunks = {i.name: i.chunk for i in self.scheduler.instances.values()}
+
+    def tell(self, event: Event) -> None:
+        self.now += 0.001
+        if isinstance(event, (Prefilled, Flowed, Refused, Finished)):
+            self.stale.append(event)
+        for command in self.scheduler.on(event):
+            self.sent.append(command)
+            self.obey(command)
+
+    def obey(self, command: Command) -> None:
+        if isinstance(command, SetChunk):
+            self.chunks[command.instance] = command.chunk
+            return
+        work = self.work[command.request]
+        match command:
+            case Prefill(on=on, leg=leg, hand_over=hand_over):
+                assert on not in self.dead
+                work.on, work.leg, work.hand_over, work.done = on, leg, hand_over, 0
+            case Decode(on=on, leg=leg):
+                assert on not in self.dead
+                work.to, work.leg = on, leg
+            case Flow(to=to, leg=leg):
+                assert to not in self.dead
+                assert work.to == "" or work.on == ""
+                work.to, work.leg = to, leg
+            case Abort():
+                self.ended[work.name] += 1
+                del self.work[work.name]
+
+    def arrive(self, prompt: int, output: int, movable: bool) -> None:
+        name = f"r{self.arrived}"
+        self.arrived += 1
+        self.work[name] = Work(name, prompt, output)
+        self.tell(Arrived(self.now, name, prompt, output, movable))
+
+    def held_tokens(self, instance: str) -> int:
+        return sum(w.done + w.out for w in self.work.values() if w.on == instance)
+
+    def step(self, instance: str, miss: bool, refuse: bool) -> None:
+        if instance in self.dead:
+            return
+        budget, prefilled, landed, grown = self.chunks[instance], [], [], []
+        before = budget
+        for w in self.work.values():
+            if w.on == instance and not w.to and w.out == 0 and budget:
+                took = min(budget, w.prompt - w.done)
+                budget, w.done = budget - took, w.done + took
+                if w.done == w.prompt:
+                    prefilled.append(w)
+            elif w.to == instance and not refuse:
+                landed.append(w)
+            elif w.on == instance and not w.to and w.out and not w.held:
+                grown.append(w)
+        missed = grown[:1] if miss else []
+        for w in grown[len(missed) :]:
+            w.out += 1
+        self.tell(
+            Stepped(
+                self.now, instance, 0.02, before - budget, len(grown), self.held_tokens(instance), 0,
+                tuple(w.name for w in missed),
+            )
+        )  # fmt: skip
+        self.facts(instance, prefilled, landed, refuse)
+
+    def facts(self, instance: str, prefilled: list[Work], landed: list[Work], refuse: bool) -> None:
+        for w in prefilled:
+            if w.name in self.work and w.on == instance:
+                w.out, w.held = 1, w.hand_over
+                self.tell(Prefilled(self.now, w.name, w.leg, instance, w.prompt // 4, held=w.hand_over))
+        for w in landed:
+            if w.name in self.work and w.to == instance:
+                kv = w.prompt if w.on else 0
+                w.on, w.to, w.held, w.out, w.done = instance, "", False, max(1, w.out) + 1, w.prompt
+                self.tell(Flowed(self.now, w.name, w.leg, instance, w.out, kv, 0.03))
+        for w in [w for w in self.work.values() if refuse and w.to == instance]:
+            w.to, w.held = "", False
+            self.tell(Refused(self.now, w.name, w.leg, "no room"))
+        for w in [w for w in self.work.values() if w.on == instance and not w.to and w.out >= w.output]:
+            self.ended[w.name] += 1
+            del self.work[w.name]
+            self.tell(Finished(self.now, w.name, w.out))
+
+    def lose(self, instance: str) -> None:
+        self.dead.add(instance)
+        for w in self.work.values():
+            if w.on == instance:
+                w.on, w.done, w.held = "", 0, False
+            if w.to == instance:
+                w.to = ""
+        self.tell(Lost(self.now, instance, "killed"))
+
+    def check(self) -> None:
+        """The ledger's sums are the cluster's."""
+        assert set(self.scheduler.requests) == set(self.work)
+        for name, i in self.scheduler.instances.items():
+            here = [w for w in self.work.values() if w.on == name]
+            there = [w for w in self.work.values() if w.to == name]
+            requests = self.scheduler.requests
+            decoding = [w for w in here if requests[w.name].state is State.DECODING]
+            queued = [w for w in here if requests[w.name].state is State.PREFILLING]
+            assert i.decodes == len(decoding)
+            assert i.context_tokens == sum(w.prompt + w.out for w in decoding)
+            assert i.queued_requests == len(queued)
+            assert i.queued_tokens == sum(w.prompt for w in queued)
+            assert i.queued_prefill_tokens == sum(w.prompt - w.done for w in queued)
+            assert i.arriving == len(there)
+            assert i.reserved_tokens == sum(requests[w.name].reserved for w in there)
+            assert i.leaving_tokens == sum(requests[w.name].reserved for w in here if w.to)
+            assert len(self.scheduler.ledger.residents[name]) == sum(
+                requests[w.name].movable for w in decoding
+            )
+            for w in decoding:
+                assert requests[w.name].output_tokens(i.ticks) == w.out
+
+    def settle(self) -> None:
+        """Run until everybody is served."""
+        for _ in range(3_000):
+            if not self.work:
+                return
+            for name in self.scheduler.instances:
+                self.step(name, miss=False, refuse=False)
+        raise AssertionError(f"never served: {self.work}")
+
+    def assert_all_served_once_and_nothing_left(self) -> None:
+        assert self.ended == Counter({f"r{n}": 1 for n in range(self.arrived)})
+        assert not self.scheduler.requests
+        for i in self.scheduler.instances.values():
+            figures = (i.decodes, i.arriving, i.queued_tokens, i.queued_requests, i.queued_attention)
+            assert figures == (0, 0, 0, 0, 0)
+            assert (i.progress_tokens, i.reserved_tokens, i.leaving_tokens, i.context_base) == (0, 0, 0, 0)
+
+
+def model(sliders: Sliders, policy: Policy) -> Model:
+    capacities = {f"i{n}": CAPACITY for n in range(sliders.instances)}
+    return Model(GlobalScheduler(sliders, SLO(0.2, 0.01), Learned(), policy, capacities))
+
+
+REQUESTS = st.tuples(st.just("arrive"), st.integers(1, 400), st.integers(1, 60), st.booleans())
+STEPS = st.tuples(st.just("step"), st.integers(0, 3), st.booleans(), st.sampled_from([False, False, True]))
+OPERATORS = st.one_of(
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("ask"), st.integers(0, 30), st.integers(0, 3)),
+    st.tuples(st.just("drain"), st.integers(0, 3), st.booleans()),
+    st.tuples(st.just("slide"), st.integers(0, 3), st.sampled_from([0, 16, 64])),
+    st.tuples(st.just("lose"), st.integers(0, 3)),
+    st.tuples(st.just("stale"), st.integers(0, 50)),
+)
+
+
+def play(m: Model, deed: tuple[object, ...]) -> None:
+    match deed:
+        case ("arrive", int(prompt), int(output), bool(movable)):
+            m.arrive(prompt, output, movable)
+        case ("step", int(n), bool(miss), bool(refuse)):
+            m.step(f"i{n}", miss, refuse)
+        case ("cancel", int(n)):
+            m.tell(Cancelled(m.now, f"r{n}"))
+        case ("ask", int(n), int(to)):
+            m.tell(Asked(m.now, f"r{n}", f"i{to}"))
+        case ("drain", int(n), bool(on)):
+            m.tell(Drained(m.now, f"i{n}", on))
+        case ("slide", int(p), int(chunk)):
+            chunk = chunk if p else max(chunk, 16)
+            m.tell(Slid(m.now, Sliders(p, 4 - p, 128 if p else 0, chunk)))
+        case ("lose", int(n)) if len(m.dead) < 3 and f"i{n}" not in m.dead:
+            m.lose(f"i{n}")
+        case ("stale", int(n)) if n < len(m.stale):
+            late = m.stale[n]
+            assert not isinstance(late, (Stepped, Lost, Slid))
+            m.scheduler.on(late)
+
+
+@settings(max_examples=150, deadline=None)
+@given(deeds=st.lists(st.one_of(REQUESTS, STEPS, STEPS, OPERATORS), max_size=80))
+def test_no_request_is_lost_or_doubled_and_ledgers_equal_the_cluster(deeds: list[tuple[object, ...]]) -> None:
+    m = model(Sliders(2, 2, 128, 32), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0))
+    for deed in deeds:
+        play(m, deed)
+        m.check()
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+
+
+@settings(max_examples=60, deadline=None)
+@given(deeds=st.lists(st.one_of(REQUESTS, STEPS), max_size=80))
+def test_aggregation_never_moves_a_request(deeds: list[tuple[object, ...]]) -> None:
+    m = model(Sliders(0, 4, 0, 64), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0))
+    for deed in deeds:
+        play(m, deed)
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+    assert all(isinstance(c, Prefill) and not c.hand_over for c in m.sent)
+
+
+@settings(max_examples=60, deadline=None)
+@given(deeds=st.lists(st.one_of(REQUESTS.map(lambda r: (*r[:3], True)), STEPS), max_size=80))
+def test_disaggregation_prefills_on_p_heavy_only_and_hands_every_request_over_once(
+    deeds: list[tuple[object, ...]],
+) -> None:
+    m = model(Sliders(2, 2, 512, 0), Policy(watermark=1.0, hysteresis=0.1, dwell=0.0))
+    for deed in deeds:
+        play(m, deed)
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+    kinds = {i.name: i.kind for i in m.scheduler.instances.values()}
+    prefills = [c for c in m.sent if isinstance(c, Prefill)]
+    assert all(c.hand_over and kinds[c.on] is Kind.P_HEAVY for c in prefills)
+    decodes = [c for c in m.sent if isinstance(c, Decode)]
+    assert all(c.move is Move.HAND_OVER and kinds[c.on] is Kind.D_HEAVY for c in decodes)
+    assert sorted(c.request for c in decodes) == sorted(f"r{n}" for n in range(m.arrived))
+    assert not any(isinstance(c, Flow) for c in m.sent)
