@@ -110,19 +110,22 @@ class Live:
 class Meter:
     """Stands between a cluster and a scheduler, and counts."""
 
-    def __init__(self, scheduler: Scheduler, slo: SLO, hopeless_at: int | None = None) -> None:
-        """With `hopeless_at`, `hopeless` turns true once so many requests cannot be good any more."""
+    def __init__(self, scheduler: Scheduler, slo: SLO, lost_at: int | None = None, won_at: int = 0) -> None:
+        """`decided` turns true once `lost_at` requests cannot be good any more, or `won_at` are good."""
         self.scheduler = scheduler
         self.slo = slo
-        self.hopeless_at = hopeless_at
+        self.lost_at = lost_at
+        self.won_at = won_at
         self.tally = Tally()
         self.live: dict[str, Live] = {}
         self._unserved: dict[str, None] = {}  # without first token, in order of arrival
 
     @property
-    def hopeless(self) -> bool:
-        """Whether too many requests have missed an SLO for sure."""
-        return self.hopeless_at is not None and self.tally.bad >= self.hopeless_at
+    def decided(self) -> bool:
+        """Whether the target is out of reach, or reached, whatever comes."""
+        if self.lost_at is None:
+            return False
+        return self.tally.bad >= self.lost_at or self.tally.good >= self.won_at
 
     def on(self, event: Event) -> Sequence[Command]:
         """Count the fact, and pass it on."""

@@ -1,11 +1,12 @@
 """Goodput of one contender: the highest request rate at which 90 % of all requests sent are good.
 
-Bisection over the rate, with the same requests at every rate (bench/workload.py). A run is ended as soon as so many
-requests have missed an SLO that the target is out of reach.
+Bisection over the rate, with the same requests at every rate (bench/workload.py). A run ends as soon as the
+target is reached or out of reach: waiting for the last long output decides nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from taichi_serve.bench.goodput import Meter, Tally
@@ -60,13 +61,13 @@ class Scene:
         return Profiled(self.machine.belief, pairs, self.machine.kv_bytes_per_token)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Contender:
     """Sliders and policy under a name."""
 
     name: str
-    sliders: Sliders = field(compare=False)
-    policy: Policy = field(compare=False, default_factory=Policy)
+    sliders: Sliders
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,21 @@ class Goodput:
 def attain(
     scene: Scene, contender: Contender, rate: float, requests: int, seed: int, target: float | None = None
 ) -> Tally:
-    """One run; with a target it ends as soon as that share of good requests is out of reach."""
+    """One run; with a target it ends as soon as that share of good requests is reached or out of reach."""
     cluster = scene.cluster(contender.sliders, rate, requests, seed)
     scheduler = GlobalScheduler(
         contender.sliders, scene.slo, scene.predictor(), contender.policy, cluster.capacities
     )
-    allowed = None if target is None else int((1 - target) * requests + 1e-9) + 1
-    meter = Meter(scheduler, scene.slo, allowed)
-    if allowed is None:
+    if target is None:
+        meter = Meter(scheduler, scene.slo)
         run(meter, cluster)
         return meter.tally
+    needed = math.ceil(target * requests - 1e-9)
+    meter = Meter(scheduler, scene.slo, requests - needed + 1, needed)
     for event in cluster.facts():
         for command in meter.on(event):
             cluster.send(command)
-        if meter.hopeless:
+        if meter.decided:
             cluster.close()
     # Of those never sent none is good: the share is of all that were to be sent.
     return replace(meter.tally, sent=requests)
@@ -113,16 +115,14 @@ def goodput(
     `guess` narrows the first bracket; a guess that is wrong costs two runs and nothing else.
     """
     low, high = 0.0, most
-    best: Tally | None = None
     rate = guess if guess is not None and guess < most else most * 0.75
-    step = 0.06 if guess is not None else 0.25
+    step = 0.04 if guess is not None else 0.25
     while high - low > tolerance * high and high > most * 0.01:
-        tally = attain(scene, contender, rate, requests, seed, TARGET)
-        if tally.attainment >= TARGET:
-            low, best = rate, tally
+        if attain(scene, contender, rate, requests, seed, TARGET).attainment >= TARGET:
+            low = rate
             rate = (low + high) / 2 if high < most else min(low * (1 + step), (low + most) / 2)
         else:
             high = rate
             rate = (low + high) / 2 if low > 0 else high * (1 - step)
         step *= 2 if step < 0.3 else 1
-    return Goodput(low, best)
+    return Goodput(low, attain(scene, contender, low, requests, seed) if low else None)
