@@ -42,13 +42,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A request is here. `movable` is False where the engine could not move it exactly (docs/moving.md)."""
+    """A request is here. `movable` is False where the engine could not move it exactly, for the reason
+    `bound_by` (docs/moving.md)."""
 
     at: float
     request: str
     prompt_tokens: int
     max_tokens: int
     movable: bool = True
+    bound_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,8 @@ class Stepped:
 @dataclass(frozen=True, slots=True)
 class Flowed:
     """The first token of leg `leg` is out on `instance`; with it `output_tokens` have been produced.
-    `kv_tokens` came over from the instance before, the rest was computed again. `gap` is the time in
-    seconds between the last token there and this one."""
+    `kv_tokens` came over from the instance before; `reused` counts these and what was still cached here, and
+    the rest was computed again. `gap` is the time in seconds between the last token there and this one."""
 
     at: float
     request: str
@@ -95,6 +97,7 @@ class Flowed:
     output_tokens: int
     kv_tokens: int
     gap: float
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm.kv import transfer_config
+from taichi_serve.scheduling.policy import Policy
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -57,6 +58,8 @@ def make_parser() -> FlexibleArgumentParser:
 
 def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
     group = serve.add_argument_group("TaiChi", "Sliders, SLOs and policy of TaiChi")
+    # vLLM has a --watermark too (a share of blocks to keep free, for another purpose): ours replaces it.
+    group.conflict_handler = "resolve"
     for name, kind, default, text in (
         ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
         ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
@@ -71,7 +74,16 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         ("stall-timeout", float, 120.0, "seconds an instance with work may be silent before it counts as lost"),
         ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     ):
-        group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+        dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
+        text = f"{text} (default: {default})"
+        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=text)
+    group.add_argument(
+        "--kv-over",
+        choices=("auto", "nixl"),
+        default="auto",
+        help="how KV moves between instances: directly where they share a host and it lets them, or always "
+        "over NIXL (default: auto)",
+    )
     group.add_argument(
         "--devices",
         help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
@@ -85,6 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is not None:
         args.model = args.model_tag
+    args.watermark = 0.0  # vLLM's own, which our flag displaced
     for name, instead in REFUSED.items():
         if getattr(args, name, None) not in (None, False, 1):
             parser.error(f"--{name.replace('_', '-')} cannot be used with taichi serve: {instead}")
@@ -92,6 +105,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         validate_parsed_serve_args(args)
         sliders(args)
         slo(args)
+        policy(args)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return args
@@ -107,7 +121,17 @@ def slo(args: argparse.Namespace) -> SLO:
     return SLO(args.ttft_slo, args.tpot_slo)
 
 
-def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
+def policy(args: argparse.Namespace) -> Policy:
+    """The policy of a parsed command line. A low watermark is most likely vLLM's flag of that name."""
+    if args.degrade_watermark < 0.5:
+        raise ValueError(
+            f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above which "
+            "requests are degraded; vLLM's own flag of that name (a share to keep free) is not available"
+        )
+    return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
+
+
+def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmConfig:
     """vLLM's configuration of one instance, from the server's command line.
 
     All instances get the same step budget, so that a D-heavy one can turn P-heavy while serving.
@@ -115,7 +139,7 @@ def engine_config(argv: list[str], engine_id: str) -> VllmConfig:
     args = parse(argv)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.kv_transfer_config = transfer_config(engine_id)
+    engine_args.kv_transfer_config = transfer_config(engine_id, "" if args.kv_over == "nixl" else directory)
     chosen = sliders(args)
     if engine_args.max_num_batched_tokens is None:
         seqs = engine_args.max_num_seqs or 256

@@ -24,6 +24,7 @@ from taichi_serve.messages import (
     Flow,
     Flowed,
     Lost,
+    Move,
     Outcome,
     Prefill,
     Prefilled,
@@ -33,7 +34,7 @@ from taichi_serve.messages import (
 )
 
 if TYPE_CHECKING:
-    from taichi_serve.cluster.vllm.instances import Engine
+    from taichi_serve.cluster.vllm.instance import Engine
 
 # A leg is only sent to pull KV while most of the source's lease is left; later it is computed again.
 FRESH = LEASE / 2
@@ -56,6 +57,7 @@ class VllmCluster:
         self._index = {engine.name: engine.index for engine in engines}
         self._deliver = deliver
         self._move_timeout = move_timeout
+        self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     # ------------------------------------------------------------------------------------------ the port
@@ -83,6 +85,10 @@ class VllmCluster:
             case Abort(outcome=outcome):
                 self.end(live, outcome)
 
+    def open(self) -> None:
+        """From here on facts count; those of the rehearsals before are forgotten."""
+        self._events = asyncio.Queue()
+
     def close(self) -> None:
         """No more facts."""
         self._events.put_nowait(None)
@@ -98,7 +104,7 @@ class VllmCluster:
         live = Live(request, last_at=time.monotonic())
         self.live[live.id] = live
         params = request.sampling_params
-        why = bound_by(request)
+        why = bound_by(request, self._v2)
         self._events.put_nowait(
             Arrived(
                 at=live.last_at,
@@ -120,6 +126,16 @@ class VllmCluster:
         else:
             self.end(live, Outcome.FINISHED)
 
+    def rehearse(self, request: EngineCoreRequest, at: int, to: int | None) -> asyncio.Future[int]:
+        """Prefill a request of our own on `at` and move it to `to`; the future gets its output tokens."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        live = Live(request, last_at=time.monotonic(), warm=done)
+        self.live[live.id] = live
+        self._prefill(live, 0, at, hand_over=to is not None)
+        if to is not None:
+            live.going = Going(1, to, Move.HAND_OVER)
+        return done
+
     # ---------------------------------------------------------------------------------------- decisions
 
     def _prefill(self, live: Live, leg: int, to: int, hand_over: bool) -> None:
@@ -138,8 +154,8 @@ class VllmCluster:
     def _decode(self, live: Live, going: Going) -> None:
         """Begin the next leg with the KV that is held, if it can still be had in time."""
         held, live.held = live.held, None
-        if held is not None and not self._usable(held):
-            self._release(held)
+        if held is not None and (held.instance == going.to or not self._usable(held)):
+            self._release(held)  # back on the same instance, its prefix cache still has the blocks
             held = None
         self._begin(live, going.leg, going.to)
         live.reader = held
@@ -156,7 +172,11 @@ class VllmCluster:
         live.engine_request = engine_id(live)
 
     def _add(self, live: Live, request: EngineCoreRequest) -> None:
-        self.engines[live.instance].add(live, request)
+        if live.tokens and bound_by(live.request, self._v2):  # its instance died, and no other could go on exactly
+            live.instance = -1
+            self.end(live, Outcome.FAILED)
+        else:
+            self.engines[live.instance].add(live, request)
 
     def _recompute(self, live: Live, leg: int) -> None:
         """The KV did not come in time: compute the tokens so far again, on the same instance."""
@@ -222,7 +242,7 @@ class VllmCluster:
         if record is None or stats is None:
             return
         stats.kv_connector_stats = stats.kv_connector_stats or None
-        seconds, prefill_tokens, decodes, kv_tokens = record
+        seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in = record
         engine.kv_tokens, engine.running, engine.waiting = (
             kv_tokens,
             stats.num_running_reqs,
@@ -268,7 +288,7 @@ class VllmCluster:
     ) -> None:
         live.awaiting = False
         live.cancel_deadline()
-        reader, live.reader = live.reader, None
+        live.reader = None
         engine.settle(live)
         if live.warm is not None:
             return
@@ -278,9 +298,9 @@ class VllmCluster:
         if len(live.tokens) == len(output.new_token_ids):
             self._events.put_nowait(Prefilled(now, live.id, live.leg, engine.name, cached, held))
             return
-        pulled = reader.params["remote_num_tokens"] if reader is not None and cached else 0
+        reused, pulled = engine.moved_in.get(live.engine_request, (0, 0))
         self._events.put_nowait(
-            Flowed(now, live.id, live.leg, engine.name, len(live.tokens), int(pulled), gap)
+            Flowed(now, live.id, live.leg, engine.name, len(live.tokens), pulled, gap, reused)
         )
 
     def _left(self, engine: Engine, live: Live, params: dict[str, Any] | None, now: float) -> None:

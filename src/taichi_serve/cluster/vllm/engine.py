@@ -37,7 +37,7 @@ def main(path: str) -> None:
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor import Executor
 
-    config = engine_config(spec["argv"], spec["engine_id"])
+    config = engine_config(spec["argv"], spec["engine_id"], str(Path(path).parent))
     EngineCoreProc.run_engine_core(
         vllm_config=config,
         local_client=True,

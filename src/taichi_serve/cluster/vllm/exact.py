@@ -2,7 +2,8 @@
 
 A later leg hands the engine prompt and output so far as one prompt. Whatever looks only at all tokens, or
 only at the next one, cannot tell the difference; whatever keeps a state of its own, or tells prompt from
-output, can, and such a request stays on one instance for life.
+output, can, and such a request stays on one instance for life. vLLM's V2 model runner (GPU) takes the output
+so far as output (flow.as_output), so there less is bound than with the V1 runner (CPU).
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ BOUND_BY_REQUEST: dict[str, Callable[[EngineCoreRequest], object]] = {
 }
 
 
-def bound_by(request: EngineCoreRequest) -> str | None:
+# The V2 model runner draws by seed and position, and tells the output of a moved request from its prompt.
+FREE_WITH_V2 = frozenset({"presence_penalty", "frequency_penalty", "seed", "bad_words"})
+
+
+def bound_by(request: EngineCoreRequest, v2: bool = False) -> str | None:
     """Why this request must stay on one instance for life, or None when it moves exactly."""
     for name, sees in BOUND_BY_REQUEST.items():
         if sees(request):
             return name
     params = request.sampling_params
     for name, looks in BOUND_BY_PARAMS.items() if params is not None else ():
-        if looks(params):
+        if looks(params) and not (v2 and name in FREE_WITH_V2):
             return name
     return None

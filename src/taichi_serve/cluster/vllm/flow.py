@@ -35,10 +35,11 @@ class Step(NamedTuple):
     scheduled_at: float
     prefill_tokens: int
     decodes: int
+    moved_in: dict[str, tuple[int, int]]  # engine id: tokens it need not compute, and how many were pulled
 
 
 def extra(request: Request) -> dict[str, Any]:
-    """Our own entry in the request's sampling parameters: `hand_over`, `moved`."""
+    """Our own entry in the request's sampling parameters: `hand_over`, or `moved` and `output`."""
     params = request.sampling_params
     return (params.extra_args or {}).get(KEY) or {} if params is not None else {}
 
@@ -70,8 +71,24 @@ class FlowScheduler(AsyncScheduler):
         at = time.monotonic()
         output = super().schedule(throttle_prefills)
         single = list(output.num_scheduled_tokens.values()).count(1)
-        self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single))
+        moved_in = self._moved_in(output) if output.scheduled_new_reqs else {}
+        self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single, moved_in))
         return output
+
+    def _moved_in(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
+        pulled = self._connector_scheduler.pulled
+        return {
+            new.req_id: (new.num_computed_tokens, min(pulled.pop(new.req_id, 0), new.num_computed_tokens))
+            for new in output.scheduled_new_reqs
+            if extra(self.requests[new.req_id]).get("moved")
+        }
+
+    def add_request(self, request: Request) -> None:
+        """A request that moves in brings its output so far, where the model runner can tell it from a prompt."""
+        output = extra(request).get("output", 0)
+        if output and self.use_v2_model_runner:
+            as_output(request, output)
+        super().add_request(request)
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         # A request that was already generating needs one token, so it never queues behind prefills.
@@ -132,13 +149,32 @@ class FlowScheduler(AsyncScheduler):
             self._stepped_at = now
         pool = self.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
-        record = [now - began, step.prefill_tokens, step.decodes, used * self.block_size]
+        record = [now - began, step.prefill_tokens, step.decodes, used * self.block_size, step.moved_in]
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
 
 
 def _is_prefill(request: Request) -> bool:
     return bool(request.is_prefill_chunk)
+
+
+def as_output(request: Request, count: int) -> None:
+    """Turn the last `count` prompt tokens of a new request back into the output they are.
+
+    vLLM's V2 model runner takes such a request as it takes one that resumes after a preemption, so seeds,
+    penalties and bad words see what they would have seen without the move. The V1 runner cannot.
+    """
+    params = request.sampling_params
+    assert params is not None and params.max_tokens is not None and request.prompt_token_ids is not None
+    tokens = request.prompt_token_ids[-count:]
+    request.prompt_token_ids = request.prompt_token_ids[:-count]
+    request.num_prompt_tokens -= count
+    del request._all_token_ids[-count:]
+    request.append_output_token_ids(tokens)
+    request.prefill_stats = None  # its prefill was counted elsewhere
+    params.max_tokens += count
+    params.min_tokens += extra(request)["min_tokens_done"]
+    request.max_tokens = params.max_tokens
 
 
 # --------------------------------------------------------- what the outside may call on the engine core

@@ -1,5 +1,7 @@
 """How the KV of a request gets from one vLLM instance to another: NIXL, with exact block arithmetic.
 
+Between instances on one host the bytes do not take NIXL's way (host.py).
+
 A request leaves an instance after token T (prompt and output counted together). The KV of its first T - 1
 tokens is final there; token T is the one the next instance computes, which yields token T + 1. The stock
 connector counts in whole prompts instead; this subclass counts what was really computed and trims the block
@@ -9,15 +11,21 @@ list to it, so that both sides agree block by block.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.platforms import current_platform
+
+from taichi_serve.cluster.vllm.host import CpuMemory, HostAgent, Memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -27,20 +35,28 @@ LEASE = 30
 TransferParams = dict[str, Any]
 
 
-def transfer_config(engine_id: str) -> KVTransferConfig:
-    """vLLM's KV transfer settings for one instance. A failed load is recomputed, never an error to the user."""
+def transfer_config(engine_id: str, directory: str) -> KVTransferConfig:
+    """vLLM's KV transfer settings for one instance. A failed load is recomputed, never an error to the user.
+
+    `directory` is where the instances of one server find each other's memory (host.py); without one
+    everything goes over NIXL.
+    """
     return KVTransferConfig(
         kv_connector="FlowConnector",
         kv_connector_module_path="taichi_serve.cluster.vllm.kv",
         kv_role="kv_both",
         engine_id=engine_id,
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config={"kv_lease_duration": LEASE},
+        kv_connector_extra_config={"kv_lease_duration": LEASE, "taichi_directory": directory},
     )
 
 
 class FlowConnectorScheduler(NixlPullConnectorScheduler):
     """The scheduler's side of the pull, counting computed tokens instead of prompts."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self.pulled: dict[str, int] = {}  # engine id: tokens asked from the source, until it is scheduled
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step."""
@@ -50,10 +66,17 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         final = min(params["remote_num_tokens"], request.num_tokens - 1)
         return max(0, final - num_computed_tokens), final > num_computed_tokens
 
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Remember how much is pulled."""
+        if num_external_tokens:
+            self.pulled[request.request_id] = num_external_tokens
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, TransferParams | None]:
         """Pin the blocks of a request that leaves; free those of every other one at once."""
+        self.pulled.pop(request.request_id, None)
         leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         pinned, params = super().request_finished(request, block_ids)
         if not (leaves and pinned and params):
@@ -75,10 +98,33 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self._reqs_need_send[request_id] = time.perf_counter() - 1.0
 
 
+class FlowConnectorWorker(NixlPullConnectorWorker):
+    """The worker's side of the pull, whose agent reads peers on this host directly."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        directory = self.kv_transfer_config.get_from_extra_config("taichi_directory", "")
+        if directory and (memory := _memory()) is not None:
+            self.nixl_wrapper = HostAgent(self.nixl_wrapper, Path(directory), memory)
+
+
+def _memory() -> Memory | None:
+    if current_platform.is_cpu():
+        return CpuMemory()
+    if current_platform.is_cuda():
+        from taichi_serve.cluster.vllm.cuda_ipc import CudaMemory
+
+        return CudaMemory()
+    return None
+
+
 class FlowConnector(NixlPullConnector):
-    """vLLM's NIXL pull connector with FlowConnectorScheduler on the scheduler's side."""
+    """vLLM's NIXL pull connector with our scheduler's and worker's side."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
+        # NixlPullConnector would build vLLM's own sides here, agents and threads included.
+        NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             self.connector_scheduler = FlowConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            self.connector_worker = FlowConnectorWorker(vllm_config, self.engine_id, kv_cache_config)

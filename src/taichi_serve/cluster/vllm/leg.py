@@ -79,13 +79,14 @@ def next_leg(live: Live, kv: TransferParams | None) -> EngineCoreRequest:
     request.request_id = engine_id(live)
     request.prompt_token_ids = [*(live.request.prompt_token_ids or ()), *live.tokens]
     done = len(live.tokens)
-    extra: dict[str, object] = {KEY: {"moved": True}}
+    mandatory = min(done, _params(live).min_tokens)
+    extra: dict[str, object] = {KEY: {"moved": True, "output": done, "min_tokens_done": mandatory}}
     if kv is not None:
         extra["kv_transfer_params"] = dict(kv)
     params = _with_extra(_params(live), extra)
     assert params.max_tokens is not None  # the input processor fills it in
     params.max_tokens -= done
-    params.min_tokens = max(0, params.min_tokens - done)
+    params.min_tokens -= mandatory
     request.sampling_params = params
     return request
 

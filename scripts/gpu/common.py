@@ -1,0 +1,159 @@
+"""What the GPU checks share: models made on the spot, a server of several instances, streams that move."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from taichi_serve.bench.client import Answer, stream
+
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+ASKED: Counter[int] = Counter()  # what the server said to wishes to move
+
+
+def shape(tokenizer_of: Path, config: dict[str, Any], target: Path) -> Path:
+    """A model directory of this shape without weights (load_format dummy), with somebody's tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in tokenizer_of.iterdir():
+        if path.suffix != ".safetensors" and path.name != "config.json":
+            shutil.copy(path, target / path.name)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@contextlib.contextmanager
+def server(model: Path, port: int, log: Path, *flags: str) -> Iterator[str]:
+    """`taichi serve` with these flags; yields its URL once it is ready."""
+    command = [sys.executable, "-m", "taichi_serve.cli", "serve", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--served-model-name", "m", "--disable-uvicorn-access-log", *flags]
+    began = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while "taichi: ready" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() - began > 300:
+                tail(log)
+                raise SystemExit(f"the server did not start (exit code {process.poll()})")
+            time.sleep(0.2)
+        print(f"ready after {time.monotonic() - began:.0f} s: {' '.join(flags)}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+        keep_logs(log.parent)
+
+
+def tail(log: Path, lines: int = 25) -> None:
+    """The last lines of a server's log and of its instances' logs."""
+    for path in [log, *sorted(Path("/tmp").glob("taichi-*/*.log"))]:
+        print(f"--- {path}")
+        print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+
+
+def keep_logs(target: Path) -> None:
+    """Copy instance logs, where a failure left them, beside the server's."""
+    for path in Path("/tmp").glob("taichi-*/*.log"):
+        shutil.copy(path, target / f"{path.parent.name}-{path.name}")
+
+
+def bodies(count: int, low: int, high: int, outputs: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
+    """Greedy completions over random token prompts, the same for the same seed."""
+    rng = random.Random(seed)
+    return [
+        {
+            "model": "m",
+            "prompt": [rng.randrange(300, 4000) for _ in range(rng.randint(low, high))],
+            "max_tokens": rng.randint(*outputs),
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        for _ in range(count)
+    ]
+
+
+async def run(url: str, jobs: list[dict[str, Any]], moves: int, targets: list[str], seed: int = 0) -> list[Answer]:
+    """All jobs at once; each is moved `moves` times at random steps, always to another of `targets`."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        rng = random.Random(seed)
+
+        async def one(job: dict[str, Any]) -> Answer:
+            steps = sorted(rng.sample(range(2, job["max_tokens"] * 2 // 3), moves))
+
+            async def on_tokens(answer: Answer) -> None:
+                if steps and len(answer.tokens) >= steps[0] and await move(client, answer.id, targets):
+                    steps.pop(0)
+
+            return await stream(client, "/v1/completions", job, on_tokens if moves else None)
+
+        return await asyncio.gather(*(one(job) for job in jobs))
+
+
+async def move(client: httpx.AsyncClient, request: str, targets: list[str]) -> bool:
+    """Ask for one move to another instance; False while the request is still moving."""
+    view = (await client.get(f"/taichi/requests/{request}")).json()["requests"][0]
+    here = view["legs"][-1]["instance"]
+    target = random.choice([name for name in targets if name != here])
+    answer = await client.post(f"/taichi/requests/{request}/flow", json={"to": target})
+    ASKED[answer.status_code] += 1
+    return answer.status_code == 202 or "bound" in answer.text
+
+
+def gaps(url: str, answers: list[Answer]) -> list[float]:
+    """Seconds of every gap a move made, as the server recorded them."""
+    found = []
+    for answer in answers:
+        for view in httpx.get(f"{url}/taichi/requests/{answer.id}").json()["requests"]:
+            found += [leg["gap"] for leg in view["legs"] if leg["gap"] is not None]
+    return found
+
+
+def quantiles(values: list[float]) -> str:
+    """Median / p90 / max in milliseconds."""
+    if not values:
+        return "none"
+    ordered = sorted(values)
+    p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
+    return f"{1e3 * statistics.median(ordered):.1f} / {1e3 * p90:.1f} / {1e3 * ordered[-1]:.1f} ms"
+
+
+def out_directory() -> Path:
+    """Where logs and figures go."""
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("OUT", "/tmp/taichi-gpu"))
+    path.mkdir(parents=True, exist_ok=True)
+    return path

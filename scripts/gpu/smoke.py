@@ -1,0 +1,106 @@
+"""Four instances on one GPU: token identity of moved requests, and what a move costs at 7B size."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import httpx
+from common import ASKED, QWEN_7B, bodies, gaps, out_directory, quantiles, run, server, shape, tail
+
+from taichi_serve.bench.client import Answer
+from taichi_serve.tiny import cached_tiny_model
+
+FOUR = ["--p-heavy", "1", "--d-heavy", "3", "--devices", "0;0;0;0"]
+DECODERS = ["i1", "i2", "i3"]
+# Instances on one GPU see each other's memory: they are told what is theirs.
+SHARED = ["--gpu-memory-utilization", "0.2"]
+FAST_START = [*SHARED, "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
+
+
+def same(a: list[Answer], b: list[Answer]) -> str:
+    """How many pairs have the same tokens and the same text."""
+    equal = sum(x.tokens == y.tokens and x.text == y.text and y.ok for x, y in zip(a, b, strict=True))
+    return f"{equal} of {len(a)}"
+
+
+def state(url: str) -> dict[str, Any]:
+    """GET /taichi/state."""
+    data: dict[str, Any] = httpx.get(f"{url}/taichi/state").json()
+    return data
+
+
+def identity(url: str) -> None:
+    """Greedy and seeded streams, undisturbed and then moved."""
+    jobs = bodies(32, 16, 1500, (300, 600))
+    kinds: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "seed": {"temperature": 0.8, "seed": 7},
+        "penalties": {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+        "grammar": {"structured_outputs": {"regex": "[a-z ]{200}"}, "ignore_eos": False},
+    }
+    for name, more in kinds.items():
+        before = state(url)["moves"]["operator"]
+        todo = [{**job, **more} for job in jobs]
+        still, again = (asyncio.run(run(url, todo, 0, [])) for _ in range(2))
+        moved = asyncio.run(run(url, todo, 5, ["i0", *DECODERS]))
+        moves = state(url)["moves"]["operator"] - before
+        print(f"identity, {name}: unmoved twice {same(still, again)}, moved {same(still, moved)}, {moves} moves")
+        first_difference(still, moved)
+    print("bound:", state(url)["bound"], "moves:", state(url)["moves"])
+
+
+def first_difference(a: list[Answer], b: list[Answer]) -> None:
+    """Where two runs part, for whoever has to find out why."""
+    for number, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not y.ok:
+            print(f"  stream {number}: {y.error}")
+        elif x.tokens != y.tokens:
+            at = next((k for k, (p, q) in enumerate(zip(x.tokens, y.tokens)) if p != q), -1)
+            print(f"  stream {number} ({x.prompt_tokens} in) parts at token {at} of {len(x.tokens)}")
+
+
+def cost(url: str, out: Path, path: str) -> None:
+    """32 streams at 7B size without and with moves; KV takes the way called `path`."""
+    jobs = bodies(32, 500, 4000, (200, 300), seed=1)
+    rows = {}
+    for moves in (0, 3):
+        answers = asyncio.run(run(url, jobs, moves, DECODERS))
+        tpots = [a.tpot for a in answers]
+        print(
+            f"7B, {path}, {moves} moves each: ok {sum(a.ok for a in answers)} of 32, TTFT "
+            f"{quantiles([a.ttft for a in answers])}, TPOT {quantiles(tpots)}, gap {quantiles(gaps(url, answers))}"
+        )
+        print("  asked:", dict(ASKED), "moves:", state(url)["moves"])
+        ASKED.clear()
+        rows[str(moves)] = {"tpot_median": statistics.median(tpots), "gaps": gaps(url, answers)}
+    (out / f"smoke-{path}.json").write_text(json.dumps(rows))
+
+
+def main() -> None:
+    """Both checks, one server after the other."""
+    # Triton multiplies float32 in TF32 unless told otherwise, and then equal work in another batch differs.
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+    out = out_directory()
+    tiny = cached_tiny_model()
+    flags = [*FOUR, *FAST_START, "--max-model-len", "4096", "--kv-cache-memory-bytes", "1G", "--dtype", "float32"]
+    with server(tiny, 8200, out / "tiny.log", *flags) as url:
+        identity(url)
+    large = shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
+    flags = [*FOUR, *FAST_START, "--max-model-len", "16384", "--kv-cache-memory-bytes", "6G"]
+    flags += ["--load-format", "dummy", "--p-chunk", "4096"]
+    for number, path in enumerate(("auto", "nixl")):
+        with server(large, 8201 + number, out / f"{path}.log", *flags, "--kv-over", path) as url:
+            try:
+                cost(url, out, path)
+            except BaseException:
+                tail(out / f"{path}.log")
+                raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs one of the GPU checks on a machine with one large GPU, as several small ones under MPS.
+#   scripts/h200.sh smoke [out-dir]   four instances, token identity, TTFT, TPOT and the gap of a move
+# vLLM and NIXL must be importable. An MPS daemon is started unless one is there already.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+check="${1:?which check? smoke}"; shift
+export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
+if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
+  export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps
+  mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
+  PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d
+fi
+# A quarter of the streaming multiprocessors for each of four instances.
+export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-25}"
+exec python3 "scripts/gpu/$check.py" "$@"

@@ -1,0 +1,268 @@
+"""KV between instances on one host at memory speed, under the interface of a NIXL agent.
+
+vLLM's connector talks to a NIXL agent in terms of addresses, lengths and indices into prepared lists. This
+agent answers the same calls, and where the peer is an instance of ours on this host it reads the peer's
+memory itself: over CUDA IPC with one kernel on a stream of its own, or with process_vm_readv from a thread.
+Every other peer, and every host that refuses such reads, goes over NIXL as before, pair by pair.
+
+Peers find each other through small files in the server's own directory (mode 0700), so handles are only
+given to instances of the same server. A source frees its blocks when the reader says so, as with NIXL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger("vllm.taichi.host")
+
+Rows = NDArray[np.uint64]  # (n, 3): address, bytes, device
+LOCAL = "NIXL_INIT_AGENT"
+IOV_MAX = 1024
+
+
+class Memory(Protocol):
+    """One kind of memory: how it is offered to peers, reached at a peer, and copied from there."""
+
+    def offer(self, ranges: Rows) -> list[dict[str, Any]]:
+        """What a peer needs to reach these ranges, as JSON."""
+        ...
+
+    def reach(self, peer: dict[str, Any], rows: Rows) -> NDArray[np.uint64]:
+        """Addresses that `copy` can read for the peer's rows. Raises OSError where the host refuses."""
+        ...
+
+    def copy(self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64]) -> Copy:
+        """Start copying source rows to target rows, outside of whatever step is running."""
+        ...
+
+    def leave(self, peer: dict[str, Any]) -> None:
+        """The peer is gone: let go of its memory."""
+        ...
+
+
+class Copy(Protocol):
+    """A copy under way."""
+
+    def done(self) -> bool:
+        """Whether every byte is there. Raises OSError where the peer's memory could not be read."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Descriptors:
+    """Rows on their way into a prepared list, with NIXL's own form of them."""
+
+    rows: Rows
+    nixl: Any
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """A prepared list: of our own memory, or of a peer's (then `addresses` is how we reach it)."""
+
+    agent: str
+    rows: Rows
+    nixl: Any
+    addresses: NDArray[np.uint64] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One read from a peer on this host, until its last byte is here and the peer knows."""
+
+    peer: str
+    rows: Rows
+    source: NDArray[np.uint64]
+    note: bytes
+    copy: Copy | None = None
+    began: float = 0.0
+    took: float = 0.0
+
+
+class HostAgent:
+    """A NIXL agent that keeps transfers between instances of one host to itself."""
+
+    def __init__(self, nixl: Any, directory: Path, memory: Memory) -> None:
+        self._nixl = nixl
+        self._directory = directory
+        self._memory = memory
+        self._peers: dict[str, dict[str, Any]] = {}
+        self._ranges: list[Rows] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._nixl, name)  # whatever is not about copying stays NIXL's
+
+    # ------------------------------------------------------------------------------ meeting the peers
+
+    def get_reg_descs(self, ranges: Any, mem_type: str) -> Any:
+        """Remember what is registered; it is what we can offer."""
+        self._ranges.append(np.array([[r[0], r[1], r[2]] for r in ranges], dtype=np.uint64))
+        return self._nixl.get_reg_descs(ranges, mem_type)
+
+    def register_memory(self, descs: Any, **options: Any) -> Any:
+        """Register with NIXL, and leave word for our own instances."""
+        registered = self._nixl.register_memory(descs, **options)
+        word = {"pid": os.getpid(), "memory": self._memory.offer(np.concatenate(self._ranges))}
+        path = self._file(self._nixl.name)
+        path.with_suffix(".part").write_text(json.dumps(word))
+        path.with_suffix(".part").replace(path)
+        return registered
+
+    def add_remote_agent(self, metadata: bytes) -> str:
+        """Meet a peer. If it left word here, it is one of ours on this host."""
+        name = self._nixl.add_remote_agent(metadata)
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        path = self._file(name)
+        if path.exists():
+            self._peers[name] = json.loads(path.read_text())
+        return name
+
+    def remove_remote_agent(self, agent: str) -> Any:
+        """Forget a peer and let go of its memory."""
+        if (peer := self._peers.pop(agent, None)) is not None:
+            self._memory.leave(peer)
+        return self._nixl.remove_remote_agent(agent)
+
+    def _file(self, agent: str) -> Path:
+        return self._directory / f"kv-{agent}.json"
+
+    # --------------------------------------------------------------------------------- prepared lists
+
+    def get_xfer_descs(self, rows: Any, mem_type: str) -> Descriptors:
+        """Keep the rows beside NIXL's form of them."""
+        return Descriptors(np.asarray(rows, dtype=np.uint64), self._nixl.get_xfer_descs(rows, mem_type))
+
+    def prep_xfer_dlist(self, agent: str, descs: Descriptors) -> Prepared:
+        """Prepare a list; a peer's memory is reached here, once."""
+        prepared = Prepared(agent, descs.rows, self._nixl.prep_xfer_dlist(agent, descs.nixl))
+        peer = self._peers.get(agent)
+        if peer is not None:
+            try:
+                prepared.addresses = self._memory.reach(peer, descs.rows)
+                log.info("KV of process %s is read directly", peer["pid"])
+            except OSError as refused:
+                log.warning("KV of process %s goes over NIXL: %s", peer["pid"], refused)
+        return prepared
+
+    def release_dlist_handle(self, prepared: Prepared) -> Any:
+        """Let NIXL's own list go."""
+        return self._nixl.release_dlist_handle(prepared.nixl)
+
+    # -------------------------------------------------------------------------------------- transfers
+
+    def make_prepped_xfer(
+        self, way: str, local: Prepared, local_ids: Any, remote: Prepared, remote_ids: Any, **options: Any
+    ) -> Any:
+        """A read from a peer on this host is ours, every other transfer is NIXL's."""
+        if way != "READ" or remote.addresses is None:
+            return self._nixl.make_prepped_xfer(way, local.nixl, local_ids, remote.nixl, remote_ids, **options)
+        note = options.get("notif_msg", b"")
+        return Transfer(remote.agent, local.rows[local_ids], remote.addresses[remote_ids], note)
+
+    def transfer(self, handle: Any) -> str:
+        """Begin."""
+        if not isinstance(handle, Transfer):
+            return str(self._nixl.transfer(handle))
+        handle.began = time.perf_counter()
+        handle.copy = self._memory.copy(self._peers[handle.peer], handle.rows, handle.source)
+        return "PROC"
+
+    def check_xfer_state(self, handle: Any) -> str:
+        """DONE, PROC, or an error. With the last byte the peer learns that it can free its blocks."""
+        if not isinstance(handle, Transfer):
+            return str(self._nixl.check_xfer_state(handle))
+        assert handle.copy is not None
+        try:
+            if not handle.copy.done():
+                return "PROC"
+        except OSError as wrong:
+            log.warning("KV of %s could not be read: %s", handle.peer, wrong)
+            return "ERR"
+        handle.took = time.perf_counter() - handle.began
+        self._nixl.send_notif(handle.peer, notif_msg=handle.note)
+        return "DONE"
+
+    def get_xfer_telemetry(self, handle: Any) -> Any:
+        """Times in microseconds and bytes, as NIXL counts them."""
+        if not isinstance(handle, Transfer):
+            return self._nixl.get_xfer_telemetry(handle)
+        return SimpleNamespace(
+            xferDuration=handle.took * 1e6,
+            postDuration=0.0,
+            totalBytes=int(handle.rows[:, 1].sum()),
+            descCount=len(handle.rows),
+        )
+
+    def release_xfer_handle(self, handle: Any) -> None:
+        """Nothing of ours outlives its copy."""
+        if not isinstance(handle, Transfer):
+            self._nixl.release_xfer_handle(handle)
+
+
+# -------------------------------------------------------------------------------------- memory on the CPU
+
+
+class ThreadCopy:
+    """A copy in a thread; ctypes lets go of the interpreter while the kernel copies."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Raises what the thread raised."""
+        if not self._future.done():
+            return False
+        self._future.result()
+        return True
+
+
+class CpuMemory:
+    """Another process's memory, read with process_vm_readv (Linux, same user)."""
+
+    def __init__(self) -> None:
+        self._read = ctypes.CDLL(None, use_errno=True).process_vm_readv
+        self._read.restype = ctypes.c_ssize_t
+        self._read.argtypes = [ctypes.c_int] + [ctypes.c_void_p, ctypes.c_ulong] * 2 + [ctypes.c_ulong]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+
+    def offer(self, ranges: Rows) -> list[dict[str, Any]]:
+        """Addresses are enough: the kernel checks who reads."""
+        return [{"address": int(a), "size": int(n)} for a, n, _ in ranges]
+
+    def reach(self, peer: dict[str, Any], rows: Rows) -> NDArray[np.uint64]:
+        """The peer's own addresses, once the kernel has let us read one row."""
+        probe = np.empty(int(rows[0, 1]), dtype=np.uint8)
+        target = np.array([[probe.ctypes.data, probe.nbytes, 0]], dtype=np.uint64)
+        self._copy(peer["pid"], target, rows[:1, 0])
+        return np.ascontiguousarray(rows[:, 0])
+
+    def copy(self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64]) -> ThreadCopy:
+        """One copy after the other, in a thread."""
+        return ThreadCopy(self._thread.submit(self._copy, peer["pid"], target, source))
+
+    def leave(self, peer: dict[str, Any]) -> None:
+        """Nothing is mapped."""
+
+    def _copy(self, pid: int, target: Rows, source: NDArray[np.uint64]) -> None:
+        here = np.ascontiguousarray(target[:, :2])
+        there = np.column_stack([source, target[:, 1]])
+        for at in range(0, len(here), IOV_MAX):
+            mine, theirs = here[at : at + IOV_MAX], np.ascontiguousarray(there[at : at + IOV_MAX])
+            wanted = int(mine[:, 1].sum())
+            count = len(mine)
+            got = self._read(pid, mine.ctypes.data, count, theirs.ctypes.data, count, 0)
+            if got != wanted:
+                number = ctypes.get_errno()
+                raise OSError(number, f"read {got} of {wanted} bytes: {os.strerror(number)}")

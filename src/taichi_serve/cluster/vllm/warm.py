@@ -1,0 +1,56 @@
+"""Every ordered pair of instances moves one small request before the server says it is ready.
+
+NIXL's first pull between two instances makes a handshake of one to several seconds; no user should wait
+for it. It also shows that the pair can move KV at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import permutations
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.process import StartError
+
+BLOCKS = 2
+
+
+async def warm(cluster: VllmCluster, timeout: float = 180.0) -> None:
+    """Move a request over every ordered pair, all at once. Raises StartError naming the pairs that failed."""
+    pairs = {
+        (a.name, b.name): cluster.rehearse(_request(cluster, a.index, b.index), a.index, b.index)
+        for a, b in permutations(cluster.engines, 2)
+    }
+    alone = [cluster.rehearse(_request(cluster, e.index, e.index), e.index, None) for e in cluster.engines]
+    waits = [*pairs.values(), *alone]
+    if not waits:
+        return
+    await asyncio.wait(waits, timeout=timeout)
+    bad = [f"{a} -> {b}" for (a, b), wait in pairs.items() if not wait.done() or wait.result() < 2]
+    bad += [e.name for e, wait in zip(cluster.engines, alone, strict=True) if not wait.done()]
+    if bad:
+        logs = ", ".join(str(e.process.log) for e in cluster.engines)
+        raise StartError(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
+
+
+def _request(cluster: VllmCluster, a: int, b: int) -> EngineCoreRequest:
+    config = cluster.engines[a].client.vllm_config
+    length = min(BLOCKS * config.cache_config.block_size + 3, config.model_config.max_model_len - 3)
+    vocabulary = config.model_config.get_vocab_size()
+    # Another prompt for every pair: a block that is cached already would not be pulled.
+    tokens = [(1 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
+    return EngineCoreRequest(
+        request_id=f"taichi-warm-{a}-{b}",
+        prompt_token_ids=tokens,
+        mm_features=None,
+        sampling_params=SamplingParams(temperature=0.0, max_tokens=2, min_tokens=2, ignore_eos=True),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )

@@ -1,0 +1,195 @@
+"""The engine client that vLLM's own API server is built around: one engine in its eyes, several in fact.
+
+vLLM's AsyncLLM keeps its input and output processing (chat templates, detokenising, stop strings, logprobs,
+statistics); only the client below it is ours. What users get to see never tells instances apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason, async_llm
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor import Executor
+
+from taichi_serve.cluster.vllm.cluster import VllmCluster
+
+# Parameters that steer KV transfers inside a cluster; vLLM would trust them from anybody.
+INTERNAL = ("kv_transfer_params", "ec_transfer_params", "taichi")
+
+_cancelling: ContextVar[bool] = ContextVar("cancelling", default=False)
+
+
+class _Resources:
+    """What AsyncLLM asks for its health: dead only when every instance is."""
+
+    def __init__(self, cluster: VllmCluster) -> None:
+        self._cluster = cluster
+
+    @property
+    def engine_dead(self) -> bool:
+        return not any(engine.alive for engine in self._cluster.engines)
+
+
+class ClusterClient(EngineCoreClient):
+    """vLLM's client port over a whole cluster."""
+
+    def __init__(self, cluster: VllmCluster, outputs: asyncio.Queue[EngineCoreOutputs]) -> None:
+        self.cluster = cluster
+        self.resources = _Resources(cluster)
+        self.engine_ranks_managed = [engine.index for engine in cluster.engines]
+        self.outputs = outputs
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """The users' outputs of one step of one instance."""
+        return await self.outputs.get()
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Give a request to the cluster; the scheduler decides where it goes."""
+        self.cluster.accept(request)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """End requests wherever they are: because the client left, or because a stop string was found."""
+        for request_id in request_ids:
+            self.cluster.abandon(request_id, cancelled=_cancelling.get())
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Processes belong to the server (server.py), which ends them after the last output."""
+
+    # Whatever else vLLM's routes may ask concerns every instance alike.
+
+    async def _everywhere(self, method: str, *args: Any) -> list[Any]:
+        clients = [engine.client for engine in self.cluster.engines if engine.alive]
+        return await asyncio.gather(*(getattr(client, method)(*args) for client in clients))
+
+    async def get_supported_tasks_async(self) -> Any:
+        """The tasks of the model, the same on every instance."""
+        return (await self._everywhere("get_supported_tasks_async"))[0]
+
+    async def reset_mm_cache_async(self) -> None:
+        """Forget multimodal inputs, everywhere."""
+        await self._everywhere("reset_mm_cache_async")
+
+    async def reset_prefix_cache_async(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forget cached prefixes, everywhere."""
+        return all(await self._everywhere("reset_prefix_cache_async", reset_running_requests, reset_connector))
+
+    async def profile_async(self, *args: Any, **kwargs: Any) -> None:
+        """Start or stop vLLM's profiler, everywhere."""
+        await self._everywhere("profile_async", *args, *kwargs.values())
+
+    async def add_lora_async(self, lora_request: Any) -> bool:
+        """Load an adapter, everywhere."""
+        return all(await self._everywhere("add_lora_async", lora_request))
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        """Unload an adapter, everywhere."""
+        return all(await self._everywhere("remove_lora_async", lora_id))
+
+    async def list_loras_async(self) -> set[int]:
+        """The adapters that every instance has."""
+        found: list[set[int]] = await self._everywhere("list_loras_async")
+        return set.intersection(*found)
+
+    async def pin_lora_async(self, lora_id: int) -> bool:
+        """Keep an adapter loaded, everywhere."""
+        return all(await self._everywhere("pin_lora_async", lora_id))
+
+    async def is_sleeping_async(self) -> bool:
+        """Instances never sleep."""
+        return False
+
+    async def collective_rpc_async(
+        self, method: Any, timeout: float | None = None, args: Any = (), kwargs: Any = None
+    ) -> list[Any]:
+        """Call the workers of every instance."""
+        answers = await self._everywhere("collective_rpc_async", method, timeout, args, kwargs)
+        return [answer for instance in answers for answer in instance]
+
+
+class ClusterLLM(async_llm.AsyncLLM):
+    """vLLM's AsyncLLM over a cluster: it refuses what only this system may say, and tells why it aborts."""
+
+    closing = False
+    shutdown_from_thread: Callable[[], None] | None = None
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Let the open requests end first; vLLM's server calls this in a thread when a signal comes."""
+        drain, self.shutdown_from_thread = self.shutdown_from_thread, None
+        if drain is not None:
+            drain()
+        super().shutdown(timeout)
+
+    async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add a request; raises a client error where it tries to steer KV transfers or ranks itself."""
+        if self.closing:
+            raise GracefulHTTPError("The server is shutting down.", HTTPStatus.SERVICE_UNAVAILABLE)
+        if isinstance(params, SamplingParams):
+            for name in INTERNAL:
+                if (params.extra_args or {}).get(name) is not None:
+                    raise VLLMValidationError(f"{name} cannot be set by a client", parameter=name)
+        if kwargs.get("data_parallel_rank") is not None:
+            raise VLLMValidationError("a data-parallel rank cannot be chosen by a client")
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Abort because nobody listens any more."""
+        token = _cancelling.set(True)
+        try:
+            await super().abort(request_id, internal)
+        finally:
+            _cancelling.reset(token)
+
+    async def notify_kv_transfer_request_rejected(self, *args: Any, **kwargs: Any) -> None:
+        """A client's transfer parameters mean nothing here."""
+
+    def reject_rest(self) -> None:
+        """End every request that is still open, with what it has got."""
+        core: ClusterClient = self.engine_core
+        for live in list(core.cluster.live.values()):
+            core.outputs.put_nowait(
+                EngineCoreOutputs(outputs=[EngineCoreOutput(live.id, [], finish_reason=FinishReason.ABORT)])
+            )
+            core.cluster.abandon(live.id, cancelled=True)
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until nothing is open, at most `timeout` seconds; says whether that came true."""
+        until = time.monotonic() + timeout
+        while self.output_processor.has_unfinished_requests():
+            if time.monotonic() >= until:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+
+def cluster_llm(config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue[Any], args: Any) -> ClusterLLM:
+    """vLLM's AsyncLLM with our client in the place where it makes its own."""
+    client = ClusterClient(cluster, outputs)
+
+    class Factory(EngineCoreClient):
+        make_async_mp_client = staticmethod(lambda **_: client)
+
+    # AsyncLLM.__init__ asks this name for its client, and has no parameter for another one.
+    vllms_own = async_llm.EngineCoreClient
+    async_llm.EngineCoreClient = Factory
+    try:
+        return ClusterLLM(
+            vllm_config=config,
+            executor_class=Executor.get_class(config),
+            log_stats=not args.disable_log_stats,
+            log_requests=args.enable_log_requests,
+            aggregate_engine_logging=args.aggregate_engine_logging,
+        )
+    finally:
+        async_llm.EngineCoreClient = vllms_own
+

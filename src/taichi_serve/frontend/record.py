@@ -1,0 +1,132 @@
+"""What happened, for whoever asks later: the last requests with their legs and decisions, and counters.
+
+It stands between the facts and the scheduler, sees both sides, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from taichi_serve.messages import (
+    Arrived,
+    Command,
+    Decode,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Move,
+    Outcome,
+    Prefilled,
+    SetChunk,
+    Stepped,
+)
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+
+KEEP = 10_000
+History = list[Event | Command]
+Write = Callable[[Event, Sequence[Command]], None]
+
+
+class Recorder:
+    """A scheduler around the scheduler: the same decisions, and a memory of them."""
+
+    def __init__(self, scheduler: GlobalScheduler, bytes_per_token: int, write: Write | None = None) -> None:
+        self.scheduler = scheduler
+        self.bytes_per_token = bytes_per_token
+        self.histories: OrderedDict[str, History] = OrderedDict()
+        self.accepted = 0
+        self.outcomes: Counter[Outcome] = Counter()
+        self.moves: Counter[Move] = Counter()
+        self.bound: Counter[str] = Counter()
+        self.recomputes = 0
+        self.moved_bytes = 0
+        self.gaps: deque[float] = deque(maxlen=1000)  # seconds, of the last moves
+        self.steps: Counter[str] = Counter()
+        self.prefill_tokens: Counter[str] = Counter()
+        self._why: dict[str, Move] = {}
+        self._write = write
+
+    def on(self, event: Event) -> Sequence[Command]:
+        """Pass the fact on, and remember it with the decisions that came of it."""
+        commands = self.scheduler.on(event)
+        if type(event) is Stepped:
+            self.steps[event.instance] += 1
+            self.prefill_tokens[event.instance] += event.prefill_tokens
+        else:
+            self._remember(event)
+        for command in commands:
+            if type(command) is not SetChunk:
+                self._history(command.request).append(command)
+                if isinstance(command, Decode | Flow):
+                    self._why[command.request] = command.move
+        if self._write is not None:
+            self._write(event, commands)
+        return commands
+
+    def _history(self, request: str) -> History:
+        history = self.histories.get(request)
+        if history is None:
+            history = self.histories[request] = []
+            if len(self.histories) > KEEP:
+                self.histories.popitem(last=False)
+        return history
+
+    def _remember(self, event: Event) -> None:
+        match event:
+            case Arrived(bound_by=why):
+                self.accepted += 1
+                if why:
+                    self.bound[why] += 1
+            case Finished(request=request, outcome=outcome):
+                self.outcomes[outcome] += 1
+                self._why.pop(request, None)
+            case Flowed(request=request, kv_tokens=kv_tokens, gap=gap, reused=reused):
+                if (move := self._why.get(request)) is not None:
+                    self.moves[move] += 1
+                self.gaps.append(gap)
+                self.moved_bytes += kv_tokens * self.bytes_per_token
+                self.recomputes += reused == 0
+        if isinstance(event, Arrived | Prefilled | Flowed | Finished):
+            self._history(event.request).append(event)
+
+    def find(self, request_id: str) -> list[str]:
+        """The engine requests behind an id of the OpenAI API (one for each prompt and choice)."""
+        if request_id in self.histories:
+            return [request_id]
+        return [key for key in self.histories if key.startswith(f"{request_id}-") or f"_{request_id}-" in key]
+
+    def view(self, request: str) -> dict[str, Any]:
+        """One request in words a person can read: its legs, and every fact and decision in order."""
+        history = self.histories[request]
+        arrived = next((e.at for e in history if isinstance(e, Arrived)), 0.0)
+        rows = [{"type": type(e).__name__, **msgspec.to_builtins(e)} for e in history]
+        return {"id": request, "arrived_at": arrived, "legs": legs(history), "log": rows}
+
+
+def legs(history: History) -> list[dict[str, Any]]:
+    """Where a request was: for each leg the instance, the time of its first token there, and its tokens."""
+    rows: list[dict[str, Any]] = []
+    for event in history:
+        match event:
+            case Prefilled():
+                rows.append(_leg(event, "prefill", 1, 0, None))
+            case Flowed():
+                rows.append(_leg(event, "decode", event.output_tokens, event.kv_tokens, event.gap))
+    return rows
+
+
+def _leg(event: Prefilled | Flowed, kind: str, tokens: int, kv: int, gap: float | None) -> dict[str, Any]:
+    return {
+        "leg": event.leg,
+        "instance": event.instance,
+        "kind": kind,
+        "first_token_at": event.at,
+        "output_tokens": tokens,
+        "kv_tokens": kv,
+        "gap": gap,
+    }

@@ -1,0 +1,146 @@
+"""The routes under /taichi: look at the cluster, move its sliders, move its requests."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from taichi_serve.frontend.guard import error
+from taichi_serve.frontend.state import state
+from taichi_serve.messages import Asked, Drained, Slid
+from taichi_serve.request import State
+from taichi_serve.sliders import Sliders
+
+if TYPE_CHECKING:
+    from taichi_serve.frontend.server import System
+
+router = APIRouter(prefix="/taichi")
+
+
+def _system(request: Request) -> System:
+    system: System = request.app.state.taichi
+    return system
+
+
+def _bad(message: str, parameter: str | None = None) -> JSONResponse:
+    return error(400, "invalid_request_error", message, parameter)
+
+
+def _missing(message: str) -> JSONResponse:
+    return error(404, "not_found_error", message)
+
+
+def _conflict(message: str) -> JSONResponse:
+    return error(409, "conflict_error", message)
+
+
+async def _object(request: Request) -> dict[str, Any] | None:
+    try:
+        data = json.loads(await request.body() or b"{}")
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
+@router.get("/state")
+async def get_state(request: Request) -> JSONResponse:
+    """Sliders, instances and counters, now."""
+    return JSONResponse(state(_system(request)))
+
+
+@router.get("/requests/{request_id}")
+async def get_request(request_id: str, request: Request) -> JSONResponse:
+    """The legs and decisions of a request, by its id in the OpenAI response."""
+    recorder = _system(request).recorder
+    found = recorder.find(request_id)
+    if not found:
+        return _missing(f"no request {request_id!r} among the last ones")
+    return JSONResponse({"id": request_id, "requests": [recorder.view(name) for name in found]})
+
+
+@router.post("/requests/{request_id}/flow")
+async def post_flow(request_id: str, request: Request) -> JSONResponse:
+    """Move a running request to the instance named in {"to": ...}."""
+    system = _system(request)
+    data = await _object(request)
+    if data is None or not isinstance(data.get("to"), str) or set(data) != {"to"}:
+        return _bad('the body must be {"to": "<instance>"}', "to")
+    target = system.scheduler.instances.get(data["to"])
+    if target is None:
+        return _missing(f"no instance {data['to']!r}; there are {', '.join(system.scheduler.instances)}")
+    if not target.alive:
+        return _conflict(f"instance {target.name} is not alive")
+    found = system.recorder.find(request_id)
+    if not found:
+        return _missing(f"no request {request_id!r} among the last ones")
+    asked = []
+    for name in found:
+        live = system.scheduler.requests.get(name)
+        if live is not None and live.state is State.DECODING and live.movable:
+            system.cluster.tell(Asked(time.monotonic(), name, target.name))
+            asked.append(name)
+    if not asked:
+        return _conflict(_why_not(system, found))
+    return JSONResponse({"id": request_id, "to": target.name, "asked": asked}, status_code=202)
+
+
+def _why_not(system: System, found: list[str]) -> str:
+    live = [r for name in found if (r := system.scheduler.requests.get(name)) is not None]
+    if not live:
+        return "the request is over"
+    if not any(r.movable for r in live):
+        return "the request is bound to its instance: it could not be moved exactly (docs/moving.md)"
+    return f"the request is {live[0].state.value}, and only a decoding one can be moved"
+
+
+@router.patch("/sliders")
+async def patch_sliders(request: Request) -> JSONResponse:
+    """Change chunks, or turn instances from one kind into the other; their number stays."""
+    system = _system(request)
+    data = await _object(request)
+    names = ("p_heavy", "d_heavy", "p_chunk", "d_chunk")
+    if not data:
+        return _bad(f"the body must be an object with some of {', '.join(names)}")
+    if unknown := sorted(set(data) - set(names)):
+        return _bad(f"unknown slider {unknown[0]!r}; there are {', '.join(names)}", unknown[0])
+    now = system.scheduler.sliders
+    try:
+        sliders = Sliders(**{name: data.get(name, getattr(now, name)) for name in names})
+    except ValueError as wrong:
+        return _bad(str(wrong))
+    if sliders.instances != now.instances:
+        return _bad(f"p_heavy + d_heavy must stay {now.instances}: instances are started with the server")
+    for name in ("p_chunk", "d_chunk"):
+        if getattr(sliders, name) > system.max_chunk:
+            return _bad(f"{name} must be at most {system.max_chunk} (--max-num-batched-tokens)", name)
+    system.cluster.tell(Slid(time.monotonic(), sliders))
+    return JSONResponse({name: getattr(sliders, name) for name in names})
+
+
+@router.post("/instances/{name}/drain")
+async def post_drain(name: str, request: Request) -> JSONResponse:
+    """Its running requests flow away, and new ones avoid it."""
+    return _drain(_system(request), name, on=True)
+
+
+@router.post("/instances/{name}/resume")
+async def post_resume(name: str, request: Request) -> JSONResponse:
+    """It takes new requests again."""
+    return _drain(_system(request), name, on=False)
+
+
+def _drain(system: System, name: str, on: bool) -> JSONResponse:
+    instance = system.scheduler.instances.get(name)
+    if instance is None:
+        return _missing(f"no instance {name!r}; there are {', '.join(system.scheduler.instances)}")
+    if not instance.alive:
+        return _conflict(f"instance {name} is not alive")
+    others = [i for i in system.scheduler.instances.values() if i.serving and i is not instance]
+    if on and not others:
+        return _conflict(f"instance {name} is the last one that serves")
+    system.cluster.tell(Drained(time.monotonic(), name, on))
+    return JSONResponse({"instance": name, "draining": on}, status_code=202)

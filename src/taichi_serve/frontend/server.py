@@ -1,0 +1,252 @@
+"""`taichi serve`: start the instances, put the scheduler over them, and vLLM's own API server in front."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.v1.engine import EngineCoreOutputs
+
+from taichi_serve.cluster.base import drive
+from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
+from taichi_serve.cluster.vllm.process import StartError
+from taichi_serve.cluster.vllm.warm import warm
+from taichi_serve.frontend.application import our_application
+from taichi_serve.frontend.client import ClusterLLM, cluster_llm
+from taichi_serve.frontend.record import Recorder
+from taichi_serve.latency.predict import Learned
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+
+log = logging.getLogger("taichi")
+
+STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
+
+
+@dataclass
+class System:
+    """Everything that runs, for the routes to look at."""
+
+    cluster: VllmCluster
+    scheduler: GlobalScheduler
+    recorder: Recorder
+    llm: ClusterLLM
+    max_chunk: int
+    tasks: list[asyncio.Task[None]]
+
+
+def say(text: str) -> None:
+    """A line for whoever watches the start."""
+    print(f"taichi: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.asynccontextmanager
+async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[System]:
+    """The whole system below the HTTP server; on leaving, no process and no socket of it is left."""
+    directory = Path(tempfile.mkdtemp(prefix="taichi-"))  # mode 0700
+    engines: list[Engine] = []
+    clean = False
+    try:
+        system = await _start(args, argv, directory, engines)
+        yield system
+        clean = all(engine.alive for engine in engines)
+    finally:
+        await _stop(engines)
+        if clean:
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            for path in directory.iterdir():
+                if path.suffix != ".log":
+                    path.unlink()
+            say(f"logs are kept in {directory}")
+
+
+async def _start(
+    args: argparse.Namespace, argv: list[str], directory: Path, engines: list[Engine]
+) -> System:
+    sliders = flags.sliders(args)
+    config = flags.engine_config(argv, directory.name)
+    per_instance = config.parallel_config.world_size
+    settings = environments(sliders.instances, per_instance, args.devices)
+    outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+    holder: list[VllmCluster] = []
+    loop = asyncio.get_running_loop()
+
+    def receive(engine: Engine, item: EngineCoreOutputs | Exception) -> None:
+        if isinstance(item, Exception):
+            holder[0].lose(engine, f"{type(item).__name__}: {item}")
+            engine.process.kill()
+        else:
+            holder[0].receive(engine, item)
+
+    kinds = [(kind, sliders.chunk(kind)) for kind in sliders.kinds()]
+    configs = [deepcopy(config) for _ in kinds]
+    engines += await start_engines(configs, argv, settings, kinds, directory, receive, say)
+    cluster = VllmCluster(engines, outputs.put_nowait, args.move_timeout)
+    holder.append(cluster)
+    for engine in engines:
+        engine.process.on_exit(lambda code, e=engine: loop.call_soon_threadsafe(_exited, cluster, e, code))
+    say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
+    await warm(cluster)
+    cluster.open()
+    scheduler = GlobalScheduler(
+        sliders,
+        flags.slo(args),
+        Learned(),
+        flags.policy(args),
+        {engine.name: engine.kv_capacity for engine in engines},
+    )
+    recorder = Recorder(scheduler, _bytes_per_token(config))
+    llm = cluster_llm(engines[0].client.vllm_config, cluster, outputs, args)
+    tasks = [
+        asyncio.create_task(drive(recorder, cluster), name="drive"),
+        asyncio.create_task(_watch(cluster, args.stall_timeout), name="watch"),
+    ]
+    tasks[0].add_done_callback(_drive_ended)
+    largest = config.scheduler_config.max_num_batched_tokens
+    return System(cluster, scheduler, recorder, llm, largest, tasks)
+
+
+def _exited(cluster: VllmCluster, engine: Engine, code: int) -> None:
+    if not engine.process.stopping:
+        say(f"instance {engine.name} ended with exit code {code}; its log is {engine.process.log}")
+        engine.process.kill()  # its workers, if any are left
+    cluster.lose(engine, f"exit code {code}")
+
+
+def _drive_ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("the scheduler failed; shutting down", exc_info=task.exception())
+        signal.raise_signal(signal.SIGTERM)
+
+
+async def _watch(cluster: VllmCluster, stall_timeout: float) -> None:
+    """An instance that has work and says nothing for too long counts as lost."""
+    while True:
+        await asyncio.sleep(1)
+        for engine in cluster.engines:
+            silent = time.monotonic() - engine.heard_at
+            if engine.alive and engine.legs and silent > stall_timeout:
+                say(f"instance {engine.name} was silent for {silent:.0f} s with work to do: it counts as lost")
+                cluster.lose(engine, f"silent for {silent:.0f} s")
+                engine.process.kill()
+
+
+async def _stop(engines: list[Engine]) -> None:
+    for engine in engines:
+        engine.alive = False
+    await asyncio.gather(*(asyncio.to_thread(engine.process.stop, STOP_SECONDS) for engine in engines))
+    for engine in engines:
+        engine.client.close()
+
+
+def _bytes_per_token(config: VllmConfig) -> int:
+    """Bytes of KV that one token takes on an instance, all ranks together (models with full attention)."""
+    model = config.model_config
+    item = 1 if "fp8" in str(config.cache_config.cache_dtype) else model.dtype.itemsize
+    layers = model.get_total_num_hidden_layers()
+    return 2 * layers * model.get_total_num_kv_heads() * model.get_head_size() * int(item)
+
+
+async def serve(args: argparse.Namespace, argv: list[str]) -> int:
+    """Serve until a signal; the exit status."""
+    loop = asyncio.get_running_loop()
+    this = asyncio.current_task()
+    assert this is not None
+    # Until the HTTP server is up and takes the signals over, they end the start.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, this.cancel)
+    try:
+        listen_address, sock = setup_server(args, reuse_port=False)
+    except OSError as wrong:
+        say(f"cannot listen on port {args.port}: {wrong.strerror or wrong}")
+        return 1
+    with sock:
+        try:
+            async with running(args, argv) as system:
+                await _serve_http(system, args, listen_address, sock)
+        except StartError as wrong:
+            say(str(wrong))
+            return 1
+        except asyncio.CancelledError:
+            say("stopped before it was ready")
+            return 130
+    say("stopped")
+    return 0
+
+
+async def _serve_http(system: System, args: argparse.Namespace, address: str, sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    timeout = float(system.llm.vllm_config.shutdown_timeout)
+    # vLLM's server calls this in a thread when a signal comes, and closes its connections afterwards.
+    system.llm.shutdown_from_thread = partial(_drain_from_thread, system, loop, timeout)
+    try:
+        with our_application(system, args):
+            announced = asyncio.create_task(_announce(system, sock, address))
+            shutdown_task = await build_and_serve(system.llm, address, sock, args)
+        await shutdown_task
+        announced.cancel()
+    finally:
+        system.llm.shutdown_from_thread = None
+        for task in system.tasks:
+            task.cancel()
+        await asyncio.gather(*system.tasks, return_exceptions=True)
+
+
+async def _announce(system: System, sock: socket.socket, address: str) -> None:
+    """Say that it is ready once vLLM's server listens: it has no callback for that."""
+    while not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        await asyncio.sleep(0.02)
+    say(f"ready on {address} with {_summary(system)}")
+
+
+def _summary(system: System) -> str:
+    return ", ".join(f"{e.name} {e.kind.value} chunk {e.chunk}" for e in system.cluster.engines)
+
+
+def _drain_from_thread(system: System, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+    asyncio.run_coroutine_threadsafe(_drain(system, timeout), loop).result()
+
+
+async def _drain(system: System, timeout: float) -> None:
+    """Let what runs finish, at most `timeout` seconds; then end it. New requests get 503 meanwhile."""
+    system.llm.closing = True
+    if not await system.llm.drained(timeout):
+        system.llm.reject_rest()
+        await system.llm.drained(1.0)
+
+
+def main(argv: list[str]) -> int:
+    """`taichi serve` with these words; the exit status."""
+    import uvloop
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+    args = flags.parse(argv)
+    try:
+        return int(uvloop.run(serve(args, argv)))
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as wrong:  # vLLM's words on a model path or a configuration
+        if envs.VLLM_LOGGING_LEVEL == "DEBUG":
+            raise
+        say(f"{args.model}: {wrong}")
+        return 1

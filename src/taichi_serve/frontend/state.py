@@ -1,0 +1,60 @@
+"""The state of the whole system as one JSON object."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from taichi_serve.messages import Move, Outcome
+
+if TYPE_CHECKING:
+    from taichi_serve.cluster.vllm.instance import Engine
+    from taichi_serve.frontend.server import System
+
+
+def state(system: System) -> dict[str, Any]:
+    """Sliders, SLO, instances and counters. Counters start with the server."""
+    recorder = system.recorder
+    return {
+        "sliders": asdict(system.scheduler.sliders),
+        "slo": asdict(system.scheduler.slo),
+        "policy": asdict(system.scheduler.policy),
+        "instances": [_instance(system, engine) for engine in system.cluster.engines],
+        "requests": {
+            "accepted": recorder.accepted,
+            "live": len(system.cluster.live),
+            **{outcome.value: recorder.outcomes[outcome] for outcome in Outcome},
+        },
+        "moves": {
+            **{move.value: recorder.moves[move] for move in Move},
+            "bytes": recorder.moved_bytes,
+            "recomputes": recorder.recomputes,
+            "median_gap": statistics.median(recorder.gaps) if recorder.gaps else None,
+        },
+        "bound": dict(recorder.bound),
+    }
+
+
+def _instance(system: System, engine: Engine) -> dict[str, Any]:
+    ledger = system.scheduler.instances[engine.name]
+    return {
+        "name": engine.name,
+        "kind": ledger.kind.value,
+        "chunk": ledger.chunk,
+        "alive": engine.alive,
+        "draining": ledger.draining,
+        "running": engine.running,
+        "waiting": engine.waiting,
+        "decodes": ledger.decodes,
+        "arriving": ledger.arriving,
+        "queued_prefill_tokens": ledger.queued_prefill_tokens,
+        "kv_tokens": engine.kv_tokens,
+        "kv_capacity": engine.kv_capacity,
+        "kv_usage": engine.kv_tokens / engine.kv_capacity,
+        "steps": system.recorder.steps[engine.name],
+        "prefill_tokens": system.recorder.prefill_tokens[engine.name],
+        "late_kv": engine.recomputed_late,
+        "pid": engine.process.pid,
+        "log": str(engine.process.log),
+    }
