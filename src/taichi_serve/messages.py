@@ -112,12 +112,14 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before."""
+    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before, with
+    `output_tokens` produced so far (0: not known; it is then counted as if it had stood still)."""
 
     at: float
     request: str
     leg: int
     why: str
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +175,14 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What was predicted for one instance when a decision was made: seconds, and why it was (not) taken."""
+    """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
+    before it, whether that is feasible, and whether its KV cache has room for the prompt (`fits`)."""
 
     instance: str
     ttft: float
     queued_prefill_tokens: int
     feasible: bool
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,3 +100,17 @@ def test_request_that_cannot_move_may_use_the_whole_ttft_slo_for_a_d_heavy_insta
     placed = place(Request("a", 0.0, 12_000, 100, movable=False), p_heavy("i0"), d_heavy("i1"))
     assert placed.instance.name == "i0"
     assert not placed.hand_over
+
+
+def test_instance_without_room_for_the_prompt_is_not_feasible() -> None:
+    full = d_heavy("i1")
+    full.kv_tokens = 94_600  # 94,600 + 500 of 100,000 is past 0.95
+    placed = place(Request("a", 0.0, 500, 100), p_heavy("i0"), full)
+    assert placed.instance.name == "i0"
+    assert [(f.feasible, f.fits) for f in placed.forecasts] == [(True, True), (False, False)]
+
+
+def test_when_none_is_feasible_one_with_room_comes_before_a_faster_one_without() -> None:
+    full = p_heavy("i0")
+    full.kv_tokens = 99_000
+    assert place(Request("a", 0.0, 20_000, 100), full, d_heavy("i1")).instance.name == "i1"

@@ -30,6 +30,7 @@ from taichi_serve.messages import (
     Stepped,
 )
 from taichi_serve.request import State
+from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
@@ -113,8 +114,9 @@ def test_longest_output_is_degraded_when_kv_passes_the_watermark() -> None:
     decoding(s, "old", 500, at=0.0)
     s.requests["old"].first_at = 0.0
     for n in range(20):
-        assert s.on(step(0.3 + 0.02 * n, "i1", kv=9_500)) == []  # at the watermark is not past it
+        s.on(step(0.3 + 0.02 * n, "i1", kv=8_000))
     decoding(s, "new", 500, at=0.7)
+    assert s.on(step(0.78, "i1", kv=9_500)) == []  # at the watermark is not past it
     sent = s.on(step(0.8, "i1", kv=9_501))
     assert moves(sent) == [("old", "i0", Move.DEGRADE)]
     # The KV that is leaving is not counted again: nobody else has to go.
@@ -152,7 +154,7 @@ def test_refused_move_leaves_the_request_where_it_was_and_frees_the_promised_roo
     assert isinstance(flow, Flow)
     assert s.instances["i0"].reserved_tokens > 0
     s.on(step(0.12, "i1"))
-    s.on(Refused(0.13, "a", flow.leg, "no room"))
+    s.on(Refused(0.13, "a", flow.leg, "no room", output_tokens=2))
     assert s.instances["i0"].reserved_tokens == 0
     assert (s.requests["a"].state, s.requests["a"].instance) == (State.DECODING, "i1")
     assert s.requests["a"].output_tokens(s.instances["i1"].ticks) == 2
@@ -277,3 +279,57 @@ def test_every_kind_of_event_has_its_decider() -> None:
 def test_capacity_of_every_instance_must_be_given() -> None:
     with pytest.raises(ValueError, match="i1"):
         GlobalScheduler(HYBRID, SLO(1, 1), Learned(), Policy(), {"i0": 100})
+
+
+def test_last_one_who_prefills_is_lost_and_a_d_heavy_instance_takes_its_place() -> None:
+    s = scheduler(DISAGGREGATION)
+    s.on(Arrived(0.0, "a", 100, 50))
+    chunk, prefill = s.on(Lost(0.1, "i0", "killed"))
+    assert chunk == SetChunk("i1", Kind.P_HEAVY, 2048)
+    assert isinstance(prefill, Prefill)
+    assert (prefill.on, prefill.leg, prefill.hand_over) == ("i1", 1, False)
+
+
+def test_predicted_and_actual_ttft_are_compared_without_the_move() -> None:
+    s = scheduler(DISAGGREGATION, Policy(watermark=1.0))
+    (sent,) = s.on(Arrived(0.0, "a", 100, 50))
+    assert isinstance(sent, Prefill)
+    assert sent.forecasts[0].ttft == pytest.approx(0.1)  # 100 x 0.5 ms and 50 ms for the move
+    s.on(Prefilled(0.08, "a", 0, "i0", held=True))
+    drift = s.accuracy["i0"].ttft
+    assert (drift.count, drift.predicted, drift.actual) == (1, pytest.approx(0.05), 0.08)
+
+
+def test_predicted_and_actual_tpot_are_compared_where_a_request_ends() -> None:
+    s = scheduler()
+    decoding(s, "a", 100)
+    for n in range(10):
+        s.on(step(0.03 * (n + 1), "i1", kv=100))
+    s.on(Finished(0.3, "a", 11))
+    drift = s.accuracy["i1"].tpot
+    assert (drift.count, drift.predicted) == (1, pytest.approx(0.02))
+    assert drift.actual == pytest.approx(0.03)
+
+
+def test_backflow_rate_of_one_in_ten_says_too_few_d_heavy() -> None:
+    counters = Counters()
+    for n in range(100):
+        counters.ended(Outcome.FINISHED, backflows=1 if n % 20 == 0 else 0)
+    assert counters.reading == "ok"
+    for n in range(300):
+        counters.ended(Outcome.FINISHED, backflows=1 if n % 8 == 0 else 0)
+    assert counters.reading.startswith("too few D-heavy instances")
+    assert counters.outcomes[Outcome.FINISHED] == 400
+
+
+def test_moves_are_counted_when_they_land_and_when_they_are_refused() -> None:
+    s = scheduler()
+    decoding(s, "a", 500)
+    for answer in ("refused", "landed"):
+        (flow,) = s.on(Asked(0.1, "a", "i0"))
+        assert isinstance(flow, Flow)
+        if answer == "refused":
+            s.on(Refused(0.2, "a", flow.leg, "no room"))
+        else:
+            s.on(Flowed(0.2, "a", flow.leg, "i0", 3, 500, 0.02))
+    assert (s.counters.moves[Move.OPERATOR], s.counters.refused[Move.OPERATOR]) == (1, 1)

@@ -35,6 +35,8 @@ class Seen:
     plain: Average = field(default_factory=Average)  # the same, steps without
     share: Average = field(default_factory=Average)  # of steps that had prompt tokens
     prompt: Average = field(default_factory=Average)  # prompt tokens in such a step
+    mixed_bias: float = 1.0  # the two ratios within their bounds: asked for often, changed once a step
+    plain_bias: float = 1.0
 
 
 class Profiled:
@@ -61,34 +63,43 @@ class Profiled:
 
         Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
         """
-        ahead, chunk = instance.queued_prefill_tokens, max(1, instance.chunk)
-        decodes, context = instance.decodes, instance.context_tokens
+        # Roofline.of is written out here: this runs for every instance at every arrival.
+        model, ahead, chunk = self.model, instance.queued_prefill_tokens, instance.chunk or 1
+        decodes, token, floor = instance.decodes, model.token, model.token * model.knee
+        plain = model.launch + model.decode * decodes + model.kv * instance.context_tokens
+        beside = plain + model.mixed
         full, rest = divmod(ahead + prompt_tokens, chunk)
-        model = self.model
-        seconds = full * model.of(chunk, 0.0, decodes, context)
+        linear = token * (chunk + decodes)
+        seconds = full * (beside + max(floor, linear))
         if rest:
-            seconds += model.of(rest, 0.0, decodes, context)
-        pairs = float(prompt_attention(prompt_tokens))
+            linear = token * (rest + decodes)
+            seconds += beside + max(floor, linear)
+        pairs = prompt_tokens * (prompt_tokens + 1) / 2
         if ahead:
             pairs += instance.queued_attention * ahead / instance.queued_tokens
-        seconds += model.attention * pairs
         if ahead or decodes:
             # A request arrives in the middle of a step, on average when half of it is left.
-            seconds += model.of(min(chunk, ahead), 0.0, decodes, context) / 2
-        return seconds * self.bias(instance.name, mixed=True)
+            linear = token * (min(ahead, chunk) + decodes)
+            running = (beside if ahead else plain) + max(floor, linear)
+            seconds += running / 2
+        seen = self.seen.get(instance.name)
+        return (seconds + model.attention * pairs) * (seen.mixed_bias if seen else 1.0)
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
         joined = 1 if kv_tokens else 0
         decodes, context = instance.decodes + joined, instance.context_tokens + kv_tokens
-        seconds = self.model.of(0, 0.0, decodes, context) * self.bias(instance.name, mixed=False)
+        seconds = self.model.of(0, 0.0, decodes, context)
         seen = self.seen.get(instance.name)
-        share = seen.share.value(0.0) if seen else 0.0
-        if seen is None or share == 0.0:
+        if seen is None:
+            return seconds
+        seconds *= seen.plain_bias
+        share = seen.share.value(0.0)
+        if share == 0.0:
             return seconds
         prompt = seen.prompt.value(0.0)
         mixed = self.model.of(prompt, prompt * self._pairs(instance), decodes, context)
-        return (1 - share) * seconds + share * mixed * self.bias(instance.name, mixed=True)
+        return (1 - share) * seconds + share * mixed * seen.mixed_bias
 
     def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """The gap (s): KV over the link, or computing it again where that is faster, and one step there."""
@@ -112,9 +123,11 @@ class Profiled:
         observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
         if step.prefill_tokens:
             seen.mixed.add(observed, predicted, KEEP)
+            seen.mixed_bias = bounded(seen.mixed.value(1.0))
             seen.prompt.add(step.prefill_tokens, 1.0, KEEP)
         else:
             seen.plain.add(observed, predicted, KEEP)
+            seen.plain_bias = bounded(seen.plain.value(1.0))
         if step.decodes:
             seen.share.add(1.0 if step.prefill_tokens else 0.0, 1.0, KEEP)
 
@@ -127,13 +140,6 @@ class Profiled:
         on_the_way = max(0.0, move.gap - self.tpot(target, 0))
         predicted = link.seconds(move.kv_tokens * self.bytes_per_token)
         self.gaps.setdefault(pair, Average()).add(on_the_way, predicted, KEEP)
-
-    def bias(self, name: str, mixed: bool) -> float:
-        """Observed over predicted seconds of an instance's recent steps with (or without) prompt tokens."""
-        seen = self.seen.get(name)
-        if seen is None:
-            return 1.0
-        return bounded((seen.mixed if mixed else seen.plain).value(1.0))
 
     def _gap_bias(self, pair: tuple[Kind, Kind]) -> float:
         gaps = self.gaps.get(pair)

@@ -13,25 +13,10 @@ from taichi_serve.messages import Outlook
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.residents import Residents
+from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
 
 Flowing = tuple[Request, Instance]
-
-
-def room_for(kv_tokens: int, policy: Policy) -> int:
-    """KV tokens to promise to a request that comes with `kv_tokens`: it grows while it is on its way."""
-    return kv_tokens + policy.growth
-
-
-def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
-    """Share of the KV cache in use once a request with `kv_tokens` has landed on this instance.
-
-    Counted are the blocks in use, the room already promised, the prompts queued here, and that every
-    resident grows while the move is under way.
-    """
-    grown = policy.growth * (instance.decodes + 1)
-    used = instance.kv_tokens + instance.reserved_tokens + instance.queued_prefill_tokens
-    return (used + kv_tokens + grown) / instance.kv_capacity if instance.kv_capacity else float("inf")
 
 
 def choose_target(

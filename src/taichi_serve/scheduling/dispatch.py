@@ -9,10 +9,11 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Abort, Command, Decode, Flow, Move, Outcome, Prefill, SetChunk
 from taichi_serve.request import Request
-from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks, room_for
+from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.prefill import choose_prefill
+from taichi_serve.scheduling.room import room_for
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
 

@@ -30,25 +30,36 @@ class Ledger:
             if capacities.get(name, 0) < 1:
                 raise ValueError(f"the KV capacity of {name} is missing or not positive")
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
+        # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
+        self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
 
     def enqueue(self, request: Request, instance: Instance) -> None:
         """The prompt waits on this instance."""
         request.enter(State.PREFILLING)
         request.instance = instance.name
+        self.queues[instance.name][request.id] = None
         instance.queued_tokens += request.prompt_tokens
         instance.queued_requests += 1
         instance.queued_attention += prompt_attention(request.prompt_tokens)
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
-        """The prompt is through, or will not be computed; `cached` of it did not have to be."""
+        """The prompt is through; `cached` tokens of it did not have to be computed."""
         instance = self.instances[request.instance]
+        self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
+
+    def drop(self, request: Request) -> None:
+        """The prompt is not computed any further here. What was computed is that of the oldest prompt."""
+        instance = self.instances[request.instance]
+        oldest = next(iter(self.queues[instance.name])) == request.id
+        self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
+
+    def _unqueue(self, request: Request, instance: Instance, progress: int) -> None:
+        del self.queues[instance.name][request.id]
         instance.queued_tokens -= request.prompt_tokens
         instance.queued_requests -= 1
         instance.queued_attention -= prompt_attention(request.prompt_tokens)
-        # Progress counts every prompt token computed here, and belongs to the head of the queue.
-        left = instance.progress_tokens - (request.prompt_tokens - cached)
-        instance.progress_tokens = min(max(0, left), instance.queued_tokens)
+        instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
         self._rest(instance)
 
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
@@ -67,7 +78,7 @@ class Ledger:
         if request.state is State.MOVING:
             self.instances[request.instance].leaving_tokens -= request.reserved
         elif request.state is State.PREFILLING:
-            self.dequeue(request)
+            self.drop(request)
             request.enter(State.WAITING)
         elif request.state is State.DECODING:
             self.lift(request)
@@ -102,21 +113,18 @@ class Ledger:
         """The request is at its target: what was promised to it there is now in the target's own figures."""
         self._release(request)
 
-    def stay(self, request: Request) -> None:
+    def stay(self, request: Request, output_tokens: int) -> None:
         """The move did not happen: the request is resident where it came from."""
         self._release(request)
-        source, output = self.instances[request.instance], request.base
-        if request.why not in (Move.HAND_OVER, Move.RESCUE):  # those stood still; a flow ran on until refused
-            output += source.ticks - request.joined
         if request.why is not None:
             request.moves[request.why] -= 1
-        self.settle(request, source, output)
+        self.settle(request, self.instances[request.instance], max(request.base, output_tokens))
 
     def forget(self, request: Request) -> None:
         """The request is over: nothing of it is left in any sum."""
         match request.state:
             case State.PREFILLING:
-                self.dequeue(request)
+                self.drop(request)
             case State.DECODING:
                 self.lift(request)
             case State.MOVING:

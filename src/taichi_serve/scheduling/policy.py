@@ -57,4 +57,4 @@ class Policy:
     @property
     def return_mark(self) -> float:
         """Share of KV that a backflow may fill an instance up to."""
-        return self.full_mark - self.hysteresis
+        return round(self.full_mark - self.hysteresis, 9)  # 0.95 - 0.05 is a little less than 0.9

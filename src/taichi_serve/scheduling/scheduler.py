@@ -133,7 +133,7 @@ class GlobalScheduler:
             self.counters.refused[request.why] += 1
         if request.instance == "":
             return self._count([self._dispatcher.rescue(request, event.at)])
-        self.ledger.stay(request)
+        self.ledger.stay(request, event.output_tokens)
         return []
 
     def _finished(self, event: Finished) -> list[Command]:
