@@ -165,7 +165,7 @@ class SimulatedCluster:
     def _flowed(self, engine: Engine, job: Job) -> Flowed:
         pulled = job.prompt + job.began - 1 if job.pulled else 0
         return Flowed(
-            self.clock, job.id, job.leg, engine.name, job.began + 1, pulled, self.clock - job.last_at
+            self.clock, job.id, job.leg, engine.name, job.began + 1, pulled, self.clock - job.last_at, pulled
         )
 
     # ---------------------------------------------------------------------------------------------- orders
@@ -251,7 +251,10 @@ class SimulatedCluster:
             self._kick(job_engine)
 
     def _refuse(self, job: Job, leg: int, why: str) -> None:
-        self._push(self.clock, Due.FACT, Refused(self.clock, job.id, leg, why))
+        made = job.made
+        if job.where is Where.DECODING and job.engine is not None:
+            made += job.engine.emitted(job)
+        self._push(self.clock, Due.FACT, Refused(self.clock, job.id, leg, why, made))
 
     # --------------------------------------------------------------------------------------- what happens
 
@@ -283,7 +286,7 @@ class SimulatedCluster:
         job.target = None
         job.leg, job.began, job.pulled = leg, job.made, True
         if not target.alive:
-            self._push(self.clock, Due.FACT, Refused(self.clock, job.id, leg, f"{target.name} is lost"))
+            self._refuse(job, leg, f"{target.name} is lost")
             job.leg = leg - 1
             source.land(job)
             return

@@ -258,6 +258,11 @@ class Engine:
         job.where = Where.LANDED
         self.landed.append(job)
 
+    def emitted(self, job: Job) -> int:
+        """Tokens that a resident decode got out since it joined: those of steps that are done."""
+        ahead = sum(step is not None for step in (self.current, self.next))
+        return max(0, self.residents.ticks - ahead - job.since)
+
     def strand(self, job: Job) -> None:
         """This engine is lost: the job is nowhere, with the tokens that were out and without those in flight."""
         if job.where is Where.DECODING:
