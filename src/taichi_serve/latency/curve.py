@@ -43,7 +43,7 @@ class StepCurve:
         self._slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(knots, knots[1:], strict=False)]
         self._bases = [a[1] - slope * a[0] for a, slope in zip(knots, self._slopes, strict=False)]
 
-    def of(self, prefill_tokens: int, attention: float, decodes: int, kv_tokens: int) -> float:
+    def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
         """Seconds of a step with this work; what `seconds` is without a Batch being made."""
         tokens = prefill_tokens + decodes
         part = bisect_right(self._ends, tokens)

@@ -83,8 +83,7 @@ def _seconds(truth: StepCurve | Roofline, mean: Mean, n: Vector, p: Vector, othe
     free = p - prompts
     pairs = prompts * mean.attention / mean.prompt
     each = zip(prompts, pairs, n + free, (n + free) * mean.context, strict=True)
-    # The forms take whole tokens and are linear between them.
-    return np.array([truth.of(a, b, c, d) for a, b, c, d in each])  # type: ignore[arg-type]
+    return np.array([truth.of(float(a), float(b), float(c), float(d)) for a, b, c, d in each])
 
 
 def _highest(of: object, low: float, high: float) -> float:

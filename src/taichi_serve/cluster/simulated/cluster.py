@@ -238,23 +238,24 @@ class SimulatedCluster:
         source.leaving.append(job)
 
     def _abort(self, job: Job, command: Abort) -> None:
-        job_engine = job.engine
-        made = job.made
-        if job_engine is not None and job_engine.alive:
-            job_engine.drop(job)
-            made = job.made
+        engine, made = job.engine, self._made(job)
+        if engine is not None and engine.alive:
+            engine.drop(job)
         self._unpin(job)
         job.where = Where.DONE
         del self.jobs[job.id]
         self._push(self.clock, Due.FACT, Finished(self.clock, job.id, made, command.outcome))
-        if job_engine is not None:
-            self._kick(job_engine)
+        if engine is not None:
+            self._kick(engine)
+
+    def _made(self, job: Job) -> int:
+        """Output tokens that are out."""
+        if job.where is Where.DECODING and job.engine is not None:
+            return job.made + job.engine.emitted(job)
+        return job.made
 
     def _refuse(self, job: Job, leg: int, why: str) -> None:
-        made = job.made
-        if job.where is Where.DECODING and job.engine is not None:
-            made += job.engine.emitted(job)
-        self._push(self.clock, Due.FACT, Refused(self.clock, job.id, leg, why, made))
+        self._push(self.clock, Due.FACT, Refused(self.clock, job.id, leg, why, self._made(job)))
 
     # --------------------------------------------------------------------------------------- what happens
 

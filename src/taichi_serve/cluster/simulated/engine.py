@@ -106,7 +106,6 @@ class Engine:
         step.decodes = self.residents.decodes
         for job in self.residents.tick():
             del self.running[job]
-            job.where = Where.ENDING
             step.ends.append((Ends.LAST, job))
         step.context = self.residents.context
         for job in complete:

@@ -80,5 +80,6 @@ class Residents:
             if job.where is Where.DECODING and job.finish_tick == finish and job.engine is not None:
                 if job.engine.residents is self:
                     self.leave(job)
+                    job.where = Where.ENDING
                     done.append(job)
         return done
