@@ -119,6 +119,11 @@ def _attain(task: tuple[Contender, float, int, int]) -> Tally:
     return attain(_scene, *task, target=TARGET)
 
 
+def _whole(task: tuple[Contender, float, int, int]) -> Tally:
+    assert _scene is not None
+    return attain(_scene, *task)
+
+
 def _goodput(task: tuple[Contender, int, int, float, float, float | None]) -> Goodput:
     assert _scene is not None
     return goodput(_scene, *task)
@@ -134,6 +139,10 @@ class Workers:
     def attain(self, tasks: Iterable[tuple[Contender, float, int, int]]) -> list[Tally]:
         """One run for each task."""
         return list(self.pool.map(_attain, tasks, chunksize=2) if self.pool else map(_attain, tasks))
+
+    def attain_all(self, tasks: Iterable[tuple[Contender, float, int, int]]) -> list[Tally]:
+        """One run to its end for each task."""
+        return list(self.pool.map(_whole, tasks) if self.pool else map(_whole, tasks))
 
     def goodput(
         self, tasks: Iterable[tuple[Contender, int, int, float, float, float | None]]
