@@ -106,7 +106,9 @@ def bodies(count: int, low: int, high: int, outputs: tuple[int, int], seed: int 
     ]
 
 
-async def run(url: str, jobs: list[dict[str, Any]], moves: int, targets: list[str], seed: int = 0) -> list[Answer]:
+async def run(
+    url: str, jobs: list[dict[str, Any]], moves: int, targets: list[str], seed: int = 0
+) -> list[Answer]:
     """All jobs at once; each is moved `moves` times at random steps, always to another of `targets`."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -134,13 +136,23 @@ async def move(client: httpx.AsyncClient, request: str, targets: list[str]) -> b
     return answer.status_code == 202 or "bound" in answer.text
 
 
-def gaps(url: str, answers: list[Answer]) -> list[float]:
-    """Seconds of every gap a move made, as the server recorded them."""
+def legs(url: str, answers: list[Answer]) -> list[dict[str, Any]]:
+    """Every leg that began with a move, as the server recorded it."""
     found = []
     for answer in answers:
         for view in httpx.get(f"{url}/taichi/requests/{answer.id}").json()["requests"]:
-            found += [leg["gap"] for leg in view["legs"] if leg["gap"] is not None]
+            found += [leg for leg in view["legs"] if leg["gap"] is not None]
     return found
+
+
+def parts(moved: list[dict[str, Any]]) -> str:
+    """Median / p90 / max of each part of the moves."""
+    lines = [f"  {'gap':<10} {quantiles([leg['gap'] for leg in moved])}"]
+    names = ["left", "heard", "arrived", "began", "landed", "scheduled", "made", "at"]
+    times = [leg["timeline"] for leg in moved if leg["timeline"]]
+    for before, name in zip(names, names[1:], strict=False):
+        lines.append(f"  {name:<10} {quantiles([t[name] - t[before] for t in times])}")
+    return "\n".join(lines)
 
 
 def quantiles(values: list[float]) -> str:

@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
-from common import ASKED, QWEN_7B, bodies, gaps, out_directory, quantiles, run, server, shape, tail
+from common import ASKED, QWEN_7B, bodies, legs, out_directory, parts, quantiles, run, server, shape, tail
 
 from taichi_serve.bench.client import Answer
 from taichi_serve.tiny import cached_tiny_model
@@ -49,7 +50,9 @@ def identity(url: str) -> None:
         still, again = (asyncio.run(run(url, todo, 0, [])) for _ in range(2))
         moved = asyncio.run(run(url, todo, 5, ["i0", *DECODERS]))
         moves = state(url)["moves"]["operator"] - before
-        print(f"identity, {name}: unmoved twice {same(still, again)}, moved {same(still, moved)}, {moves} moves")
+        print(
+            f"identity, {name}: unmoved twice {same(still, again)}, moved {same(still, moved)}, {moves} moves"
+        )
         first_difference(still, moved)
     print("bound:", state(url)["bound"], "moves:", state(url)["moves"])
 
@@ -73,33 +76,55 @@ def cost(url: str, out: Path, path: str) -> None:
         tpots = [a.tpot for a in answers]
         print(
             f"7B, {path}, {moves} moves each: ok {sum(a.ok for a in answers)} of 32, TTFT "
-            f"{quantiles([a.ttft for a in answers])}, TPOT {quantiles(tpots)}, gap {quantiles(gaps(url, answers))}"
+            f"{quantiles([a.ttft for a in answers])}, TPOT {quantiles(tpots)}, {len(legs(url, answers))} moves"
         )
+        print(parts(legs(url, answers)))
         print("  asked:", dict(ASKED), "moves:", state(url)["moves"])
         ASKED.clear()
-        rows[str(moves)] = {"tpot_median": statistics.median(tpots), "gaps": gaps(url, answers)}
+        rows[str(moves)] = {"tpot_median": statistics.median(tpots), "legs": legs(url, answers)}
     (out / f"smoke-{path}.json").write_text(json.dumps(rows))
 
 
+def small(out: Path, tiny: Path) -> None:
+    """Identity, with a small model in float32."""
+    flags = [
+        *FOUR,
+        *FAST_START,
+        "--max-model-len",
+        "4096",
+        "--kv-cache-memory-bytes",
+        "1G",
+        "--dtype",
+        "float32",
+    ]
+    with server(tiny, 8200, out / "tiny.log", *flags) as url:
+        identity(url)
+
+
+def large(out: Path, tiny: Path, path: str) -> None:
+    """Cost, at 7B size."""
+    model = shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
+    flags = [*FOUR, *FAST_START, "--max-model-len", "16384", "--kv-cache-memory-bytes", "6G"]
+    flags += ["--load-format", "dummy", "--p-chunk", "4096", "--kv-over", path]
+    with server(model, 8201, out / f"{path}.log", *flags) as url:
+        try:
+            cost(url, out, path)
+        except BaseException:
+            tail(out / f"{path}.log")
+            raise
+
+
 def main() -> None:
-    """Both checks, one server after the other."""
+    """All checks, or those named after the directory: identity, auto, nixl."""
     # Triton multiplies float32 in TF32 unless told otherwise, and then equal work in another batch differs.
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
     out = out_directory()
     tiny = cached_tiny_model()
-    flags = [*FOUR, *FAST_START, "--max-model-len", "4096", "--kv-cache-memory-bytes", "1G", "--dtype", "float32"]
-    with server(tiny, 8200, out / "tiny.log", *flags) as url:
-        identity(url)
-    large = shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
-    flags = [*FOUR, *FAST_START, "--max-model-len", "16384", "--kv-cache-memory-bytes", "6G"]
-    flags += ["--load-format", "dummy", "--p-chunk", "4096"]
-    for number, path in enumerate(("auto", "nixl")):
-        with server(large, 8201 + number, out / f"{path}.log", *flags, "--kv-over", path) as url:
-            try:
-                cost(url, out, path)
-            except BaseException:
-                tail(out / f"{path}.log")
-                raise
+    for check in sys.argv[2:] or ("identity", "auto", "nixl"):
+        if check == "identity":
+            small(out, tiny)
+        else:
+            large(out, tiny, check)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,11 @@ def _decision(command: Command) -> list[tuple[str, str]]:
 
 
 def _forecast(forecast: Forecast, taken: str) -> tuple[str, str]:
-    verdict = "feasible" if forecast.feasible else "not feasible" if forecast.fits else "no room in its KV"
+    verdict = "feasible" if forecast.feasible else "not feasible"
+    if not forecast.fits:
+        verdict = "no room in its KV"
+    elif not forecast.calm:
+        verdict = "its decodes are at their TPOT margin"
     queue = f"{forecast.queued_prefill_tokens} prompt tokens queued"
     return _mark(forecast.instance, taken), f"TTFT {forecast.ttft:.3f} s, {queue}, {verdict}"
 

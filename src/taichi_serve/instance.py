@@ -27,6 +27,7 @@ class Instance:
     arriving: int = 0  # requests on their way here to decode
     queued_tokens: int = 0  # prompt tokens placed here and not yet through their prefill
     progress_tokens: int = 0  # of these, computed already
+    running_tokens: int = 0  # of these not yet computed, how many are in the step that runs now
     queued_requests: int = 0
     queued_attention: int = 0  # (token, attended token) pairs of the queued prompts
     context_base: int = 0  # of the resident decodes: sum of prompt + base - joined
@@ -48,7 +49,7 @@ class Instance:
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens that a new request would have to wait for here."""
-        return max(0, self.queued_tokens - self.progress_tokens)
+        return self.queued_tokens - self.progress_tokens  # the ledger keeps progress within the queue
 
     @property
     def context_tokens(self) -> int:

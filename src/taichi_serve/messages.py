@@ -85,6 +85,20 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """The parts of one move, each the time in seconds at which it ended, on the cluster's clock."""
+
+    left: float  # the source made its last token
+    heard: float  # the server has it
+    arrived: float  # the target's engine has the request
+    began: float  # it has blocks, and the pull was asked for
+    landed: float  # the last byte is known to be there
+    scheduled: float  # it is in a step of the target
+    made: float  # that step has made its token
+    at: float  # the server has it
+
+
+@dataclass(frozen=True, slots=True)
 class Flowed:
     """The first token of leg `leg` is out on `instance`; with it `output_tokens` have been produced.
     `kv_tokens` came over from the instance before; `reused` counts these and what was still cached here, and
@@ -98,6 +112,7 @@ class Flowed:
     kv_tokens: int
     gap: float
     reused: int = 0
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +191,15 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
-    before it, whether that is feasible, and whether its KV cache has room for the prompt (`fits`)."""
+    before it, whether that is feasible, whether its KV cache has room for the prompt (`fits`), and whether
+    its decodes can bear more prompts beside them (`calm`)."""
 
     instance: str
     ttft: float
     queued_prefill_tokens: int
     feasible: bool
     fits: bool = True
+    calm: bool = True
 
 
 @dataclass(frozen=True, slots=True)

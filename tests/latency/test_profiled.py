@@ -28,10 +28,20 @@ def test_ttft_of_an_idle_instance_is_its_own_chunks() -> None:
 
 
 def test_ttft_counts_the_queue_the_decodes_beside_it_and_half_of_the_running_step() -> None:
-    # 400 + 600 tokens are 4 steps beside 10 decodes: 4 x (10 + 1) ms + 1000 x 0.1 ms = 144 ms; the running
-    # step takes 256 of them: half of 10 + 1 + 25.6 ms = 18.3 ms.
-    instance = d_heavy(queued_tokens=400, queued_requests=1, decodes=10)
-    assert Profiled(PLAIN, {}, 100).ttft(instance, 600) == pytest.approx(0.144 + 0.0183)
+    # The running step has 256 of the 400 tokens in it: half of 10 + 1 + 25.6 ms = 18.3 ms. The other 144 and
+    # 600 are 3 steps beside 10 decodes: 33 ms and 744 x 0.1 ms.
+    instance = d_heavy(queued_tokens=400, running_tokens=256, queued_requests=1, decodes=10)
+    assert Profiled(PLAIN, {}, 100).ttft(instance, 600) == pytest.approx(0.0183 + 0.1074)
+
+
+def test_last_step_of_a_queue_is_as_full_as_steps_were_lately() -> None:
+    predictor = Profiled(PLAIN, {}, 100)
+    instance = d_heavy(queued_tokens=256, running_tokens=256, queued_requests=1)
+    # Half of 35.6 ms, and a step with the 56 own tokens: 10 + 5.6 ms. Others will share it: 10 + 20 ms.
+    assert predictor.ttft(instance, 56) == pytest.approx(0.0178 + 0.0156)
+    predictor.stepped(instance, Stepped(0.0, "i1", 0.03, 200, 0, 0))
+    assert predictor.ttft(instance, 56) == pytest.approx(0.0178 + 0.03)
+    assert predictor.ttft(d_heavy(), 56) == pytest.approx(0.0156)  # idle: the step begins at once
 
 
 def test_ttft_adds_the_attention_of_the_own_prompt_and_of_what_is_left_of_the_queue() -> None:

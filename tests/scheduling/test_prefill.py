@@ -26,7 +26,7 @@ class ByHand:
         return (instance.queued_prefill_tokens + prompt_tokens) * self.per_token[instance.name]
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
-        return self.tpots[instance.name]
+        return self.tpots.get(instance.name, 0.03)
 
     def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         return 0.0 if source is target else 0.1
@@ -44,9 +44,15 @@ def d_heavy(name: str, queued: int = 0) -> Instance:
     return Instance(name, Kind.D_HEAVY, 256, 100_000, queued_tokens=queued)
 
 
-def place(request: Request, *instances: Instance, now: float = 0.0, margin: float = 0.5) -> Placement:
+def place(
+    request: Request,
+    *instances: Instance,
+    now: float = 0.0,
+    margin: float = 0.5,
+    tpots: dict[str, float] | None = None,
+) -> Placement:
     # P-heavy instances prefill a token in 0.1 ms, D-heavy ones in 0.4 ms.
-    by_hand = ByHand({i.name: 0.0001 if i.kind is Kind.P_HEAVY else 0.0004 for i in instances})
+    by_hand = ByHand({i.name: 0.0001 if i.kind is Kind.P_HEAVY else 0.0004 for i in instances}, tpots or {})
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
     return choose_prefill(request, now, instances, decoders, by_hand, SLO_4S, Policy(ttft_margin=margin))
 
@@ -114,3 +120,19 @@ def test_when_none_is_feasible_one_with_room_comes_before_a_faster_one_without()
     full = p_heavy("i0")
     full.kv_tokens = 99_000
     assert place(Request("a", 0.0, 20_000, 100), full, d_heavy("i1")).instance.name == "i1"
+
+
+def test_d_heavy_instance_whose_decodes_are_at_their_tpot_margin_gets_no_more_prompts() -> None:
+    # 0.8 of 70 ms is 56 ms.
+    instances, request = (p_heavy("i0"), d_heavy("i1")), Request("a", 0.0, 500, 100)
+    assert place(request, *instances, tpots={"i1": 0.055}).instance.name == "i1"
+    placed = place(request, *instances, tpots={"i1": 0.057})
+    assert placed.instance.name == "i0"
+    assert [(f.feasible, f.calm) for f in placed.forecasts] == [(True, True), (False, False)]
+    # A P-heavy instance has no such margin: its decodes are few, and flow back when they are about to miss.
+    assert place(request, *instances, tpots={"i0": 9.0, "i1": 0.057}).instance.name == "i0"
+
+
+def test_request_of_one_token_is_over_where_it_prefills() -> None:
+    placed = place(Request("a", 0.0, 6000, max_tokens=1), p_heavy("i0"), d_heavy("i1"))
+    assert (placed.instance.name, placed.hand_over) == ("i0", False)

@@ -184,6 +184,7 @@ class Model:
             assert i.queued_requests == len(queued)
             assert i.queued_tokens == sum(w.prompt for w in queued)
             assert i.queued_prefill_tokens == sum(w.prompt - w.done for w in queued)
+            assert 0 <= i.running_tokens <= i.queued_prefill_tokens
             assert i.arriving == len(there)
             assert i.reserved_tokens == sum(requests[w.name].reserved for w in there)
             assert i.leaving_tokens == sum(requests[w.name].reserved for w in here if w.to)
@@ -216,7 +217,7 @@ def model(sliders: Sliders, policy: Policy) -> Model:
     return Model(GlobalScheduler(sliders, SLO(0.2, 0.01), Learned(), policy, capacities))
 
 
-REQUESTS = st.tuples(st.just("arrive"), st.integers(1, 400), st.integers(1, 60), st.booleans())
+REQUESTS = st.tuples(st.just("arrive"), st.integers(1, 400), st.integers(2, 60), st.booleans())
 STEPS = st.tuples(st.just("step"), st.integers(0, 3), st.booleans(), st.sampled_from([False, False, True]))
 MOVABLE = REQUESTS.map(lambda deed: (*deed[:3], True))
 GRANTED = STEPS.map(lambda deed: (*deed[:3], False))  # no move is refused
@@ -270,7 +271,7 @@ def long_story(chance: Random) -> Iterator[tuple[object, ...]]:
     for deed in chance.choices(deeds, (15, 70, 3, 4, 2, 2, 0.5, 3.5), k=300):
         match deed:
             case "arrive":
-                yield deed, chance.randint(1, 400), chance.randint(1, 60), chance.random() < 0.8
+                yield deed, chance.randint(1, 400), chance.randint(2, 60), chance.random() < 0.8
             case "step":
                 yield deed, chance.randrange(4), chance.random() < 0.2, chance.random() < 0.15
             case "ask":

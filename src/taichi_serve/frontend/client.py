@@ -82,7 +82,9 @@ class ClusterClient(EngineCoreClient):
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
         """Forget cached prefixes, everywhere."""
-        return all(await self._everywhere("reset_prefix_cache_async", reset_running_requests, reset_connector))
+        return all(
+            await self._everywhere("reset_prefix_cache_async", reset_running_requests, reset_connector)
+        )
 
     async def profile_async(self, *args: Any, **kwargs: Any) -> None:
         """Start or stop vLLM's profiler, everywhere."""
@@ -172,7 +174,9 @@ class ClusterLLM(async_llm.AsyncLLM):
         return True
 
 
-def cluster_llm(config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue[Any], args: Any) -> ClusterLLM:
+def cluster_llm(
+    config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue[Any], args: Any
+) -> ClusterLLM:
     """vLLM's AsyncLLM with our client in the place where it makes its own."""
     client = ClusterClient(cluster, outputs)
 
@@ -192,4 +196,3 @@ def cluster_llm(config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue
         )
     finally:
         async_llm.EngineCoreClient = vllms_own
-

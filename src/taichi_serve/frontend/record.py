@@ -116,7 +116,9 @@ def legs(history: History) -> list[dict[str, Any]]:
             case Prefilled():
                 rows.append(_leg(event, "prefill", 1, 0, None))
             case Flowed():
-                rows.append(_leg(event, "decode", event.output_tokens, event.kv_tokens, event.gap))
+                row = _leg(event, "decode", event.output_tokens, event.kv_tokens, event.gap)
+                row["timeline"] = msgspec.to_builtins(event.timeline)
+                rows.append(row)
     return rows
 
 

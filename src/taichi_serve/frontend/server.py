@@ -79,9 +79,7 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
             say(f"logs are kept in {directory}")
 
 
-async def _start(
-    args: argparse.Namespace, argv: list[str], directory: Path, engines: list[Engine]
-) -> System:
+async def _start(args: argparse.Namespace, argv: list[str], directory: Path, engines: list[Engine]) -> System:
     sliders = flags.sliders(args)
     config = flags.engine_config(argv, directory.name)
     per_instance = config.parallel_config.world_size
@@ -145,7 +143,9 @@ async def _watch(cluster: VllmCluster, stall_timeout: float) -> None:
         for engine in cluster.engines:
             silent = time.monotonic() - engine.heard_at
             if engine.alive and engine.legs and silent > stall_timeout:
-                say(f"instance {engine.name} was silent for {silent:.0f} s with work to do: it counts as lost")
+                say(
+                    f"instance {engine.name} was silent for {silent:.0f} s with work to do: it counts as lost"
+                )
                 cluster.lose(engine, f"silent for {silent:.0f} s")
                 engine.process.kill()
 

@@ -37,6 +37,7 @@ class Seen:
     prompt: Average = field(default_factory=Average)  # prompt tokens in such a step
     mixed_bias: float = 1.0  # the two ratios within their bounds: asked for often, changed once a step
     plain_bias: float = 1.0
+    usual: float = 0.0  # the value of `prompt`
 
 
 class Profiled:
@@ -59,30 +60,31 @@ class Profiled:
         return cls(profile.fit.model(), transfers, profile.bytes_per_token)
 
     def ttft(self, instance: Instance, prompt_tokens: int) -> float:
-        """The rest of the running step, the queue's chunks and the own ones, beside the decodes there (s).
+        """Half of the running step, the queue's other chunks and the own ones, beside the decodes there (s).
 
         Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
         """
         # Roofline.of is written out here: this runs for every instance at every arrival.
-        model, ahead, chunk = self.model, instance.queued_prefill_tokens, instance.chunk or 1
+        model, chunk, running = self.model, instance.chunk or 1, instance.running_tokens
+        ahead = instance.queued_tokens - instance.progress_tokens
         decodes, token, floor = instance.decodes, model.token, model.token * model.knee
-        plain = model.launch + model.decode * decodes + model.kv * instance.context_tokens
+        context = instance.context_base + decodes * instance.ticks
+        plain = model.launch + model.decode * decodes + model.kv * context
         beside = plain + model.mixed
-        full, rest = divmod(ahead + prompt_tokens, chunk)
-        linear = token * (chunk + decodes)
-        seconds = full * (beside + max(floor, linear))
+        full, rest = divmod(ahead - running + prompt_tokens, chunk)
+        seconds = full * (beside + max(floor, token * (chunk + decodes)))
+        seen = self.seen.get(instance.name)
         if rest:
-            linear = token * (rest + decodes)
-            seconds += beside + max(floor, linear)
+            if running and seen and rest < seen.usual:
+                # Until that step begins others arrive and share it: it will be as full as steps were lately.
+                rest = min(chunk, int(seen.usual))
+            seconds += beside + max(floor, token * (rest + decodes))
         pairs = prompt_tokens * (prompt_tokens + 1) / 2
         if ahead:
-            pairs += instance.queued_attention * ahead / instance.queued_tokens
-        if ahead or decodes:
-            # A request arrives in the middle of a step, on average when half of it is left.
-            linear = token * (min(ahead, chunk) + decodes)
-            running = (beside if ahead else plain) + max(floor, linear)
-            seconds += running / 2
-        seen = self.seen.get(instance.name)
+            pairs += instance.queued_attention * (ahead - running / 2) / instance.queued_tokens
+        if running or decodes:
+            # A request arrives when on average half of a step is left, and cannot join it.
+            seconds += ((beside if running else plain) + max(floor, token * (running + decodes))) / 2
         return (seconds + model.attention * pairs) * (seen.mixed_bias if seen else 1.0)
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
@@ -97,7 +99,7 @@ class Profiled:
         share = seen.share.value(0.0)
         if share == 0.0:
             return seconds
-        prompt = seen.prompt.value(0.0)
+        prompt = seen.usual
         mixed = self.model.of(prompt, prompt * self._pairs(instance), decodes, context)
         return (1 - share) * seconds + share * mixed * seen.mixed_bias
 
@@ -125,6 +127,7 @@ class Profiled:
             seen.mixed.add(observed, predicted, KEEP)
             seen.mixed_bias = bounded(seen.mixed.value(1.0))
             seen.prompt.add(step.prefill_tokens, 1.0, KEEP)
+            seen.usual = seen.prompt.value(0.0)
         else:
             seen.plain.add(observed, predicted, KEEP)
             seen.plain_bias = bounded(seen.plain.value(1.0))

@@ -49,7 +49,8 @@ class Dispatcher:
             heir.kind, heir.chunk, heir.closing = Kind.P_HEAVY, p_chunk, False
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
-        decoders = [i for i in self.serving() if i.kind is Kind.D_HEAVY]
+        serving = self.serving()
+        decoders = [i for i in serving if i.kind is Kind.D_HEAVY]
         placed = choose_prefill(request, now, able, decoders, self.predictor, self.slo, self.policy)
         self.ledger.enqueue(request, placed.instance)
         request.predicted_ttft = placed.ttft

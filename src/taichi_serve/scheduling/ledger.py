@@ -38,6 +38,8 @@ class Ledger:
         """The prompt waits on this instance."""
         request.enter(State.PREFILLING)
         request.instance = instance.name
+        if not (instance.decodes or instance.queued_requests):  # idle: a step with it begins at once
+            instance.running_tokens = min(instance.chunk, request.prompt_tokens)
         self.queues[instance.name][request.id] = None
         instance.queued_tokens += request.prompt_tokens
         instance.queued_requests += 1
@@ -60,6 +62,7 @@ class Ledger:
         instance.queued_requests -= 1
         instance.queued_attention -= prompt_attention(request.prompt_tokens)
         instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
+        instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
         self._rest(instance)
 
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
@@ -140,6 +143,7 @@ class Ledger:
         instance.kv_tokens = step.kv_tokens
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
+        instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
         for name in step.missed:
             request = self.requests.get(name)
             if request is None or request.instance != instance.name:

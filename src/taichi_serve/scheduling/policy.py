@@ -14,6 +14,8 @@ class Policy:
                     nobody is ever degraded, and no decode is put on a P-heavy instance (disaggregation).
     `alpha`         share of the TPOT SLO at which a request on a P-heavy instance flows back.
     `ttft_margin`   share of the TTFT SLO that a prediction may use up and still count as feasible.
+    `tpot_margin`   share of the TPOT SLO that decodes of a D-heavy instance may be predicted to take for
+                    prompts to be preferred there.
     `hysteresis`    share of KV below the watermark that must stay free after a backflow lands.
     `max_degrades`  how often one request may be degraded; every degrading may be followed by a backflow.
     `dwell`         seconds a request stays where it is between two moves of Algorithm 1.
@@ -24,6 +26,7 @@ class Policy:
     watermark: float = 0.95
     alpha: float = 0.96
     ttft_margin: float = 0.5
+    tpot_margin: float = 0.8
     hysteresis: float = 0.05
     max_degrades: int = 2
     dwell: float = 0.25
@@ -31,7 +34,7 @@ class Policy:
     scan: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("watermark", "alpha", "ttft_margin"):
+        for name in ("watermark", "alpha", "ttft_margin", "tpot_margin"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")

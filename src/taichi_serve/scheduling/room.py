@@ -18,5 +18,6 @@ def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
     resident grows while the move is under way.
     """
     grown = policy.growth * (instance.decodes + 1)
-    used = instance.kv_tokens + instance.reserved_tokens + instance.queued_prefill_tokens
-    return (used + kv_tokens + grown) / instance.kv_capacity if instance.kv_capacity else float("inf")
+    queued = instance.queued_tokens - instance.progress_tokens
+    used = instance.kv_tokens + instance.reserved_tokens + queued
+    return (used + kv_tokens + grown) / instance.kv_capacity

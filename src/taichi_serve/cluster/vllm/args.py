@@ -67,11 +67,26 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
         ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
         ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
-        ("ttft-margin", float, 0.5, "an instance is feasible when the predicted TTFT is at most this share of the SLO"),
-        ("watermark", float, 0.95, "share of a D-heavy instance's KV memory above which requests are degraded"),
+        (
+            "ttft-margin",
+            float,
+            0.5,
+            "an instance is feasible when the predicted TTFT is at most this share of the SLO",
+        ),
+        (
+            "watermark",
+            float,
+            0.95,
+            "share of a D-heavy instance's KV memory above which requests are degraded",
+        ),
         ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
         ("move-timeout", float, 10.0, "seconds a moved request may wait for its KV before it is recomputed"),
-        ("stall-timeout", float, 120.0, "seconds an instance with work may be silent before it counts as lost"),
+        (
+            "stall-timeout",
+            float,
+            120.0,
+            "seconds an instance with work may be silent before it counts as lost",
+        ),
         ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     ):
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")

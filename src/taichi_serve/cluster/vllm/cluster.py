@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
 from taichi_serve.cluster.vllm.exact import bound_by
-from taichi_serve.cluster.vllm.flow import KEY, LEFT
+from taichi_serve.cluster.vllm.flow import KEY, LEFT, MovedIn
 from taichi_serve.cluster.vllm.kv import LEASE
 from taichi_serve.cluster.vllm.leg import Going, Held, Live, engine_id, first_leg, next_leg
 from taichi_serve.messages import (
@@ -31,6 +31,7 @@ from taichi_serve.messages import (
     Refused,
     SetChunk,
     Stepped,
+    Timeline,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 # A leg is only sent to pull KV while most of the source's lease is left; later it is computed again.
 FRESH = LEASE / 2
+
+NOTHING = (0, 0, 0.0, 0.0, 0.0, 0.0)  # of a MovedIn that the target did not report
 
 
 class VllmCluster:
@@ -172,7 +175,9 @@ class VllmCluster:
         live.engine_request = engine_id(live)
 
     def _add(self, live: Live, request: EngineCoreRequest) -> None:
-        if live.tokens and bound_by(live.request, self._v2):  # its instance died, and no other could go on exactly
+        if live.tokens and bound_by(
+            live.request, self._v2
+        ):  # its instance died, and no other could go on exactly
             live.instance = -1
             self.end(live, Outcome.FAILED)
         else:
@@ -242,7 +247,7 @@ class VllmCluster:
         if record is None or stats is None:
             return
         stats.kv_connector_stats = stats.kv_connector_stats or None
-        seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in = record
+        engine.made_at, seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in = record
         engine.kv_tokens, engine.running, engine.waiting = (
             kv_tokens,
             stats.num_running_reqs,
@@ -298,14 +303,23 @@ class VllmCluster:
         if len(live.tokens) == len(output.new_token_ids):
             self._events.put_nowait(Prefilled(now, live.id, live.leg, engine.name, cached, held))
             return
-        reused, pulled = engine.moved_in.get(live.engine_request, (0, 0))
-        self._events.put_nowait(
-            Flowed(now, live.id, live.leg, engine.name, len(live.tokens), pulled, gap, reused)
-        )
+        moved_in = MovedIn(*engine.moved_in.get(live.engine_request, NOTHING))
+        timeline = None
+        if moved_in.scheduled:
+            *_, arrived, began, landed, scheduled = moved_in
+            timeline = Timeline(
+                live.left_at, now - gap, arrived, began, landed, scheduled, engine.made_at, now
+            )
+        flowed = Flowed(
+            now, live.id, live.leg, engine.name, len(live.tokens), int(moved_in.pulled), gap,
+            int(moved_in.reused), timeline,
+        )  # fmt: skip
+        self._events.put_nowait(flowed)
 
     def _left(self, engine: Engine, live: Live, params: dict[str, Any] | None, now: float) -> None:
         """The leg is over and its KV is pinned: go where it was told to, or wait for a Decode."""
         engine.forget(live)
+        live.left_at = engine.made_at
         if params is not None:
             live.held = Held(engine.index, live.engine_request, params, now)
         live.instance = -1

@@ -65,7 +65,10 @@ class CudaMemory:
         for address in ranges[:, 0]:
             base, size = ctypes.c_uint64(), ctypes.c_size_t()
             self._call(
-                "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(int(address))
+                "cuMemGetAddressRange_v2",
+                ctypes.byref(base),
+                ctypes.byref(size),
+                ctypes.c_uint64(int(address)),
             )
             if base.value not in allocations:
                 handle = _Handle()

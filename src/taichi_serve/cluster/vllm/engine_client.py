@@ -31,7 +31,9 @@ class InstanceClient(AsyncMPClient):
     `tell` are plain calls and keep their order.
     """
 
-    def __init__(self, config: VllmConfig, process: EngineProcess, receive: Callable[[Outputs], None]) -> None:
+    def __init__(
+        self, config: VllmConfig, process: EngineProcess, receive: Callable[[Outputs], None]
+    ) -> None:
         super().__init__(
             copy.deepcopy(config),  # the engine's answer (blocks, lengths) is written into it
             Executor.get_class(config),

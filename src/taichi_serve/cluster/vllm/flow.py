@@ -29,13 +29,24 @@ KEY = "taichi"
 RECOVERY_CHUNK = 128
 
 
+class MovedIn(NamedTuple):
+    """What became of a request that moved in, known when it is scheduled. Times are time.monotonic()."""
+
+    reused: int  # tokens it need not compute: pulled, or still cached here
+    pulled: int  # of these, from the instance before
+    arrived: float  # it came here
+    began: float  # its blocks were given and the pull was asked for
+    landed: float  # the last byte was known to be here
+    scheduled: float  # it went into a step
+
+
 class Step(NamedTuple):
     """What one scheduled step holds, until its output is there."""
 
     scheduled_at: float
     prefill_tokens: int
     decodes: int
-    moved_in: dict[str, tuple[int, int]]  # engine id: tokens it need not compute, and how many were pulled
+    moved_in: dict[str, list[float]]  # engine id: see MovedIn
 
 
 def extra(request: Request) -> dict[str, Any]:
@@ -54,6 +65,8 @@ class FlowScheduler(AsyncScheduler):
         self.adaptive_long_prefill_threshold = False
         self._leaving: set[str] = set()
         self._steps: deque[Step] = deque()
+        self._arrived: dict[str, float] = {}  # requests that are moving in: when they came
+        self._landed: dict[str, float] = {}  # and when their KV was here
         self._step: Step | None = None
         self._stepped_at = 0.0
 
@@ -71,21 +84,33 @@ class FlowScheduler(AsyncScheduler):
         at = time.monotonic()
         output = super().schedule(throttle_prefills)
         single = list(output.num_scheduled_tokens.values()).count(1)
-        moved_in = self._moved_in(output) if output.scheduled_new_reqs else {}
+        moved_in = self._moved_in(output, at) if output.scheduled_new_reqs else {}
         self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single, moved_in))
         return output
 
-    def _moved_in(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
-        pulled = self._connector_scheduler.pulled
-        return {
-            new.req_id: (new.num_computed_tokens, min(pulled.pop(new.req_id, 0), new.num_computed_tokens))
-            for new in output.scheduled_new_reqs
-            if extra(self.requests[new.req_id]).get("moved")
-        }
+    def _moved_in(self, output: SchedulerOutput, now: float) -> dict[str, list[float]]:
+        moved_in: dict[str, list[float]] = {}
+        for new in output.scheduled_new_reqs:
+            if (arrived := self._arrived.pop(new.req_id, None)) is None:
+                continue
+            pulled, began = self._connector_scheduler.pulled.pop(new.req_id, (0, arrived))
+            reused = new.num_computed_tokens
+            landed = self._landed.pop(new.req_id, began)
+            moved_in[new.req_id] = [reused, min(pulled, reused), arrived, began, landed, now]
+        return moved_in
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output: Any) -> None:
+        now = time.monotonic()
+        for request_id in kv_connector_output.finished_recving or ():
+            if request_id in self._arrived:
+                self._landed[request_id] = now
+        super()._update_from_kv_xfer_finished(kv_connector_output)
 
     def add_request(self, request: Request) -> None:
         """A request that moves in brings its output so far, where the model runner can tell it from a prompt."""
         output = extra(request).get("output", 0)
+        if output:
+            self._arrived[request.request_id] = time.monotonic()
         if output and self.use_v2_model_runner:
             as_output(request, output)
         super().add_request(request)
@@ -127,6 +152,8 @@ class FlowScheduler(AsyncScheduler):
         return new_token_ids, stopped
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        for memory in (self._arrived, self._landed):
+            memory.pop(request.request_id, None)
         self._leaving.discard(request.request_id)
         return super()._free_request(request, delay_free_blocks)
 
@@ -149,7 +176,8 @@ class FlowScheduler(AsyncScheduler):
             self._stepped_at = now
         pool = self.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
-        record = [now - began, step.prefill_tokens, step.decodes, used * self.block_size, step.moved_in]
+        kv_tokens = used * self.block_size
+        record = [now, now - began, step.prefill_tokens, step.decodes, kv_tokens, step.moved_in]
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
 

@@ -167,7 +167,9 @@ class HostAgent:
     ) -> Any:
         """A read from a peer on this host is ours, every other transfer is NIXL's."""
         if way != "READ" or remote.addresses is None:
-            return self._nixl.make_prepped_xfer(way, local.nixl, local_ids, remote.nixl, remote_ids, **options)
+            return self._nixl.make_prepped_xfer(
+                way, local.nixl, local_ids, remote.nixl, remote_ids, **options
+            )
         note = options.get("notif_msg", b"")
         return Transfer(remote.agent, local.rows[local_ids], remote.addresses[remote_ids], note)
 

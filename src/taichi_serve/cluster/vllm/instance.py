@@ -38,7 +38,8 @@ class Engine:
     kv_tokens: int = 0
     running: int = 0
     waiting: int = 0
-    moved_in: dict[str, tuple[int, int]] = field(default_factory=dict)  # of its last step: reused, pulled
+    made_at: float = 0.0  # when its last step was done, by its own word
+    moved_in: dict[str, list[float]] = field(default_factory=dict)  # of its last step: see flow.MovedIn
     recomputed_late: int = 0  # legs whose KV did not come in time
 
     @property

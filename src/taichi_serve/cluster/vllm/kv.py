@@ -56,7 +56,8 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        self.pulled: dict[str, int] = {}  # engine id: tokens asked from the source, until it is scheduled
+        # engine id: tokens asked from the source, and when; until it is scheduled
+        self.pulled: dict[str, tuple[int, float]] = {}
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step."""
@@ -66,10 +67,12 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         final = min(params["remote_num_tokens"], request.num_tokens - 1)
         return max(0, final - num_computed_tokens), final > num_computed_tokens
 
-    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
         """Remember how much is pulled."""
         if num_external_tokens:
-            self.pulled[request.request_id] = num_external_tokens
+            self.pulled[request.request_id] = num_external_tokens, time.monotonic()
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def request_finished(
@@ -121,7 +124,9 @@ def _memory() -> Memory | None:
 class FlowConnector(NixlPullConnector):
     """vLLM's NIXL pull connector with our scheduler's and worker's side."""
 
-    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
         # NixlPullConnector would build vLLM's own sides here, agents and threads included.
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:

@@ -47,6 +47,7 @@ class Live:
     going: Going | None = None
     reader: Held | None = None  # what the current leg is pulling, until its first token
     last_at: float = 0.0  # when its last token came
+    left_at: float = 0.0  # when the engine before had made its last token, by that engine's word
     deadline: asyncio.TimerHandle | None = None
     warm: asyncio.Future[int] | None = None  # set on a warm-up request: the user never sees it
 

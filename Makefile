@@ -1,0 +1,41 @@
+# Every target does its own set-up first; it is redone when pyproject.toml or the script changes.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo clean
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Wall-clock limits in seconds, far above what a run takes: they end a run that hangs.
+CHECK_LIMIT := 300
+ENGINE_LIMIT := 1500
+ENGINE_TEST_LIMIT := 600
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## .venv with vLLM's CPU build, NIXL, this package and the development tools
+
+$(READY): pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+check: $(READY) ## format, lint, strict types, import contracts, tests without engines
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-logo
+	timeout --foreground --kill-after=10 $(CHECK_LIMIT) \
+		$(BIN)/pytest -m "not engine and not gpu" --session-timeout=$(CHECK_LIMIT)
+
+test: check ## the whole test suite: check, then the tests that start real vLLM engines
+	timeout --foreground --kill-after=30 $(ENGINE_LIMIT) \
+		$(BIN)/pytest -m "engine and not gpu" --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+
+demo: $(READY) ## two vLLM instances on the CPU, a server, and 40 requests that flow between them
+	$(BIN)/taichi demo
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf .venv .venv.log build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests scripts -type d -name __pycache__ -prune -exec rm -rf {} +
