@@ -1,5 +1,6 @@
 #!/bin/sh
 # Compile the pure core and the simulated cluster with mypyc: the same sources, about twice as fast.
+# What travels to worker processes (sliders, SLO, policy, tallies) stays as it is: compiled classes cannot be pickled.
 # usage: scripts/compile.sh [FOLDER]   then PYTHONPATH=FOLDER taichi search ...   (default build/compiled)
 set -eu
 python=${PYTHON:-python}
@@ -9,8 +10,9 @@ mkdir -p "$out"
 cp -r src/taichi_serve "$out/"
 cd "$out"
 latency=taichi_serve/latency
+scheduling=taichi_serve/scheduling
 "$python" -m mypyc --no-incremental \
-    taichi_serve/messages.py taichi_serve/sliders.py taichi_serve/slo.py taichi_serve/request.py \
-    taichi_serve/instance.py \
+    taichi_serve/messages.py taichi_serve/request.py taichi_serve/instance.py \
     $latency/curve.py $latency/model.py $latency/predict.py $latency/profiled.py \
-    taichi_serve/scheduling/*.py taichi_serve/cluster/simulated/*.py taichi_serve/bench/goodput.py
+    $scheduling/decode.py $scheduling/ledger.py $scheduling/prefill.py $scheduling/residents.py \
+    $scheduling/scheduler.py taichi_serve/cluster/simulated/*.py

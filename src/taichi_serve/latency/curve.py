@@ -43,6 +43,10 @@ class StepCurve:
         self._slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(knots, knots[1:], strict=False)]
         self._bases = [a[1] - slope * a[0] for a, slope in zip(knots, self._slopes, strict=False)]
 
+    def __reduce__(self) -> tuple[type[StepCurve], tuple[object, ...]]:
+        """How worker processes get it, compiled or not."""
+        return StepCurve, (self.knots, self.per_attention, self.per_kv_token, self.per_decode)
+
     def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
         """Seconds of a step with this work; what `seconds` is without a Batch being made."""
         tokens = prefill_tokens + decodes
