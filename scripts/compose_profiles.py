@@ -2,10 +2,11 @@
 
 Usage: python scripts/compose_profiles.py DATA_DIR [--write]
 
-DATA_DIR holds profiles/vidur and profiles/aiconfigurator (see `sources` in each written file). For every setting the
-tables are composed into rows (batch -> seconds of one step), a StepCurve is fitted to four fifths of them and its error
-on the fifth that was held out is printed and stored. Where a table ends the fit goes on in a straight line; a decode
-step is never allowed to be faster than reading weights and KV at the device's bandwidth (checked, not clamped).
+DATA_DIR holds profiles/vidur and profiles/aiconfigurator (see `sources` in each written file). For every
+setting the tables are composed into rows (batch -> seconds of one step), a StepCurve is fitted to four fifths
+of them and its error on the fifth that was held out is printed and stored. Where a table ends the fit goes on
+in a straight line; a decode step is never allowed to be faster than reading weights and KV at the device's
+bandwidth (checked, not clamped).
 
 Needs pyarrow, numpy and scipy, which the product does not.
 """
@@ -122,7 +123,8 @@ def rows(path: Path, **equal: object) -> dict[str, Array]:
 
 
 def gemm(path: Path, kernel: str) -> tuple[tuple[int, ...], Callable[[int, int], Array]]:
-    """The table's m, and milliseconds of a (m x k) by (k x n) product for each: log-log interpolation in n and k."""
+    """The table's m, and milliseconds of a (m x k) by (k x n) product for each: log-log interpolation in n
+    and k."""
     table = rows(path, gemm_dtype="bfloat16", kernel_source=kernel)
     known = {
         (int(m), int(n), int(k)): t
@@ -169,11 +171,15 @@ def layers_of(model: Model, tp: int, at: Callable[[int, int], Array]) -> Array:
     """Milliseconds of the matrix products of all layers, for each m of MS."""
     hidden, inter = model.hidden, model.inter // tp
     qkv = (model.heads + 2 * model.kv_heads) * 128 // tp
-    products = at(qkv, hidden) + at(hidden, model.heads * 128 // tp) + at(2 * inter, hidden) + at(hidden, inter)
+    products = (
+        at(qkv, hidden) + at(hidden, model.heads * 128 // tp) + at(2 * inter, hidden) + at(hidden, inter)
+    )
     return model.layers * products
 
 
-def from_aiconfigurator(system: str, version: str, model: Model, tp: int, bandwidth: float) -> Callable[[Path], Parts]:
+def from_aiconfigurator(
+    system: str, version: str, model: Model, tp: int, bandwidth: float
+) -> Callable[[Path], Parts]:
     """Compose a setting from the kernel tables of one system."""
     new = system.startswith("h200")
     kernel = "torch.nn.functional.linear" if new else "vllm_default"
@@ -183,7 +189,8 @@ def from_aiconfigurator(system: str, version: str, model: Model, tp: int, bandwi
         sizes, at = gemm(root / f"gemm/vllm/{version}/gemm_perf.parquet", kernel)
         linear = layers_of(model, tp, at)
         ms = np.array(sizes, dtype=np.float64)
-        # Norms, rotary, activation and residual read and write about 14 hidden-sized vectors a token and layer.
+        # Norms, rotary, activation and residual read and write about 14 hidden-sized vectors a token and
+        # layer.
         linear = linear + model.layers * (14 * model.hidden + 3 * model.inter / tp) * 2 * ms / bandwidth * 1e3
         if tp > 1:
             path = root / f"comm/vllm/{version}/custom_allreduce_perf.parquet"
@@ -197,8 +204,9 @@ def from_aiconfigurator(system: str, version: str, model: Model, tp: int, bandwi
         more: dict[str, object] = {"window_size": 0, "kernel_source": "vllm_flash_attn_fa3"} if new else {}
         prompts, prefill = prompt_attention(root, version, model, tp, more)
         contexts, batches, decode = decode_attention(root, version, model, tp, more)
+        line = interpolate(ms, linear + head[0])
         return Parts(
-            lambda t, f=interpolate(ms, linear + head[0]): f(t) / 1e3,  # type: ignore[misc]
+            lambda t: line(t) / 1e3,
             (per_decode + 0.002) / 1e3,
             lambda n: prefill(n) * model.layers / 1e3,
             lambda b, c: decode(b, c) * model.layers / 1e3,
@@ -217,7 +225,9 @@ def prompt_attention(
     table = rows(
         root / f"attention/vllm/{version}/context_attention_perf.parquet",
         batch_size=1,
-        num_heads=model.heads // tp if model.heads // tp in (16, 20, 40) and more else near(model.heads // tp),
+        num_heads=model.heads // tp
+        if model.heads // tp in (16, 20, 40) and more
+        else near(model.heads // tp),
         num_key_value_heads=model.kv_heads // tp,
         head_dim=128,
         kv_cache_dtype="bfloat16",
@@ -237,7 +247,8 @@ def near(heads: int) -> int:
 def decode_attention(
     root: Path, version: str, model: Model, tp: int, more: dict[str, object]
 ) -> tuple[tuple[int, ...], tuple[int, ...], Callable[[float, float], float]]:
-    """Milliseconds of one layer's attention for a batch of decodes, by context. It reads KV: heads matter little."""
+    """Milliseconds of one layer's attention for a batch of decodes, by context. It reads KV: heads matter
+    little."""
     kv = model.kv_heads // tp
     table = rows(
         root / f"attention/vllm/{version}/generation_attention_perf.parquet",
@@ -248,7 +259,8 @@ def decode_attention(
         **more,
     )
     known = {
-        (int(b), int(s) + 1): t for b, s, t in zip(table["batch_size"], table["step"], table["latency"], strict=True)
+        (int(b), int(s) + 1): t
+        for b, s, t in zip(table["batch_size"], table["step"], table["latency"], strict=True)
     }
     batches = tuple(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256) if (b, 1024) in known)
     contexts = tuple(sorted({c for _, c in known if 256 <= c <= 16384}))
@@ -269,7 +281,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def from_vidur(device: str, tp: int) -> Callable[[Path], Parts]:
-    """Compose Llama-2-70B from vidur's tables of one layer; step = 80 layers x (ops + 2 x (all-reduce + 0.02))."""
+    """Compose Llama-2-70B from vidur's tables of one layer; step = 80 layers x (ops + 2 x (all-reduce +
+    0.02))."""
     ops = (
         "input_layernorm attn_pre_proj attn_rope attn_post_proj post_attention_layernorm "
         "mlp_up_proj mlp_act mlp_down_proj add"
@@ -278,7 +291,10 @@ def from_vidur(device: str, tp: int) -> Callable[[Path], Parts]:
     def compose(data: Path) -> Parts:
         root = data / "profiles/vidur"
         mlp = read_csv(root / f"{device}_meta-llama_Llama-2-70b-hf_mlp.csv")
-        mine = sorted((r for r in mlp if int(r["num_tensor_parallel_workers"]) == tp), key=lambda r: int(r["num_tokens"]))
+        mine = sorted(
+            (r for r in mlp if int(r["num_tensor_parallel_workers"]) == tp),
+            key=lambda r: int(r["num_tokens"]),
+        )
         tokens = np.array([float(r["num_tokens"]) for r in mine])
         one = np.array([sum(float(r[f"time_stats.{op}.median"] or 0) for op in ops) for r in mine])
         ring = [
@@ -301,7 +317,8 @@ def from_vidur(device: str, tp: int) -> Callable[[Path], Parts]:
 
 
 def vidur_attention(table: list[dict[str, str]], linear: Callable[[float], float], device: str) -> Parts:
-    """Attention of the TP2 table, halved for TP4; on H100 scaled by bandwidth (decode) and FLOP/s (prefill)."""
+    """Attention of the TP2 table, halved for TP4; on H100 scaled by bandwidth (decode) and FLOP/s
+    (prefill)."""
     fast = {"a100": (1.0, 1.0), "h100": (2.04 / 3.35, 312 / 700)}[device]
     decode: dict[tuple[int, int], list[float]] = {}
     prompt: dict[int, list[float]] = {}
@@ -310,7 +327,9 @@ def vidur_attention(table: list[dict[str, str]], linear: Callable[[float], float
             key = int(r["batch_size"]), int(r["kv_cache_size"])
             decode.setdefault(key, []).append(float(r["time_stats.attn_decode.median"]))
         elif r["is_prefill"] == "True" and int(r["kv_cache_size"]) == 0 and int(r["batch_size"]) == 1:
-            prompt.setdefault(int(r["prefill_chunk_size"]), []).append(float(r["time_stats.attn_prefill.median"]))
+            prompt.setdefault(int(r["prefill_chunk_size"]), []).append(
+                float(r["time_stats.attn_prefill.median"])
+            )
     lengths = sorted(prompt)
     whole = interpolate(np.array(lengths, dtype=float), np.array([np.median(prompt[n]) for n in lengths]))
     batches = tuple(sorted({b for b, _ in decode if b <= 128}))
@@ -319,7 +338,9 @@ def vidur_attention(table: list[dict[str, str]], linear: Callable[[float], float
         lambda t: linear(t) / 1e3,
         0.00001,
         lambda n: whole(n) * 80 / 2 * fast[1] / 1e3,
-        lambda b, c: float(np.median(decode.get((int(b), int(c)), [math.nan]))) * 80 / 2 * 1.1 * fast[0] / 1e3,
+        lambda b, c: (
+            float(np.median(decode.get((int(b), int(c)), [math.nan]))) * 80 / 2 * 1.1 * fast[0] / 1e3
+        ),
         contexts,
         batches,
         tuple(n for n in lengths if n >= 256),
@@ -337,13 +358,16 @@ def fit(setting: Setting, parts: Parts) -> dict[str, object]:
     took = np.array([parts.prefill_attention(n) for n in parts.prompts])
     per_attention, per_attended = nnls(pairs / took[:, None], np.ones(len(took)))[0]
     cells = [(b, c, parts.decode_attention(b, c)) for b in parts.batches for c in parts.contexts]
-    # Small launches are latency, not bandwidth: the slope is read where KV dominates, and where tables are full.
+    # Small launches are latency, not bandwidth: the slope is read where KV dominates, and where tables are
+    # full.
     cells = [(b, c, t) for b, c, t in cells if not math.isnan(t)]
     held = cells[::5]
     used = [x for i, x in enumerate(cells) if i % 5]
     design = np.array([[1.0, b, b * c] for b, c, _ in used])
     seconds = np.array([t for *_, t in used])
-    weight = np.array([1 / (t + parts.linear(b)) for b, _, t in used])  # relative to the step, which is what counts
+    weight = np.array(
+        [1 / (t + parts.linear(b)) for b, _, t in used]
+    )  # relative to the step, which is what counts
     base, per_decode, per_kv = nnls(design * weight[:, None], seconds * weight)[0]
     curve = [float(x + base) for x in lin]
     per_decode += parts.per_decode
@@ -375,7 +399,9 @@ def check_bandwidth(setting: Setting, fitted: dict[str, object]) -> list[str]:
     wrong = []
     kv_second = setting.model.kv_bytes / setting.tp / setting.bandwidth
     if float(fitted["per_kv_token"]) < kv_second:  # type: ignore[arg-type]
-        wrong.append(f"per_kv_token {fitted['per_kv_token']} is below the {kv_second:.3g} that bandwidth allows")
+        wrong.append(
+            f"per_kv_token {fitted['per_kv_token']} is below the {kv_second:.3g} that bandwidth allows"
+        )
     floor = setting.model.weight_bytes / setting.tp / setting.bandwidth
     if fitted["knots"][0][1] < 0.95 * floor:  # type: ignore[index]
         wrong.append(f"a step of one token takes {fitted['knots'][0][1]}, weights alone {floor:.4f}")  # type: ignore[index]
@@ -404,7 +430,12 @@ def vidur(name: str, device: str, known: tuple[float, float], extra: tuple[str, 
 
 SETTINGS = (
     vidur("llama-2-70b-tp4-a100", "A100-SXM4-80GB", A100),
-    vidur("llama-2-70b-tp4-h100", "H100-SXM5-80GB", H100, ("attention scaled from A100 by bandwidth and FLOP/s",)),
+    vidur(
+        "llama-2-70b-tp4-h100",
+        "H100-SXM5-80GB",
+        H100,
+        ("attention scaled from A100 by bandwidth and FLOP/s",),
+    ),
     aic("qwen2.5-14b-tp1-a100", QWEN14, 1, "A100-SXM4-80GB"),
     aic("qwen2.5-32b-tp2-a100", QWEN32, 2, "A100-SXM4-80GB"),
     aic("qwen2.5-14b-tp1-h200", QWEN14, 1, "H200-SXM-141GB"),
@@ -446,14 +477,23 @@ def report(fitted: dict[str, object]) -> None:
     kv, pairs, each = (float(fitted[k]) for k in ("per_kv_token", "per_attention", "per_decode"))  # type: ignore[arg-type]
 
     def step(prompt: int, decodes: int, context: int) -> str:
-        seconds = line(prompt + decodes) + pairs * prompt * (prompt + 1) / 2 + each * decodes + kv * decodes * context
+        seconds = (
+            line(prompt + decodes)
+            + pairs * prompt * (prompt + 1) / 2
+            + each * decodes
+            + kv * decodes * context
+        )
         return f"{seconds * 1e3:.1f}"
 
     print("  prefill 512/1k/2k/4k/8k:", *(step(n, 0, 0) for n in (512, 1024, 2048, 4096, 8192)))
     print("  decode 1/32/64/128 at 1k:", *(step(0, b, 1024) for b in (1, 32, 64, 128)))
     print("  decode 32/64/128 at 2.6k:", *(step(0, b, 2600) for b in (32, 64, 128)))
-    print("  32 decodes at 2.6k + chunk 128..2048:", *(step(c, 32, 2600) for c in (128, 256, 512, 1024, 2048)))
-    print("  32 decodes at 7.5k + chunk 0,256..2048:", *(step(c, 32, 7500) for c in (0, 256, 512, 1024, 2048)))
+    print(
+        "  32 decodes at 2.6k + chunk 128..2048:", *(step(c, 32, 2600) for c in (128, 256, 512, 1024, 2048))
+    )
+    print(
+        "  32 decodes at 7.5k + chunk 0,256..2048:", *(step(c, 32, 7500) for c in (0, 256, 512, 1024, 2048))
+    )
 
 
 if __name__ == "__main__":

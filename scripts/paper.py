@@ -2,8 +2,8 @@
 
 usage: python scripts/paper.py TRACE [--seconds 120] [--seeds 5] [--only STAGE] [--write]
 
-TRACE is a CSV of the arXiv summarization lengths (Table 2). Every stage keeps its figures in build/paper/STAGE.json
-and is not run again while that file is there; the page is written from the files.
+TRACE is a CSV of the arXiv summarization lengths (Table 2). Every stage keeps its figures in
+build/paper/STAGE.json and is not run again while that file is there; the page is written from the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from taichi_serve.messages import Command, Event, Finished, Prefilled, Stepped
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.bound import bound
-from taichi_serve.search.goodput import Contender, Scene, attain
+from taichi_serve.search.goodput import Contender, Scene
 from taichi_serve.search.report import draw_curves
 from taichi_serve.search.sliders import FAMILIES, Effort, Found, best, search, workers
 from taichi_serve.sliders import Sliders
@@ -69,9 +69,15 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def seeded(
-    crew: Any, cases: Sequence[tuple[Contender, float]], requests: int, seeds: int, top: float, tolerance: float
+    crew: Any,
+    cases: Sequence[tuple[Contender, float]],
+    requests: int,
+    seeds: int,
+    top: float,
+    tolerance: float,
 ) -> list[list[float]]:
-    """Goodput of every contender (with a guess) for seeds 1, 2, ...; seed 0 chose them and is not used again."""
+    """Goodput of every contender (with a guess) for seeds 1, 2, ...; seed 0 chose them and is not used
+    again."""
     tasks = [(c, requests, s, top, tolerance, guess) for c, guess in cases for s in range(1, seeds + 1)]
     rates = [result.rate for result in crew.goodput(tasks)]
     return [rates[n * seeds : (n + 1) * seeds] for n in range(len(cases))]
@@ -163,7 +169,8 @@ def ablation(args: argparse.Namespace) -> Json:
     sliders = Sliders(4, 4, 2048, 256)
     steps = (
         Contender("chunk 256 aggregation", Sliders(0, 8, 0, 256), Policy(ttft_margin=1.0)),
-        # With no margin nothing is ever feasible, and a prompt goes where its first token is predicted soonest.
+        # With no margin nothing is ever feasible, and a prompt goes where its first token is predicted
+        # soonest.
         Contender("+ flowing decode", sliders, Policy(ttft_margin=1e-9)),
         Contender("+ length-aware prefill", sliders, Policy()),
     )
@@ -260,7 +267,14 @@ def page_table2(kept: Json) -> str:
     ]
     curves = {name: [(p[0], p[1]) for p in points] for name, points in kept["curves"].items()}
     draw_curves(curves, DOCS / "paper/table2.svg", "Llama-2-70B, arXiv, SLO 6 s and 100 ms")
-    head = ("SLO", "aggregation: paper", LIKELY[0].name, "disaggregation: paper", LIKELY[1].name, LIKELY[2].name)
+    head = (
+        "SLO",
+        "aggregation: paper",
+        LIKELY[0].name,
+        "disaggregation: paper",
+        LIKELY[1].name,
+        LIKELY[2].name,
+    )
     return table(head, rows)
 
 
@@ -280,7 +294,16 @@ def page_goodput(kept: Json) -> str:
         head = f"{r['workload']} {slo}" if "workload" in r else slo
         share = mine["hybrid"]["goodput"][0] / r["bound"]
         rows.append([head, *cells, f"{r['bound']:.2f}", f"{share:.0%}", f"{lead:+.1%}"])
-    head = ("", "aggregation", "whole prompts", "disaggregation", "literal", "hybrid", "bound", "hybrid of bound")
+    head = (
+        "",
+        "aggregation",
+        "whole prompts",
+        "disaggregation",
+        "literal",
+        "hybrid",
+        "bound",
+        "hybrid of bound",
+    )
     return table((*head, "hybrid against best baseline"), rows)
 
 

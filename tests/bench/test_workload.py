@@ -1,6 +1,7 @@
 """Workloads are seeded, traces are strict."""
 
 import statistics
+from itertools import pairwise
 
 import pytest
 
@@ -16,7 +17,9 @@ def written(path, text):
 def test_the_same_seed_gives_the_same_requests_and_a_rate_only_stretches_time():
     load = workload("sharegpt", 32768)
     slow, fast = list(load.calls(1.0, 50, 7)), list(load.calls(4.0, 50, 7))
-    assert [(c.prompt_tokens, c.output_tokens) for c in slow] == [(c.prompt_tokens, c.output_tokens) for c in fast]
+    assert [(c.prompt_tokens, c.output_tokens) for c in slow] == [
+        (c.prompt_tokens, c.output_tokens) for c in fast
+    ]
     assert [c.at / 4 for c in slow] == pytest.approx([c.at for c in fast])
     assert slow != list(load.calls(1.0, 50, 8))
 
@@ -29,7 +32,7 @@ def test_synthetic_lengths_have_the_means_of_the_paper(name, prompt, output):
 
 def test_gamma_arrivals_have_the_cv_that_was_asked_for():
     calls = list(workload("sharegpt", 32768, cv=2.0).calls(10.0, 20_000, 1))
-    gaps = [b.at - a.at for a, b in zip(calls, calls[1:], strict=False)]
+    gaps = [b.at - a.at for a, b in pairwise(calls)]
     assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(2.0, rel=0.05)
     assert statistics.fmean(gaps) == pytest.approx(0.1, rel=0.05)
 
@@ -39,7 +42,9 @@ def test_the_three_formats_are_told_apart_by_their_header(tmp_path):
         tmp_path / "a.csv",
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.5,10,2\n2023-11-16 18:15:48.0,20,3\n",
     )
-    timed = written(tmp_path / "b.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,10,2\n2.0,20,3\n")
+    timed = written(
+        tmp_path / "b.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,10,2\n2.0,20,3\n"
+    )
     lengths = written(tmp_path / "c.csv", "num_prefill_tokens,num_decode_tokens,x\n10.0,2,0\n20,3,0\n")
     traces = [read_trace(path) for path in (azure, timed, lengths)]
     assert [list(t.prompts) for t in traces] == [[10, 20]] * 3

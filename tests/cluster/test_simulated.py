@@ -37,6 +37,8 @@ from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 SECOND = StepCurve(((0, 1.0), (1000, 1.0)), 0.0, 0.0, 0.0)  # every step takes one second
+ONE = Sliders(0, 1, 0, 100)
+TWO_AND_TWO = Sliders(2, 2, 512, 64)
 LINEAR = StepCurve(((0, 0.01), (1000, 0.11)), 1e-8, 1e-7, 1e-5)
 
 
@@ -53,7 +55,9 @@ class Script:
         return self.answers.pop(key, [])
 
 
-def cluster(calls, sliders=Sliders(0, 1, 0, 100), kv=1600, latency=0.5, happenings=(), truth=SECOND, running=256):
+def cluster(
+    calls, sliders=ONE, kv=1600, latency=0.5, happenings=(), truth=SECOND, running=256
+):
     link = Link(bytes_per_token=1.0, bandwidth=1000.0, latency=latency)
     return SimulatedCluster(sliders, [truth], EngineShape(kv, running), link, calls, happenings, kv)
 
@@ -125,7 +129,9 @@ def test_a_flow_takes_effect_after_the_token_in_flight():
         "Arrived", "Stepped", "Prefilled", "Stepped", "Stepped", "Flowed", "Stepped", "Stepped", "Finished",
     ]  # fmt: skip
     flowed = next(e for e in log if isinstance(e, Flowed))
-    assert (flowed.at, flowed.output_tokens, flowed.kv_tokens, flowed.gap) == pytest.approx((3.601, 3, 101, 1.601))
+    assert (flowed.at, flowed.output_tokens, flowed.kv_tokens, flowed.gap) == pytest.approx(
+        (3.601, 3, 101, 1.601)
+    )
 
 
 def test_a_finished_request_crosses_its_flow():
@@ -137,7 +143,8 @@ def test_a_finished_request_crosses_its_flow():
 
 
 def test_without_a_free_block_the_youngest_is_preempted_and_computed_again():
-    # Room for 4 blocks: two prompts of 2 blocks each fill it; when the older needs a third, the younger yields.
+    # Room for 4 blocks: two prompts of 2 blocks each fill it; when the older needs a third, the younger
+    # yields.
     answers = {
         ("Arrived", "r0"): [Prefill("r0", 0, "i0")],
         ("Arrived", "r1"): [Prefill("r1", 0, "i0")],
@@ -161,7 +168,8 @@ def test_who_is_on_a_lost_instance_goes_on_elsewhere_with_the_tokens_that_were_o
     }
     made = cluster([Call(0.0, 50, 9)], Sliders(1, 1, 100, 100), happenings=[Lost(3.5, "i0", "killed")])
     log = played(answers, made)
-    # Tokens at 1, 2 and 3 are out, the one in flight is lost. The rescue computes 53 tokens and makes the fourth.
+    # Tokens at 1, 2 and 3 are out, the one in flight is lost. The rescue computes 53 tokens and makes the
+    # fourth.
     flowed = next(e for e in log if isinstance(e, Flowed))
     assert (flowed.at, flowed.output_tokens, flowed.kv_tokens) == (4.5, 4, 0)
     assert log[-1] == Finished(9.5, "r0", 9)
@@ -208,7 +216,7 @@ def test_arrivals_out_of_order_are_refused():
 # ------------------------------------------------------------------------------- with the real policies
 
 
-def served(seed, requests=60, sliders=Sliders(2, 2, 512, 64), kv=3200, rate=40.0, happenings=(), log=None):
+def served(seed, requests=60, sliders=TWO_AND_TWO, kv=3200, rate=40.0, happenings=(), log=None):
     chance = random.Random(seed)
     at, calls = 0.0, []
     for _ in range(requests):

@@ -16,15 +16,17 @@ from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 # A step costs 10 ms and 0.1 ms a token: a prompt of 1000 in chunks of 500 takes 120 ms.
-TINY = Machine("tiny", "tiny", "none", StepCurve(((0, 0.01), (1000, 0.11)), 0.0, 0.0, 0.0), 64_000, 1000, 8192)
+TINY = Machine(
+    "tiny", "tiny", "none", StepCurve(((0, 0.01), (1000, 0.11)), 0.0, 0.0, 0.0), 64_000, 1000, 8192
+)
 LOAD = Workload("even", Synthetic(LogNormal(1000, 0.0, 1000), LogNormal(20, 0.0, 20)))
 SCENE = Scene(TINY, LOAD, SLO(1.0, 0.05))
 AGGREGATION = Contender("aggregation 256", Sliders(0, 2, 0, 256), Policy(ttft_margin=1.0))
 
 
 def test_without_a_tpot_limit_the_bound_is_the_work_alone():
-    # 1000 prompt and 19 decode tokens at 0.1 ms each are 101.9 ms. KV holds 63 decodes of 1010 tokens, so 19 tokens
-    # take at least 0.3 steps, and each of these costs 10 ms whatever is in it.
+    # 1000 prompt and 19 decode tokens at 0.1 ms each are 101.9 ms. KV holds 63 decodes of 1010 tokens, so 19
+    # tokens take at least 0.3 steps, and each of these costs 10 ms whatever is in it.
     seconds = least_seconds(TINY, Mean.of(LOAD, 500), 100.0, 256)
     assert seconds == pytest.approx(0.1049, rel=0.01)
 
@@ -84,7 +86,12 @@ def test_the_config_has_the_keys_that_serve_takes():
 
 def test_shipped_machines_never_read_memory_faster_than_the_device_does():
     bandwidth = {"A100-SXM4-80GB": 2.039e12, "H100-SXM5-80GB": 3.35e12, "H200-SXM-141GB": 4.8e12}
-    for name in ("llama-2-70b-tp4-a100", "qwen2.5-14b-tp1-a100", "qwen2.5-32b-tp2-a100", "qwen2.5-14b-tp1-h200"):
+    for name in (
+        "llama-2-70b-tp4-a100",
+        "qwen2.5-14b-tp1-a100",
+        "qwen2.5-32b-tp2-a100",
+        "qwen2.5-14b-tp1-h200",
+    ):
         found = machine(name)
         count, _, device = found.device.partition(" x ")
         rate = found.kv_bytes_per_token / int(count) / bandwidth[device]

@@ -1,7 +1,7 @@
 """Attainment and what surrounds it, from facts alone: a Meter watches them on their way to the scheduler.
 
-Attainment is the share of ALL requests sent that met both SLOs: one that failed, or never finished, is not good.
-Memory stays flat: only live requests are kept, and times go into buckets 1 % wide.
+Attainment is the share of ALL requests sent that met both SLOs: one that failed, or never finished, is not
+good. Memory stays flat: only live requests are kept, and times go into buckets 1 % wide.
 """
 
 from __future__ import annotations

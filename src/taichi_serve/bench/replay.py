@@ -1,8 +1,9 @@
 """Hold the simulated engines to a recording of real ones: same arrivals, same decisions, same step durations.
 
-From an event log (eventlog.py) come the arrivals, the length every request turned out to have, what was decided
-after which fact, and how long every step took. The engines in miniature then say who is in which step and when a
-token is out. With recorded durations as truth only that is judged; with a fitted model as truth, its error is added.
+From an event log (eventlog.py) come the arrivals, the length every request turned out to have, what was
+decided after which fact, and how long every step took. The engines in miniature then say who is in which step
+and when a token is out. With recorded durations as truth only that is judged; with a fitted model as truth,
+its error is added.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Key = tuple[str, str, int]
 
 
 class RecordedSteps:
-    """A truth that gives back one instance's durations, in order: those of steps with prompt tokens apart from
-    those without, so that one step more or less does not give a decode step the time of a prefill."""
+    """A truth that gives back one instance's durations, in order: those of steps with prompt tokens apart
+    from those without, so that one step more or less does not give a decode step the time of a prefill."""
 
     def __init__(self, steps: Iterable[Stepped]) -> None:
         """Without any step a duration of one millisecond is given."""
@@ -66,10 +67,9 @@ class Times:
                 arrived[event.request] = event.at
             elif isinstance(event, Prefilled) and event.request not in first:
                 first[event.request] = event.at
-            elif isinstance(event, Finished) and event.request in first:
-                if event.outcome is Outcome.FINISHED:
-                    ttft.append(first[event.request] - arrived[event.request])
-                    each.add(tpot(first[event.request], event.at, event.output_tokens))
+            elif isinstance(event, Finished) and event.outcome is Outcome.FINISHED and event.request in first:
+                ttft.append(first[event.request] - arrived[event.request])
+                each.add(tpot(first[event.request], event.at, event.output_tokens))
         if not ttft:
             raise ValueError("no request of the log was finished")
         ttft.sort()
@@ -84,8 +84,8 @@ class Times:
 
 
 class SameDecisions:
-    """A scheduler that answers every fact as the recording did: the n-th of its sort about the same request or
-    instance gets the commands that the n-th got there."""
+    """A scheduler that answers every fact as the recording did: the n-th of its sort about the same request
+    or instance gets the commands that the n-th got there."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.answers: dict[Key, tuple[Command, ...]] = {}
@@ -124,8 +124,8 @@ def again(
 ) -> tuple[Times, Times]:
     """The times of the recording, and those of the same requests on engines in miniature.
 
-    `shape` must have the real engines' KV blocks. Without a `truth` the recorded durations are used. A move takes
-    what moves took there: the median gap, less the step that the first token came out of.
+    `shape` must have the real engines' KV blocks. Without a `truth` the recorded durations are used. A move
+    takes what moves took there: the median gap, less the step that the first token came out of.
     """
     steps = [e for e, _ in entries if isinstance(e, Stepped)]
     gaps = [e.gap for e, _ in entries if isinstance(e, Flowed)]
@@ -133,8 +133,8 @@ def again(
     latency = max(0.0, statistics.median(gaps) - 1.5 * typical) if gaps else 0.0
     truths: list[Truth] = [truth] if truth is not None else []
     if truth is None:
-        for number in range(sliders.instances):
-            truths.append(RecordedSteps(s for s in steps if s.instance == f"i{number}"))
+        names = [f"i{number}" for number in range(sliders.instances)]
+        truths.extend(RecordedSteps(s for s in steps if s.instance == name) for name in names)
     link = Link(bytes_per_token=0.0, bandwidth=1.0, latency=latency)
     cluster = SimulatedCluster(sliders, truths, shape, link, calls_of(entries))
     decisions = SameDecisions(entries)

@@ -78,7 +78,9 @@ def _format(path: Path, header: object) -> Columns:
     for columns in FORMATS:
         if {columns.prompt, columns.output, columns.time or columns.prompt} <= set(names):
             return columns
-    wanted = "TIMESTAMP, ContextTokens, GeneratedTokens or [arrived_at,] num_prefill_tokens, num_decode_tokens"
+    wanted = (
+        "TIMESTAMP, ContextTokens, GeneratedTokens or [arrived_at,] num_prefill_tokens, num_decode_tokens"
+    )
     raise TraceError(f"{path}: row 1: columns {', '.join(names) or '(none)'}; expected {wanted}")
 
 

@@ -1,8 +1,8 @@
 """Seeded workloads: when requests arrive, and how long their prompts and outputs are.
 
-Chance lives here and nowhere else. Arrivals and lengths have a stream of random numbers each, and arrivals are drawn
-at one request/s and then divided by the rate: the same seed gives the same requests at every rate and for every
-contender (common random numbers), so differences between two runs are not differences in luck.
+Chance lives here and nowhere else. Arrivals and lengths have a stream of random numbers each, and arrivals
+are drawn at one request/s and then divided by the rate: the same seed gives the same requests at every rate
+and for every contender (common random numbers), so differences between two runs are not differences in luck.
 """
 
 from __future__ import annotations

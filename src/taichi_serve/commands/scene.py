@@ -12,7 +12,9 @@ from taichi_serve.slo import SLO
 
 def add_scene(parser: argparse.ArgumentParser) -> None:
     """Workload, SLO and machine."""
-    parser.add_argument("--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)")
+    parser.add_argument(
+        "--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)"
+    )
     parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
     parser.add_argument(
@@ -24,7 +26,9 @@ def add_scene(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="A100", help="for a config.json: A100, H100 or H200")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="for a config.json")
     parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals; 1 is Poisson")
-    parser.add_argument("--bandwidth", type=float, default=50e9, metavar="B/S", help="of KV out of an instance")
+    parser.add_argument(
+        "--bandwidth", type=float, default=50e9, metavar="B/S", help="of KV out of an instance"
+    )
     parser.add_argument("--link-latency", type=float, default=0.005, metavar="S", help="of a KV transfer")
     parser.add_argument("--max-running", type=int, default=256, metavar="N", help="requests in one step")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,5 @@
-"""taichi search: the best sliders for a workload and an SLO, for all three ways of serving, each tuned for itself."""
+"""taichi search: the best sliders for a workload and an SLO, for all three ways of serving, each tuned for
+itself."""
 
 from __future__ import annotations
 
@@ -26,10 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `taichi search`."""
     add_scene(parser)
     parser.add_argument("--instances", type=int, default=8, metavar="N")
-    parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)")
+    parser.add_argument(
+        "--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="of traffic in a full run")
     parser.add_argument("--processes", type=int, metavar="N", help="default: one for each core")
-    parser.add_argument("--out", metavar="FILE", help="write the best as a config for `taichi serve --config`")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the best as a config for `taichi serve --config`"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -5,16 +5,17 @@
             + per_kv_token  * context of all decodes     their attention reads it from memory
             + per_decode    * decodes                    sampling and the output layer
 
-The curve is piecewise linear through `knots`: below the knee a step waits for the weights to be read whatever it
-computes, beyond it every token costs the same, and between the two the tiles of the products make steps that one
-knee would miss by 15 %. Beyond the last knot its last slope goes on. It is not a table of measurements: its few
-numbers are fitted (scripts/compose_profiles.py) or computed (latency/roofline.py).
+The curve is piecewise linear through `knots`: below the knee a step waits for the weights to be read whatever
+it computes, beyond it every token costs the same, and between the two the tiles of the products make steps
+that one knee would miss by 15 %. Beyond the last knot its last slope goes on. It is not a table of
+measurements: its few numbers are fitted (scripts/compose_profiles.py) or computed (latency/roofline.py).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import pairwise
 
 from taichi_serve.latency.model import Batch
 
@@ -30,7 +31,7 @@ class StepCurve:
         per_decode: float,
     ) -> None:
         """`knots` are (tokens, seconds) with rising tokens; the rest are seconds and must not be negative."""
-        if len(knots) < 2 or any(a[0] >= b[0] for a, b in zip(knots, knots[1:], strict=False)):
+        if len(knots) < 2 or any(a[0] >= b[0] for a, b in pairwise(knots)):
             raise ValueError("knots must be at least two pairs (tokens, seconds) with rising tokens")
         numbers = [x for knot in knots for x in knot] + [per_attention, per_kv_token, per_decode]
         if any(not math.isfinite(x) or x < 0 for x in numbers):
@@ -40,7 +41,7 @@ class StepCurve:
         self.per_kv_token = per_kv_token
         self.per_decode = per_decode
         self._ends = [tokens for tokens, _ in knots[1:-1]]
-        self._slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(knots, knots[1:], strict=False)]
+        self._slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(knots)]
         self._bases = [a[1] - slope * a[0] for a, slope in zip(knots, self._slopes, strict=False)]
 
     def __reduce__(self) -> tuple[type[StepCurve], tuple[object, ...]]:

@@ -1,13 +1,13 @@
 """Step times of any Hugging Face model on a described device: a roofline, for where nobody has measured.
 
-    curve      the longer of reading the weights and computing, two products a token and weight; all-reduces beside
-    attention  2 products a head and pair of (query, key)
+    curve      the longer of reading the weights and computing, two products a token and weight; all-reduces
+    beside attention  2 products a head and pair of (query, key)
     KV         read once for every token of context
 
 The three efficiencies are what the composed A100 profiles show against the data sheet (latency/profiles):
-matrix products 0.85 of the FLOP/s, prompt attention 0.65, reading weights and KV 0.72 of the bandwidth. Against
-those profiles this model is up to 15 % too fast on one device and up to 35 % on four: it knows of no small kernels, no
-tiles and no waiting in all-reduces. Measure before you trust a ranking to it.
+matrix products 0.85 of the FLOP/s, prompt attention 0.65, reading weights and KV 0.72 of the bandwidth.
+Against those profiles this model is up to 15 % too fast on one device and up to 35 % on four: it knows of no
+small kernels, no tiles and no waiting in all-reduces. Measure before you trust a ranking to it.
 """
 
 from __future__ import annotations
@@ -130,9 +130,12 @@ def roofline(shape: Shape, device: Device, tensor_parallel: int = 1) -> StepCurv
 
 
 def kv_capacity(shape: Shape, device: Device, tensor_parallel: int = 1) -> int:
-    """Tokens of KV: 90 % of memory, less weights and 2.5 GB of activations; raises ValueError if none is left."""
+    """Tokens of KV: 90 % of memory, less weights and 2.5 GB of activations; raises ValueError if none is
+    left."""
     free = 0.9 * device.memory - shape.weight_bytes / tensor_parallel - 2.5e9
     tokens = int(free / (shape.kv_bytes / tensor_parallel)) // 16 * 16
     if tokens <= 0:
-        raise ValueError(f"{shape.name} does not fit {tensor_parallel} x {device.name}: no memory is left for KV")
+        raise ValueError(
+            f"{shape.name} does not fit {tensor_parallel} x {device.name}: no memory is left for KV"
+        )
     return tokens

@@ -1,7 +1,8 @@
-"""A machine to simulate: step times, KV room and limits, from a shipped profile, a measured one, or a config.json.
+"""A machine to simulate: step times, KV room and limits, from a shipped profile, a measured one, or a
+config.json.
 
-The shipped ones are coefficients fitted to public kernel tables (scripts/compose_profiles.py); each file names its
-sources and its error on held-out rows.
+The shipped ones are coefficients fitted to public kernel tables (scripts/compose_profiles.py); each file
+names its sources and its error on held-out rows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Machine:
 
     @property
     def belief(self) -> Roofline:
-        """What a predictor that was fitted to this machine's steps would think: a simpler model than the truth."""
+        """What a predictor that was fitted to this machine's steps would think: a simpler model than the
+        truth."""
         if isinstance(self.truth, Roofline):
             return self.truth
         return _belief(self.truth, self.kv_capacity)
@@ -105,7 +107,9 @@ def _described(path: Path, device: str, tensor_parallel: int) -> Machine:
     room = kv_capacity(shape, DEVICES[device], tensor_parallel)
     curve = roofline(shape, DEVICES[device], tensor_parallel)
     name = f"{shape.name} (roofline)"
-    return Machine(name, shape.name, f"{tensor_parallel} x {device}", curve, room, shape.kv_bytes, shape.limit)
+    return Machine(
+        name, shape.name, f"{tensor_parallel} x {device}", curve, room, shape.kv_bytes, shape.limit
+    )
 
 
 @cache

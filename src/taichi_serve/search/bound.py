@@ -1,12 +1,14 @@
-"""A rate that no scheduler can pass, from conservation of work under the TPOT limit (docs/bound.md derives it).
+"""A rate that no scheduler can pass, from conservation of work under the TPOT limit (docs/bound.md derives
+it).
 
-Every step k takes s(n, p) seconds for n decodes that must keep their TPOT and p other tokens. Per request there are
-O decode tokens of the first sort and P of the other, so with x_k steps of each sort per request
+Every step k takes s(n, p) seconds for n decodes that must keep their TPOT and p other tokens. Per request
+there are O decode tokens of the first sort and P of the other, so with x_k steps of each sort per request
 
     minimise sum x_k s_k   with   sum x_k n_k = O,   sum x_k p_k = P,   sum x_k n_k (s_k - tau) <= 0.
 
-That is a linear programme; any (u, v, w >= 0) with u n_k + v p_k <= s_k + w n_k (s_k - tau) for all k proves that it
-costs at least u O + v P seconds, and the largest such value is the optimum. TTFT is ignored, and so is all waste.
+That is a linear programme; any (u, v, w >= 0) with u n_k + v p_k <= s_k + w n_k (s_k - tau) for all k proves
+that it costs at least u O + v P seconds, and the largest such value is the optimum. TTFT is ignored, and so
+is all waste.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class Mean:
 
 
 def bound(machine: Machine, workload: Workload, tpot: float, instances: int, max_running: int = 256) -> float:
-    """Requests/s that `instances` of this machine cannot pass if 90 % are to keep a TPOT of `tpot` seconds."""
+    """Requests/s that `instances` of this machine cannot pass if 90 % are to keep a TPOT of `tpot`
+    seconds."""
     return instances / least_seconds(machine, Mean.of(workload), tpot, max_running)
 
 

@@ -102,7 +102,9 @@ def draw_times(tally: Tally, scene: Scene, path: Path) -> None:
     """The distributions of TTFT and TPOT with their SLOs."""
     figure, axes = _figure(2)
     limits = (scene.slo.ttft, scene.slo.tpot)
-    for axis, times, name, limit in zip(axes, (tally.ttft, tally.tpot), ("TTFT", "TPOT"), limits, strict=True):
+    for axis, times, name, limit in zip(
+        axes, (tally.ttft, tally.tpot), ("TTFT", "TPOT"), limits, strict=True
+    ):
         shares = [n / 100 for n in range(1, 100)]
         axis.plot([times.quantile(s) for s in shares], shares)
         axis.axvline(limit, color="grey", linestyle=":", label="SLO")

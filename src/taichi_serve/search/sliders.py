@@ -1,7 +1,9 @@
-"""The best sliders and policy knobs for an SLO: aggregation, disaggregation and hybrid, each tuned for itself.
+"""The best sliders and policy knobs for an SLO: aggregation, disaggregation and hybrid, each tuned for
+itself.
 
-A race in the manner of successive halving: every contender of a family runs the same requests at a rate that rises
-from heat to heat; whoever misses the target is out, and the next heat is longer. The last few get a full bisection. Nothing in it is random but the workload's seed, so the same call gives the same table.
+A race in the manner of successive halving: every contender of a family runs the same requests at a rate that
+rises from heat to heat; whoever misses the target is out, and the next heat is longer. The last few get a
+full bisection. Nothing in it is random but the workload's seed, so the same call gives the same table.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """SimulatedCluster: engines in miniature on a virtual clock, behind the same port as the real cluster.
 
-One heap of (time, tie counter, what, whom): the tie counter makes equal times come in the order they were made, so
-the same calls give the same facts, byte for byte. Arrivals are drawn from their source one at a time and a request
-is forgotten when it is over, so memory does not grow with the length of a trace.
+One heap of (time, tie counter, what, whom): the tie counter makes equal times come in the order they were
+made, so the same calls give the same facts, byte for byte. Arrivals are drawn from their source one at a time
+and a request is forgotten when it is over, so memory does not grow with the length of a trace.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from enum import IntEnum
-from heapq import heappop, heappush
+from heapq import heappop
 
 from taichi_serve.cluster.base import told
+from taichi_serve.cluster.simulated.agenda import Agenda, Due
 from taichi_serve.cluster.simulated.engine import Engine
 from taichi_serve.cluster.simulated.job import Call, Job, Where
 from taichi_serve.cluster.simulated.link import Link
@@ -26,7 +26,6 @@ from taichi_serve.messages import (
     Flow,
     Flowed,
     Lost,
-    Outcome,
     Prefill,
     Prefilled,
     Refused,
@@ -34,19 +33,6 @@ from taichi_serve.messages import (
     Stepped,
 )
 from taichi_serve.sliders import Sliders
-
-LEASE = 30.0  # seconds that blocks stay pinned for a pull that does not begin (vLLM's kv_lease_duration)
-
-
-class Due(IntEnum):
-    """What the heap holds."""
-
-    ARRIVAL = 0
-    STEP = 1
-    LANDING = 2
-    LEASE = 3
-    FACT = 4
-
 
 class SimulatedCluster:
     """Instances i0, i1, ..., P-heavy first, that obey commands on a clock of their own."""
@@ -63,9 +49,9 @@ class SimulatedCluster:
     ) -> None:
         """`truths` are the step times: one for all instances, or one for each.
 
-        `calls` must be in order of time. `happenings` are facts from outside (Cancelled, Asked, Drained, Slid, and
-        Lost, which kills the instance). Clients allow as many tokens as `max_model_len` leaves room for: nobody
-        but the engines knows how long an output will be.
+        `calls` must be in order of time. `happenings` are facts from outside (Cancelled, Asked, Drained,
+        Slid, and Lost, which kills the instance). Clients allow as many tokens as `max_model_len` leaves room
+        for: nobody but the engines knows how long an output will be.
         """
         if len(truths) not in (1, sliders.instances):
             raise ValueError(f"{len(truths)} step times for {sliders.instances} instances")
@@ -74,18 +60,14 @@ class SimulatedCluster:
             truth = truths[number % len(truths)]
             self.engines[f"i{number}"] = Engine(f"i{number}", sliders.chunk(kind), shape, truth)
         self.shape = shape
-        self.link = link
+        self.agenda = Agenda(link)
         self.max_model_len = max_model_len
         self.jobs: dict[str, Job] = {}
-        self.clock = 0.0
         self.arrived = 0
         self.closed = False
         self._calls = iter(calls)
-        self._heap: list[tuple[float, int, Due, object]] = []
-        self._tie = 0
-        self._telling: Engine | None = None  # whose facts are being told: it plans when all are out
         for event in happenings:
-            self._push(event.at, Due.FACT, event)
+            self.agenda.push(event.at, Due.FACT, event)
         self._draw()
 
     @property
@@ -101,26 +83,27 @@ class SimulatedCluster:
 
     def facts(self) -> Iterator[Event]:
         """The facts in order of time, until nothing is left to happen or `close` was called."""
-        heap = self._heap
+        agenda = self.agenda
+        heap = agenda.heap
         while heap and not self.closed:
-            self.clock, _, due, what = heappop(heap)
+            self.agenda.now, _, due, what = heappop(heap)
             if due is Due.STEP:
                 assert isinstance(what, Engine)
                 if what.alive and what.current is not None:
-                    self._telling = what
+                    self.agenda.telling = what
                     yield from self._step_facts(what, what.current)
-                    self._telling = None
-                    self._advance(what)
+                    self.agenda.telling = None
+                    self.agenda.advance(what)
             elif due is Due.ARRIVAL:
                 assert isinstance(what, Call)
                 yield self._arrive(what)
                 self._draw()
             elif due is Due.LANDING:
                 assert isinstance(what, tuple)
-                self._land(*what)
+                self.agenda.land(*what)
             elif due is Due.LEASE:
                 assert isinstance(what, tuple)
-                self._expire(*what)
+                self.agenda.expire(*what)
             else:
                 if isinstance(what, Lost):
                     self._kill(what.instance)
@@ -131,7 +114,7 @@ class SimulatedCluster:
         self.closed = True
 
     def _step_facts(self, engine: Engine, step: Step) -> list[Event]:
-        now, name = self.clock, engine.name
+        now, name = self.agenda.now, engine.name
         ended: list[Event] = []
         for ends, job in step.ends:
             if job.where is Where.DONE or job.engine is not engine:
@@ -165,7 +148,7 @@ class SimulatedCluster:
     def _flowed(self, engine: Engine, job: Job) -> Flowed:
         pulled = job.prompt + job.began - 1 if job.pulled else 0
         return Flowed(
-            self.clock, job.id, job.leg, engine.name, job.began + 1, pulled, self.clock - job.last_at, pulled
+            self.agenda.now, job.id, job.leg, engine.name, job.began + 1, pulled, self.agenda.now - job.last_at, pulled
         )
 
     # ---------------------------------------------------------------------------------------------- orders
@@ -195,7 +178,7 @@ class SimulatedCluster:
             return
         job.restart()
         engine.queue(job)
-        self._kick(engine)
+        self.agenda.kick(engine)
 
     def _decode(self, job: Job, command: Decode) -> None:
         target, source = self.engines[command.on], job.engine
@@ -204,7 +187,7 @@ class SimulatedCluster:
             if job.where is Where.HELD and source is not None:  # it goes on where it was
                 job.hand_over = False
                 source.land(job)
-                self._kick(source)
+                self.agenda.kick(source)
             return
         if job.where is not Where.HELD or source is None or not source.alive:
             self._stranded(job, command.leg, target)
@@ -213,8 +196,8 @@ class SimulatedCluster:
         if source is target:
             target.land(job)
         else:
-            self._pull(job, source, target)
-        self._kick(target)
+            self.agenda.pull(job, source, target)
+        self.agenda.kick(target)
 
     def _stranded(self, job: Job, leg: int, target: Engine) -> None:
         """A leg without KV to pull, or with a pull that never began: from what is left."""
@@ -225,7 +208,7 @@ class SimulatedCluster:
         else:
             job.restart()
             target.queue(job, first=job.made > 0)
-        self._kick(target)
+        self.agenda.kick(target)
 
     def _flow(self, job: Job, command: Flow) -> None:
         target, source = self.engines[command.to], job.engine
@@ -241,12 +224,12 @@ class SimulatedCluster:
         engine, made = job.engine, self._made(job)
         if engine is not None and engine.alive:
             engine.drop(job)
-        self._unpin(job)
+        self.agenda.unpin(job)
         job.where = Where.DONE
         del self.jobs[job.id]
-        self._push(self.clock, Due.FACT, Finished(self.clock, job.id, made, command.outcome))
+        self.agenda.push(self.agenda.now, Due.FACT, Finished(self.agenda.now, job.id, made, command.outcome))
         if engine is not None:
-            self._kick(engine)
+            self.agenda.kick(engine)
 
     def _made(self, job: Job) -> int:
         """Output tokens that are out."""
@@ -255,7 +238,7 @@ class SimulatedCluster:
         return job.made
 
     def _refuse(self, job: Job, leg: int, why: str) -> None:
-        self._push(self.clock, Due.FACT, Refused(self.clock, job.id, leg, why, self._made(job)))
+        self.agenda.push(self.agenda.now, Due.FACT, Refused(self.agenda.now, job.id, leg, why, self._made(job)))
 
     # --------------------------------------------------------------------------------------- what happens
 
@@ -274,15 +257,15 @@ class SimulatedCluster:
     def _draw(self) -> None:
         call = next(self._calls, None)
         if call is not None:
-            if call.at < self.clock:
-                raise ValueError(f"arrivals must be in order of time: {call.at} comes after {self.clock}")
-            self._push(call.at, Due.ARRIVAL, call)
+            if call.at < self.agenda.now:
+                raise ValueError(f"arrivals must be in order of time: {call.at} comes after {self.agenda.now}")
+            self.agenda.push(call.at, Due.ARRIVAL, call)
 
     def _depart(self, job: Job) -> None:
         """The leg is over because of a Flow: its blocks are pinned and the target asks for them."""
         source = job.engine
         assert source is not None
-        job.last_at = self.clock
+        job.last_at = self.agenda.now
         leg, target = job.target or (job.leg, source)
         job.target = None
         job.leg, job.began, job.pulled = leg, job.made, True
@@ -291,44 +274,8 @@ class SimulatedCluster:
             job.leg = leg - 1
             source.land(job)
             return
-        self._pull(job, source, target)
-        self._kick(target)
-
-    def _pull(self, job: Job, source: Engine, target: Engine) -> None:
-        job.source, job.pinned = source, job.blocks
-        target.expect(job)
-        self._push(self.clock + LEASE, Due.LEASE, (job, job.leg))
-
-    def _land(self, job: Job, leg: int) -> None:
-        engine = job.engine
-        if job.where is not Where.PULLING or job.leg != leg or engine is None:
-            return
-        self._unpin(job)
-        engine.land(job)
-        self._kick(engine)
-
-    def _expire(self, job: Job, leg: int) -> None:
-        """The pull did not begin in time: the source frees its blocks and the target computes again."""
-        engine = job.engine
-        if job.where is not Where.INBOUND or job.leg != leg or engine is None:
-            return
-        self._unpin(job)
-        self._again(job, engine)
-
-    def _again(self, job: Job, engine: Engine) -> None:
-        """The KV cannot be had: compute it again on the target, before anybody else's prompt."""
-        engine.residents.free += job.blocks
-        job.pulled = False
-        job.restart()
-        engine.queue(job, first=True)
-        self._kick(engine)
-
-    def _unpin(self, job: Job) -> None:
-        source, job.source = job.source, None
-        if source is not None and source.alive:
-            source.residents.free += job.pinned
-            self._kick(source)
-        job.pinned = 0
+        self.agenda.pull(job, source, target)
+        self.agenda.kick(target)
 
     def _kill(self, name: str) -> None:
         """The instance is gone with all its KV; who was on it waits for orders."""
@@ -338,29 +285,6 @@ class SimulatedCluster:
             if job.source is lost:
                 job.source, job.pinned = None, 0
                 if job.engine is not None and job.engine.alive:
-                    self._again(job, job.engine)
+                    self.agenda.again(job, job.engine)
             if job.engine is lost:
                 lost.strand(job)
-
-    # --------------------------------------------------------------------------------------------- the clock
-
-    def _kick(self, engine: Engine) -> None:
-        """An engine with nothing in flight starts at once."""
-        if engine.current is None and engine.alive and engine is not self._telling:
-            self._advance(engine)
-
-    def _advance(self, engine: Engine) -> None:
-        step = engine.advance()
-        if step is not None:
-            self._push(self.clock + step.seconds, Due.STEP, engine)
-        if engine.pulls:
-            for job in engine.pulls:
-                assert job.source is not None
-                tokens = job.prompt + job.made - 1
-                at = self.link.landing(self.clock, job.source.name, engine.name, tokens)
-                self._push(at, Due.LANDING, (job, job.leg))
-            engine.pulls.clear()
-
-    def _push(self, at: float, due: Due, what: object) -> None:
-        self._tie += 1
-        heappush(self._heap, (at, self._tie, due, what))

@@ -1,15 +1,15 @@
 """A vLLM engine in miniature: who is in which step, who holds which blocks, and when a token is out.
 
-It follows vLLM 0.32 (v1/core/sched/scheduler.py) with the step rule of TaiChi's scheduler class: a step takes every
-resident decode and beside them up to `chunk` prompt tokens. Running requests go before waiting ones; KV that has
-landed goes before prompts; waiting ones are served in order of arrival, and admitted only when all of their prompt
-fits; without a block the youngest running request is preempted and computed again.
+It follows vLLM 0.32 (v1/core/sched/scheduler.py) with the step rule of TaiChi's scheduler class: a step takes
+every resident decode and beside them up to `chunk` prompt tokens. Running requests go before waiting ones; KV
+that has landed goes before prompts; waiting ones are served in order of arrival, and admitted only when all
+of their prompt fits; without a block the youngest running request is preempted and computed again.
 
-Scheduling is asynchronous by one step: step k + 1 is planned when step k begins, so whatever an engine is told
-while step k runs, or after its outputs, is seen by step k + 2.
+Scheduling is asynchronous by one step: step k + 1 is planned when step k begins, so whatever an engine is
+told while step k runs, or after its outputs, is seen by step k + 2.
 
-What it is not: no prefix cache, no speculative decoding, no encoder. A decode that leaves wastes no slot in the
-step after its last token, which on vLLM it does.
+What it is not: no prefix cache, no speculative decoding, no encoder. A decode that leaves wastes no slot in
+the step after its last token, which on vLLM it does.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ class Engine:
             self.landed.popleft()
 
     def _start_pulls(self) -> bool:
-        """Give blocks to those that come from elsewhere; False when the first in line has to wait for room."""
+        """Give blocks to those that come from elsewhere; False when the first in line has to wait for
+        room."""
         residents = self.residents
         promised = sum(residents.blocks_for(job.need) - job.blocks for job in self.partial)
         while self.inbound:
@@ -263,7 +264,8 @@ class Engine:
         return max(0, self.residents.ticks - ahead - job.since)
 
     def strand(self, job: Job) -> None:
-        """This engine is lost: the job is nowhere, with the tokens that were out and without those in flight."""
+        """This engine is lost: the job is nowhere, with the tokens that were out and without those in
+        flight."""
         if job.where is Where.DECODING:
             self._leave(job)
             job.made -= sum(step is not None for step in (self.current, self.next))

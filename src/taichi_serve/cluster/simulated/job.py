@@ -1,6 +1,7 @@
 """One request as the simulated cluster knows it: what it wants, where it is, and what it holds there.
 
-This is the truth, with the length of the output in it; the scheduler has a ledger of its own and is told facts only.
+This is the truth, with the length of the output in it; the scheduler has a ledger of its own and is told
+facts only.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ class Job:
 
     __slots__ = (
         "arrived_at", "began", "blocks", "computed", "engine", "finish_tick", "hand_over", "id", "last_at",
-        "leg", "made", "missing", "need", "output", "pinned", "prompt", "pulled", "since", "source", "target", "where",
+        "leg", "made", "missing", "need", "output", "pinned", "prompt", "pulled", "since", "source", "target",
+        "where",
     )  # fmt: skip
 
-    def __init__(self, id: str, arrived_at: float, prompt: int, output: int) -> None:
-        self.id = id
+    def __init__(self, name: str, arrived_at: float, prompt: int, output: int) -> None:
+        self.id = name
         self.arrived_at = arrived_at
         self.prompt = prompt
         self.output = output

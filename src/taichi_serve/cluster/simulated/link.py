@@ -1,7 +1,7 @@
 """KV transfer between instances: latency, bandwidth, and ports that are shared first come, first served.
 
-Every instance has one port out and one port in. Two transfers that want the same port follow each other: as many
-bytes pass in a second as if they had shared it, and the earlier one is done earlier.
+Every instance has one port out and one port in. Two transfers that want the same port follow each other: as
+many bytes pass in a second as if they had shared it, and the earlier one is done earlier.
 """
 
 from __future__ import annotations

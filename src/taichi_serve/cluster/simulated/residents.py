@@ -1,4 +1,5 @@
-"""The blocks of an engine, and its resident decodes: how many, how much KV, who needs a block when, who ends when.
+"""The blocks of an engine, and its resident decodes: how many, how much KV, who needs a block when, who ends
+when.
 
 All resident decodes move on together by one token a tick, so nothing here is counted token by token: joining,
 leaving and a tick cost O(log n) whatever the crowd.
@@ -23,7 +24,9 @@ class Residents:
         self.decodes = 0
         self.context = 0  # KV tokens of all decodes
         self._grown = -1  # the tick that blocks have been taken for
-        self._phases = [0] * shape.block_size  # decodes by the tick, modulo block size, that needs a new block
+        self._phases = [
+            0
+        ] * shape.block_size  # decodes by the tick, modulo block size, that needs a new block
         self._finishing: list[tuple[int, int, Job]] = []
         self._tie = 0
 
@@ -77,9 +80,10 @@ class Residents:
         while finishing and finishing[0][0] <= self.ticks:
             finish, _, job = heappop(finishing)
             # A job that left in the meantime has an entry that no longer counts.
-            if job.where is Where.DECODING and job.finish_tick == finish and job.engine is not None:
-                if job.engine.residents is self:
-                    self.leave(job)
-                    job.where = Where.ENDING
-                    done.append(job)
+            engine = job.engine
+            mine = engine is not None and engine.residents is self
+            if mine and job.where is Where.DECODING and job.finish_tick == finish:
+                self.leave(job)
+                job.where = Where.ENDING
+                done.append(job)
         return done

@@ -19,7 +19,8 @@ class Truth(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineShape:
-    """What an engine can hold: `kv_capacity` in tokens, `max_running` requests, blocks of `block_size` tokens."""
+    """What an engine can hold: `kv_capacity` in tokens, `max_running` requests, blocks of `block_size`
+    tokens."""
 
     kv_capacity: int
     max_running: int = 256
