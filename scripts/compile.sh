@@ -10,9 +10,7 @@ mkdir -p "$out"
 cp -r src/taichi_serve "$out/"
 cd "$out"
 latency=taichi_serve/latency
-scheduling=taichi_serve/scheduling
 "$python" -m mypyc --no-incremental \
     taichi_serve/messages.py taichi_serve/request.py taichi_serve/instance.py \
     $latency/curve.py $latency/model.py $latency/predict.py $latency/profiled.py \
-    $scheduling/decode.py $scheduling/ledger.py $scheduling/prefill.py $scheduling/residents.py \
-    $scheduling/scheduler.py taichi_serve/cluster/simulated/*.py
+    $(ls taichi_serve/scheduling/*.py | grep -v policy.py) taichi_serve/cluster/simulated/*.py

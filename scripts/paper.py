@@ -12,10 +12,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from paper_page import write
 
 from taichi_serve.bench.goodput import Meter
 from taichi_serve.bench.workload import workload
@@ -26,14 +28,12 @@ from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.bound import bound
 from taichi_serve.search.goodput import Contender, Scene
-from taichi_serve.search.report import draw_curves
 from taichi_serve.search.sliders import FAMILIES, Effort, Found, best, search, workers
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build/paper"
-DOCS = ROOT / "docs"
 T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, 95 %
 Json = dict[str, Any]
 
@@ -133,9 +133,13 @@ def table2_tuned(args: argparse.Namespace) -> Json:
     """The same cluster with every family tuned for each SLO."""
     effort = Effort(seconds=args.seconds, least=600)
     rows = []
-    for ttft, tpot, *_ in TABLE_2:
-        sc = scene("llama-2-70b-tp4-a100", args.trace, SLO(ttft, tpot))
-        rows.append({"slo": [ttft, tpot], **tuned(sc, 8, effort, args.seeds, args.processes)})
+    for ttft, tpot, *_ in reversed(TABLE_2):
+        part = KEPT / f"table2-{ttft:g}.part.json"
+        if not part.exists():
+            sc = scene("llama-2-70b-tp4-a100", args.trace, SLO(ttft, tpot))
+            result = tuned(sc, 8, effort, args.seeds, args.processes)
+            part.write_text(json.dumps({"slo": [ttft, tpot], **result}))
+        rows.append(json.loads(part.read_text()))
     return {"rows": rows}
 
 
@@ -154,12 +158,15 @@ def _settings(args: argparse.Namespace, wanted: str) -> Json:
     for profile, instances, load, slo in SETTINGS:
         if profile != wanted:
             continue
-        seconds = args.seconds if load == "summarization" else args.seconds / 2
-        effort = Effort(seconds=seconds, least=500, most=4000)
-        began = time.perf_counter()
-        result = tuned(scene(profile, load, slo), instances, effort, args.seeds, args.processes)
-        rows.append({"workload": load, "slo": [slo.ttft, slo.tpot], **result})
-        print(f"  {profile} {load} {slo} {time.perf_counter() - began:.0f} s", flush=True)
+        part = KEPT / f"{profile}-{load}-{slo.ttft:g}.part.json"
+        if not part.exists():
+            began = time.perf_counter()
+            seconds = args.seconds if load == "summarization" else args.seconds / 2
+            effort = Effort(seconds=seconds, least=500, most=4000)
+            result = tuned(scene(profile, load, slo), instances, effort, args.seeds, args.processes)
+            part.write_text(json.dumps({"workload": load, "slo": [slo.ttft, slo.tpot], **result}))
+            print(f"  {profile} {load} {slo} {time.perf_counter() - began:.0f} s", flush=True)
+        rows.append(json.loads(part.read_text()))
     return {"rows": rows}
 
 
@@ -227,126 +234,10 @@ STAGES: dict[str, Callable[[argparse.Namespace], Json]] = {
     "interference": interference,
     "table2": table2,
     "ablation": ablation,
-    "goodput_32b": goodput_32b,
     "goodput_14b": goodput_14b,
     "table2_tuned": table2_tuned,
+    "goodput_32b": goodput_32b,
 }
-
-
-# ---------------------------------------------------------------------------------------------- the page
-
-
-def percent(pair: Sequence[float]) -> str:
-    """A share with its interval."""
-    return f"{pair[0]:.0%} ± {pair[1]:.0%}".replace("%", " %")
-
-
-def rate(pair: Sequence[float]) -> str:
-    """A rate with its interval."""
-    return f"{pair[0]:.2f} ± {pair[1]:.2f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def page_table2(kept: Json) -> str:
-    """Table 2 with the likely configurations."""
-    rows = [
-        [
-            f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms",
-            f"{r['paper'][0]} %",
-            percent(r["ours"][LIKELY[0].name]),
-            f"{r['paper'][1]} %",
-            percent(r["ours"][LIKELY[1].name]),
-            percent(r["ours"][LIKELY[2].name]),
-        ]
-        for r in kept["rows"]
-    ]
-    curves = {name: [(p[0], p[1]) for p in points] for name, points in kept["curves"].items()}
-    draw_curves(curves, DOCS / "paper/table2.svg", "Llama-2-70B, arXiv, SLO 6 s and 100 ms")
-    head = (
-        "SLO",
-        "aggregation: paper",
-        LIKELY[0].name,
-        "disaggregation: paper",
-        LIKELY[1].name,
-        LIKELY[2].name,
-    )
-    return table(head, rows)
-
-
-def page_goodput(kept: Json) -> str:
-    """Goodput of every family, tuned."""
-    rows = []
-    for r in kept["rows"]:
-        mine = r["rows"]
-        base = max(mine["aggregation"]["goodput"][0], mine["disaggregation"]["goodput"][0])
-        cells = []
-        for name in ("aggregation", "whole prompts", "disaggregation", "literal", "hybrid"):
-            label = mine[name]["contender"].removeprefix("aggregation ")
-            note = f" ({label})" if name not in ("literal", "whole prompts") else ""
-            cells.append(rate(mine[name]["goodput"]) + note)
-        lead = mine["hybrid"]["goodput"][0] / base - 1 if base else float("nan")
-        slo = f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms"
-        head = f"{r['workload']} {slo}" if "workload" in r else slo
-        share = mine["hybrid"]["goodput"][0] / r["bound"]
-        rows.append([head, *cells, f"{r['bound']:.2f}", f"{share:.0%}", f"{lead:+.1%}"])
-    head = (
-        "",
-        "aggregation",
-        "whole prompts",
-        "disaggregation",
-        "literal",
-        "hybrid",
-        "bound",
-        "hybrid of bound",
-    )
-    return table((*head, "hybrid against best baseline"), rows)
-
-
-def page_ablation(kept: Json) -> str:
-    """The ablation at three rates."""
-    head = ("", "paper", *(f"{r:g} requests/s" for r in kept["rates"]))
-    rows = [[r["name"], f"{r['paper']} %", *(percent(p) for p in r["ours"])] for r in kept["rows"]]
-    return table(head, rows)
-
-
-def page_interference(kept: Json) -> str:
-    """The line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
-    axis = figure.subplots()
-    axis.scatter([p[0] for p in kept["points"]], [p[1] * 1e3 for p in kept["points"]], s=4)
-    axis.set_xlabel("interference intensity (prompt tokens per output token)")
-    axis.set_ylabel("TPOT (ms)")
-    figure.savefig(DOCS / "paper/interference.png", dpi=90)
-    return (
-        f"TPOT = {kept['intercept'] * 1e3:.1f} ms + {kept['slope'] * 1e6:.0f} µs x intensity over {kept['n']} "
-        f"requests, R² = {kept['r2']:.3f} (paper: 0.99)."
-    )
-
-
-def write() -> None:
-    """Fill the page's places with the figures that are there."""
-    pages = {
-        "table2": page_table2,
-        "table2_tuned": page_goodput,
-        "goodput_14b": page_goodput,
-        "goodput_32b": page_goodput,
-        "ablation": page_ablation,
-        "interference": page_interference,
-    }
-    (DOCS / "paper").mkdir(parents=True, exist_ok=True)
-    text = (ROOT / "scripts/paper.template.md").read_text()
-    for name, page in pages.items():
-        path = KEPT / f"{name}.json"
-        told = page(json.loads(path.read_text())) if path.exists() else "(not run)"
-        text = text.replace("{{" + name + "}}", told)
-    (DOCS / "paper.md").write_text(text)
 
 
 def main() -> None:
@@ -367,8 +258,8 @@ def main() -> None:
         began = time.perf_counter()
         path.write_text(json.dumps(stage(args)))
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-        write()
-    write()
+        write(KEPT)
+    write(KEPT)
 
 
 if __name__ == "__main__":

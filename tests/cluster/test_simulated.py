@@ -55,9 +55,7 @@ class Script:
         return self.answers.pop(key, [])
 
 
-def cluster(
-    calls, sliders=ONE, kv=1600, latency=0.5, happenings=(), truth=SECOND, running=256
-):
+def cluster(calls, sliders=ONE, kv=1600, latency=0.5, happenings=(), truth=SECOND, running=256):
     link = Link(bytes_per_token=1.0, bandwidth=1000.0, latency=latency)
     return SimulatedCluster(sliders, [truth], EngineShape(kv, running), link, calls, happenings, kv)
 

@@ -60,13 +60,18 @@ def test_a_slower_truth_than_believed_costs_attainment():
     assert slower.attainment < attain(SCENE, AGGREGATION, rate, 300, 1).attainment
 
 
-def test_the_search_is_deterministic_and_tunes_every_family():
-    effort = Effort(seconds=5, least=120, most=200, tolerance=0.05)
-    tables = [search(SCENE, 2, 3, effort=effort, processes=n) for n in (1, 2)]
-    assert tables[0] == tables[1]
-    assert set(best(tables[0])) == set(FAMILIES)
-    assert [f.rate for f in tables[0]] == sorted((f.rate for f in tables[0]), reverse=True)
-    assert all(0 < f.share <= 1 for f in tables[0])
+def test_the_search_tunes_every_family():
+    found = search(SCENE, 2, 3, effort=Effort(seconds=5, least=80, most=100, tolerance=0.1), processes=1)
+    assert set(best(found)) == set(FAMILIES)
+    assert [f.rate for f in found] == sorted((f.rate for f in found), reverse=True)
+    assert all(0 < f.share <= 1 for f in found)
+
+
+def test_two_processes_find_the_same_table_as_one():
+    effort = Effort(seconds=5, least=60, most=60, tolerance=0.2)
+    one, two = (search(SCENE, 2, 3, ["disaggregation"], effort, n) for n in (1, 2))
+    assert one == two
+    assert one
 
 
 def test_every_contender_has_legal_sliders_for_any_number_of_instances():

@@ -34,6 +34,7 @@ from taichi_serve.messages import (
 )
 from taichi_serve.sliders import Sliders
 
+
 class SimulatedCluster:
     """Instances i0, i1, ..., P-heavy first, that obey commands on a clock of their own."""
 
@@ -148,7 +149,14 @@ class SimulatedCluster:
     def _flowed(self, engine: Engine, job: Job) -> Flowed:
         pulled = job.prompt + job.began - 1 if job.pulled else 0
         return Flowed(
-            self.agenda.now, job.id, job.leg, engine.name, job.began + 1, pulled, self.agenda.now - job.last_at, pulled
+            self.agenda.now,
+            job.id,
+            job.leg,
+            engine.name,
+            job.began + 1,
+            pulled,
+            self.agenda.now - job.last_at,
+            pulled,
         )
 
     # ---------------------------------------------------------------------------------------------- orders
@@ -238,7 +246,9 @@ class SimulatedCluster:
         return job.made
 
     def _refuse(self, job: Job, leg: int, why: str) -> None:
-        self.agenda.push(self.agenda.now, Due.FACT, Refused(self.agenda.now, job.id, leg, why, self._made(job)))
+        self.agenda.push(
+            self.agenda.now, Due.FACT, Refused(self.agenda.now, job.id, leg, why, self._made(job))
+        )
 
     # --------------------------------------------------------------------------------------- what happens
 
@@ -258,7 +268,9 @@ class SimulatedCluster:
         call = next(self._calls, None)
         if call is not None:
             if call.at < self.agenda.now:
-                raise ValueError(f"arrivals must be in order of time: {call.at} comes after {self.agenda.now}")
+                raise ValueError(
+                    f"arrivals must be in order of time: {call.at} comes after {self.agenda.now}"
+                )
             self.agenda.push(call.at, Due.ARRIVAL, call)
 
     def _depart(self, job: Job) -> None:
