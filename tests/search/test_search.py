@@ -85,7 +85,18 @@ def test_every_contender_has_legal_sliders_for_any_number_of_instances():
 
 def test_the_config_has_the_keys_that_serve_takes():
     assert list(config(SCENE, AGGREGATION)) == (
-        "model p_heavy d_heavy p_chunk d_chunk ttft_slo tpot_slo ttft_margin watermark alpha".split()
+        [
+            "model",
+            "p_heavy",
+            "d_heavy",
+            "p_chunk",
+            "d_chunk",
+            "ttft_slo",
+            "tpot_slo",
+            "ttft_margin",
+            "watermark",
+            "alpha",
+        ]
     )
 
 
