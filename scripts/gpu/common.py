@@ -107,15 +107,21 @@ def bodies(count: int, low: int, high: int, outputs: tuple[int, int], seed: int 
 
 
 async def run(
-    url: str, jobs: list[dict[str, Any]], moves: int, targets: list[str], seed: int = 0
+    url: str,
+    jobs: list[dict[str, Any]],
+    moves: int,
+    targets: list[str],
+    window: tuple[float, float] = (0.0, 0.67),
 ) -> list[Answer]:
-    """All jobs at once; each is moved `moves` times at random steps, always to another of `targets`."""
+    """All jobs at once; each is moved `moves` times at random steps within a share of its output, always to
+    another of `targets`."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        rng = random.Random(seed)
+        rng = random.Random(0)
 
         async def one(job: dict[str, Any]) -> Answer:
-            steps = sorted(rng.sample(range(2, job["max_tokens"] * 2 // 3), moves))
+            first, last = (int(share * job["max_tokens"]) for share in window)
+            steps = sorted(rng.sample(range(max(2, first), last), moves))
 
             async def on_tokens(answer: Answer) -> None:
                 if steps and len(answer.tokens) >= steps[0] and await move(client, answer.id, targets):

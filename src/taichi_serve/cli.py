@@ -1,25 +1,54 @@
-"""The command `taichi`: the one file that knows every part. Parts are imported only when they are asked for."""
+"""The command `taichi`: the one file that knows every part. Parts are imported only when asked for."""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
 import sys
 
 USAGE = """usage: taichi COMMAND ...
 
   serve MODEL   serve a model on several vLLM instances (taichi serve --help=TaiChi)
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
+  explain ID    where a request of a running server went, and why
 
 Every command explains itself with --help."""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command `taichi`: with no words given it is the whole process, and ends it."""
+    if argv is not None:
+        return command(argv)
+    try:
+        status = command(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:  # argparse: words that were wrong, or help that was asked for
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    # Not by way of the interpreter's teardown: Triton's bindings report whatever vLLM still holds as leaks.
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def command(words: list[str]) -> int:
     """Run one command; returns the exit status."""
-    words = sys.argv[1:] if argv is None else argv
     match words:
         case ["serve", *rest]:
             from taichi_serve.frontend.server import main as serve
 
             return serve(rest)
+        case ["demo", *rest]:
+            from taichi_serve.commands.demo import main as demo
+
+            return demo(rest)
+        case ["explain", *rest]:
+            from taichi_serve.commands.explain import main as explain
+
+            return explain(rest)
         case [] | ["-h"] | ["--help"]:
             print(USAGE)
             return 0
@@ -30,4 +59,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -29,7 +29,7 @@ from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.cluster import VllmCluster
 from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
 from taichi_serve.cluster.vllm.process import StartError
-from taichi_serve.cluster.vllm.warm import warm
+from taichi_serve.cluster.vllm.warm import measure, warm
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.record import Recorder
@@ -68,6 +68,9 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
         system = await _start(args, argv, directory, engines)
         yield system
         clean = all(engine.alive for engine in engines)
+    except asyncio.CancelledError:  # somebody stopped it: nothing went wrong
+        clean = True
+        raise
     finally:
         await _stop(engines)
         if clean:
@@ -105,6 +108,7 @@ async def _start(args: argparse.Namespace, argv: list[str], directory: Path, eng
     say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
     await warm(cluster)
     cluster.open()
+    await measure(cluster)
     scheduler = GlobalScheduler(
         sliders,
         flags.slo(args),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
+from taichi_serve.cluster.vllm.host import DIRECT
 from taichi_serve.messages import Move, Outcome
 
 if TYPE_CHECKING:
@@ -33,7 +35,18 @@ def state(system: System) -> dict[str, Any]:
             "median_gap": statistics.median(recorder.gaps) if recorder.gaps else None,
         },
         "bound": dict(recorder.bound),
+        "kv_paths": _kv_paths(system.cluster.engines),
     }
+
+
+def _kv_paths(engines: list[Engine]) -> dict[str, str]:
+    """How KV gets from one instance to another: "i0 -> i1": "direct" (same host) or "nixl"."""
+    paths = {}
+    for source, reader in permutations(engines, 2):
+        pair = f"{DIRECT}{reader.process.engine_id}--{source.process.engine_id}--*"
+        direct = any(reader.process.log.parent.glob(pair))
+        paths[f"{source.name} -> {reader.name}"] = "direct" if direct else "nixl"
+    return paths
 
 
 def _instance(system: System, engine: Engine) -> dict[str, Any]:

@@ -53,28 +53,44 @@ class Average:
         return self.above / self.below if self.below > 0 else default
 
 
+STALL = 4.0  # a sample counts for at most so many times what was known
+
+
+def bounded(sample: float, known: Average) -> float:
+    """One stall of seconds must not outweigh a hundred good samples: an instance that then looks bad is
+    asked no more, and nothing would ever correct it."""
+    return min(sample, STALL * known.value(sample))
+
+
 @dataclass(slots=True)
 class Learned:
     """A predictor without a profile: it starts from a safe default and learns from every step.
 
-    TTFT is the queued prompt tokens plus the own ones, over the speed the instance prefilled with lately;
-    TPOT is its recent time per step with decodes in it. The defaults are slow on purpose: a pessimist
-    spreads requests evenly until it knows better.
+    A step costs a fixed time, learned from the instance's steps without prompt tokens, and a time for each
+    prompt token, learned from all instances together: they run the same model on the same kind of device.
+    Were that time learned for each of them, or without the fixed part, an instance that gets few or short
+    prompts would look slow for long ones, they would keep away from just the instance that is kept free
+    for them, and the error would never heal. TPOT is the recent time per step with decodes in it.
     """
 
     seconds_per_prompt_token: float = 0.0005
     seconds_per_step: float = 0.02
     move_seconds: float = 0.05
     keep: float = 0.95  # a step's weight halves every 14 steps
-    prefill: dict[str, Average] = field(default_factory=dict)
+    fixed: dict[str, Average] = field(default_factory=dict)
+    prefill: Average = field(default_factory=Average)
     steps: dict[str, Average] = field(default_factory=dict)
     gaps: Average = field(default_factory=Average)
 
     def ttft(self, instance: Instance, prompt_tokens: int) -> float:
-        """Queued and own prompt tokens over the instance's recent speed (seconds)."""
-        known = self.prefill.get(instance.name)
-        per_token = known.value(self.seconds_per_prompt_token) if known else self.seconds_per_prompt_token
-        return (instance.queued_prefill_tokens + prompt_tokens) * per_token
+        """The steps that the queue and the own prompt fill, and the time of their tokens (seconds)."""
+        tokens = instance.queued_prefill_tokens + prompt_tokens
+        steps = -(-tokens // max(1, instance.chunk))
+        return steps * self._fixed(instance) + tokens * self.prefill.value(self.seconds_per_prompt_token)
+
+    def _fixed(self, instance: Instance) -> float:
+        known = self.fixed.get(instance.name)
+        return known.value(0.0) if known else 0.0
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """The recent time per step with decodes in it (seconds); one more decode is taken to be free."""
@@ -86,14 +102,19 @@ class Learned:
         return 0.0 if source is target else self.gaps.value(self.move_seconds)
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
-        """Learn speed from steps that prefilled, and TPOT from steps that decoded."""
+        """Learn the time of prompt tokens from steps that had some, and the fixed time from the others."""
         if step.prefill_tokens:
-            speed = self.prefill.setdefault(instance.name, Average())
-            speed.add(step.seconds, step.prefill_tokens, self.keep)
+            rest = max(0.0, step.seconds - self._fixed(instance)) / step.prefill_tokens
+            self.prefill.add(
+                bounded(rest, self.prefill) * step.prefill_tokens, step.prefill_tokens, self.keep
+            )
+        else:
+            fixed = self.fixed.setdefault(instance.name, Average())
+            fixed.add(bounded(step.seconds, fixed), 1.0, self.keep)
         if step.decodes:
             self.steps.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
 
     def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
         """Learn the gap of a move."""
         if source is not target:
-            self.gaps.add(move.gap, 1.0, self.keep)
+            self.gaps.add(bounded(move.gap, self.gaps), 1.0, self.keep)

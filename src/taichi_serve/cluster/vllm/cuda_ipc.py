@@ -23,13 +23,13 @@ class _Handle(ctypes.Structure):
 
 
 @triton.jit
-def _copy_rows(targets, sources, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _copy_rows(targets, sources, words, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Row i: `words` 64-bit words from address sources[i] to address targets[i]."""
     row = tl.program_id(0)
     target = tl.load(targets + row).to(tl.pointer_type(tl.int64))
     source = tl.load(sources + row).to(tl.pointer_type(tl.int64))
-    for start in range(0, words, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
+    for start in range(0, words, block):
+        offsets = start + tl.arange(0, block)
         mask = offsets < words
         tl.store(target + offsets, tl.load(source + offsets, mask=mask), mask=mask)
 
@@ -98,8 +98,10 @@ class CudaMemory:
             self._open[key] = at.value
         return self._open[key]
 
-    def copy(self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64]) -> EventCopy:
-        """One kernel for each length of row, on the side stream."""
+    def copy(
+        self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool
+    ) -> EventCopy:
+        """One kernel for each length of row, on the side stream; with `in_step` the step's own waits for it."""
         keep: list[torch.Tensor] = []
         with torch.cuda.stream(self._stream):
             for length in np.unique(target[:, 1]):
@@ -107,10 +109,12 @@ class CudaMemory:
                 addresses = np.stack([target[same, 0], source[same]]).view(np.int64)
                 pinned = torch.from_numpy(addresses).pin_memory()
                 there = pinned.to("cuda", non_blocking=True)
-                _copy_rows[(there.shape[1],)](there[0], there[1], int(length) // WORD, BLOCK=BLOCK)
+                _copy_rows[(there.shape[1],)](there[0], there[1], int(length) // WORD, block=BLOCK)
                 keep += [pinned, there]
             event = torch.cuda.Event()
             event.record(self._stream)
+        if in_step:
+            torch.cuda.current_stream().wait_event(event)
         return EventCopy(event, tuple(keep))
 
     def leave(self, peer: dict[str, Any]) -> None:

@@ -7,11 +7,14 @@ token it is on; and one small record of each step for the outside.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
@@ -73,7 +76,7 @@ class FlowScheduler(AsyncScheduler):
     # ------------------------------------------------------------------------------ who is in the step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One step: every decode, then at most `chunk` prompt tokens."""
+        """One step: every decode, whoever moves in, then at most `chunk` prompt tokens."""
         # Decodes first: a prefill that was admitted earlier must not eat the share of a later decode.
         self.running.sort(key=_is_prefill)
         decodes = sum(not r.is_prefill_chunk for r in self.running)
@@ -82,11 +85,39 @@ class FlowScheduler(AsyncScheduler):
         self.max_num_scheduled_tokens = min(budget, self.scheduler_config.max_num_batched_tokens)
         self.scheduler_config.long_prefill_token_threshold = chunk
         at = time.monotonic()
-        output = super().schedule(throttle_prefills)
+        with self._room_for_moving_in(chunk):
+            output = super().schedule(throttle_prefills)
         single = list(output.num_scheduled_tokens.values()).count(1)
         moved_in = self._moved_in(output, at) if output.scheduled_new_reqs else {}
         self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single, moved_in))
         return output
+
+    @contextlib.contextmanager
+    def _room_for_moving_in(self, chunk: int) -> Iterator[None]:
+        """Keep the part of the budget that is meant for moved-in requests out of the reach of prefills.
+
+        Prefills that run already get `chunk` together, those behind sit this step out; and when they take
+        all of it, no new one is admitted on the tokens that are left over.
+        """
+        if not self.kv_holding_waiting:
+            yield
+            return
+        taken, behind = 0, []
+        for request in [r for r in self.running if r.is_prefill_chunk]:
+            if taken >= chunk:
+                behind.append(request)
+            taken += request.num_tokens - request.num_computed_tokens
+        paused, limit = self._pause_state, self.max_num_active_reqs
+        if behind:
+            self.running = self.running[: len(self.running) - len(behind)]
+            self.max_num_active_reqs -= len(behind)
+        if taken >= chunk and paused == PauseState.UNPAUSED:
+            self._pause_state = PauseState.PAUSED_NEW
+        try:
+            yield
+        finally:
+            self._pause_state, self.max_num_active_reqs = paused, limit
+            self.running += behind
 
     def _moved_in(self, output: SchedulerOutput, now: float) -> dict[str, list[float]]:
         moved_in: dict[str, list[float]] = {}
@@ -107,7 +138,7 @@ class FlowScheduler(AsyncScheduler):
         super()._update_from_kv_xfer_finished(kv_connector_output)
 
     def add_request(self, request: Request) -> None:
-        """A request that moves in brings its output so far, where the model runner can tell it from a prompt."""
+        """A request that moves in brings its output so far, where the runner can tell it from a prompt."""
         output = extra(request).get("output", 0)
         if output:
             self._arrived[request.request_id] = time.monotonic()

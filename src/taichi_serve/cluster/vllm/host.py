@@ -11,11 +11,13 @@ given to instances of the same server. A source frees its blocks when the reader
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,9 @@ from numpy.typing import NDArray
 log = logging.getLogger("vllm.taichi.host")
 
 Rows = NDArray[np.uint64]  # (n, 3): address, bytes, device
-LOCAL = "NIXL_INIT_AGENT"
+DIRECT = "direct-"  # how the markers of pairs that read directly begin
 IOV_MAX = 1024
+EARLY_SECONDS = 10.0  # how long a word about an unknown request is kept
 
 
 class Memory(Protocol):
@@ -43,8 +46,8 @@ class Memory(Protocol):
         """Addresses that `copy` can read for the peer's rows. Raises OSError where the host refuses."""
         ...
 
-    def copy(self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64]) -> Copy:
-        """Start copying source rows to target rows, outside of whatever step is running."""
+    def copy(self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool) -> Copy:
+        """Start copying source rows to target rows. With `in_step` the work that follows waits for it."""
         ...
 
     def leave(self, peer: dict[str, Any]) -> None:
@@ -94,15 +97,35 @@ class Transfer:
 class HostAgent:
     """A NIXL agent that keeps transfers between instances of one host to itself."""
 
-    def __init__(self, nixl: Any, directory: Path, memory: Memory) -> None:
+    def __init__(self, nixl: Any, directory: Path, memory: Memory, engine_id: str, rank: int) -> None:
         self._nixl = nixl
         self._directory = directory
         self._memory = memory
+        self._engine_id = engine_id
+        self._rank = rank
+        self._in_step = False
+        self.knows: Callable[[str], bool] = lambda request: True
+        self._early: list[tuple[float, str, bytes]] = []
         self._peers: dict[str, dict[str, Any]] = {}
         self._ranges: list[Rows] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._nixl, name)  # whatever is not about copying stays NIXL's
+
+    def get_new_notifs(self) -> dict[str, list[bytes]]:
+        """Words of readers. One about a request that our worker has not heard of yet is kept for later:
+        a reader on this host can be done before the source's own next step."""
+        now = time.perf_counter()
+        words = [(now, agent, word) for agent, news in self._nixl.get_new_notifs().items() for word in news]
+        words, self._early = self._early + words, []
+        known: dict[str, list[bytes]] = {}
+        for at, agent, word in words:
+            request = word.decode().rsplit(":", 1)[0]
+            if self.knows(request) or request.startswith("HB") or now - at > EARLY_SECONDS:
+                known.setdefault(agent, []).append(word)
+            else:
+                self._early.append((at, agent, word))
+        return known
 
     # ------------------------------------------------------------------------------ meeting the peers
 
@@ -114,7 +137,11 @@ class HostAgent:
     def register_memory(self, descs: Any, **options: Any) -> Any:
         """Register with NIXL, and leave word for our own instances."""
         registered = self._nixl.register_memory(descs, **options)
-        word = {"pid": os.getpid(), "memory": self._memory.offer(np.concatenate(self._ranges))}
+        word = {
+            "pid": os.getpid(),
+            "engine_id": self._engine_id,
+            "memory": self._memory.offer(np.concatenate(self._ranges)),
+        }
         path = self._file(self._nixl.name)
         path.with_suffix(".part").write_text(json.dumps(word))
         path.with_suffix(".part").replace(path)
@@ -132,11 +159,16 @@ class HostAgent:
     def remove_remote_agent(self, agent: str) -> Any:
         """Forget a peer and let go of its memory."""
         if (peer := self._peers.pop(agent, None)) is not None:
+            self._marker(peer).unlink(missing_ok=True)
             self._memory.leave(peer)
         return self._nixl.remove_remote_agent(agent)
 
     def _file(self, agent: str) -> Path:
         return self._directory / f"kv-{agent}.json"
+
+    def _marker(self, peer: dict[str, Any]) -> Path:
+        """The sign for our scheduler, and for /taichi/state, that this peer is read directly."""
+        return self._directory / f"{DIRECT}{self._engine_id}--{peer['engine_id']}--{self._rank}"
 
     # --------------------------------------------------------------------------------- prepared lists
 
@@ -151,9 +183,10 @@ class HostAgent:
         if peer is not None:
             try:
                 prepared.addresses = self._memory.reach(peer, descs.rows)
-                log.info("KV of process %s is read directly", peer["pid"])
+                self._marker(peer).touch()
+                log.info("KV of %s is read directly", peer["engine_id"])
             except OSError as refused:
-                log.warning("KV of process %s goes over NIXL: %s", peer["pid"], refused)
+                log.warning("KV of %s goes over NIXL: %s", peer["engine_id"], refused)
         return prepared
 
     def release_dlist_handle(self, prepared: Prepared) -> Any:
@@ -161,6 +194,15 @@ class HostAgent:
         return self._nixl.release_dlist_handle(prepared.nixl)
 
     # -------------------------------------------------------------------------------------- transfers
+
+    @contextlib.contextmanager
+    def within_step(self) -> Iterator[None]:
+        """Reads begun in here are there before the step's own work."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
 
     def make_prepped_xfer(
         self, way: str, local: Prepared, local_ids: Any, remote: Prepared, remote_ids: Any, **options: Any
@@ -178,7 +220,8 @@ class HostAgent:
         if not isinstance(handle, Transfer):
             return str(self._nixl.transfer(handle))
         handle.began = time.perf_counter()
-        handle.copy = self._memory.copy(self._peers[handle.peer], handle.rows, handle.source)
+        peer = self._peers[handle.peer]
+        handle.copy = self._memory.copy(peer, handle.rows, handle.source, self._in_step)
         return "PROC"
 
     def check_xfer_state(self, handle: Any) -> str:
@@ -250,9 +293,14 @@ class CpuMemory:
         self._copy(peer["pid"], target, rows[:1, 0])
         return np.ascontiguousarray(rows[:, 0])
 
-    def copy(self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64]) -> ThreadCopy:
-        """One copy after the other, in a thread."""
-        return ThreadCopy(self._thread.submit(self._copy, peer["pid"], target, source))
+    def copy(
+        self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool
+    ) -> ThreadCopy:
+        """One copy after the other, in a thread; waited for when the step needs it."""
+        future = self._thread.submit(self._copy, peer["pid"], target, source)
+        if in_step:
+            future.result()
+        return ThreadCopy(future)
 
     def leave(self, peer: dict[str, Any]) -> None:
         """Nothing is mapped."""

@@ -21,10 +21,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.platforms import current_platform
 
-from taichi_serve.cluster.vllm.host import CpuMemory, HostAgent, Memory
+from taichi_serve.cluster.vllm.host import DIRECT, CpuMemory, HostAgent, Memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -58,28 +60,62 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         # engine id: tokens asked from the source, and when; until it is scheduled
         self.pulled: dict[str, tuple[int, float]] = {}
+        directory = self.vllm_config.kv_transfer_config.get_from_extra_config("taichi_directory", "")
+        self._directory = Path(directory) if directory else None
+        self._in_step: dict[str, int] = {}  # to be read within their step: tokens that are here already
+        self._direct: set[str] = set()  # engines whose memory every rank here reads directly
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step."""
+        """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step.
+
+        What a peer on this host holds is read at the beginning of the very step that needs it.
+        """
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return 0, False
         final = min(params["remote_num_tokens"], request.num_tokens - 1)
-        return max(0, final - num_computed_tokens), final > num_computed_tokens
+        missing = max(0, final - num_computed_tokens)
+        in_step = missing > 0 and self._is_direct(params["remote_engine_id"])
+        if in_step:
+            self._in_step[request.request_id] = num_computed_tokens
+        return missing, missing > 0 and not in_step
+
+    def _is_direct(self, engine_id: str) -> bool:
+        if len(self.kv_cache_config.kv_cache_groups) > 1:
+            return False  # a failed read could not be told apart by block
+        if engine_id not in self._direct and self._directory is not None:
+            ranks = self._directory.glob(f"{DIRECT}{self.engine_id}--{engine_id}--*")
+            if len(list(ranks)) >= self.transfer_tp_size:
+                self._direct.add(engine_id)
+        return engine_id in self._direct
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """Remember how much is pulled."""
+        """Have the missing blocks read, and remember how much that is."""
+        known = self._in_step.pop(request.request_id, None)
         if num_external_tokens:
             self.pulled[request.request_id] = num_external_tokens, time.monotonic()
-        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if known is None or not num_external_tokens:
+            super().update_state_after_alloc(request, blocks, num_external_tokens)
+            return
+        # vLLM's own would look for blocks without a hash, and those of a request in this step have theirs.
+        first, last = known // self.block_size, -(-(known + num_external_tokens) // self.block_size)
+        missing = tuple(list(group)[first:last] for group in blocks.get_block_ids())
+        computed = tuple(first for _ in missing)
+        # Nobody waits for it (the False), and its lease ends with the step.
+        wanted = self.get_exchange_clipped_blocks(missing)
+        self._reqs_need_recv[request.request_id] = (request, wanted, computed, False)
+        assert request.kv_transfer_params is not None
+        request.kv_transfer_params["do_remote_prefill"] = False
+        self._stop_heartbeat(request.request_id)
 
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, TransferParams | None]:
         """Pin the blocks of a request that leaves; free those of every other one at once."""
         self.pulled.pop(request.request_id, None)
+        self._in_step.pop(request.request_id, None)
         leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         pinned, params = super().request_finished(request, block_ids)
         if not (leaves and pinned and params):
@@ -107,8 +143,36 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         directory = self.kv_transfer_config.get_from_extra_config("taichi_directory", "")
+        self._host: HostAgent | None = None
+        self._in_step: set[str] = set()  # requests whose KV is read within the step they are in
         if directory and (memory := _memory()) is not None:
-            self.nixl_wrapper = HostAgent(self.nixl_wrapper, Path(directory), memory)
+            me = (engine_id, self.tp_rank)
+            self.nixl_wrapper = self._host = HostAgent(self.nixl_wrapper, Path(directory), memory, *me)
+            self._host.knows = lambda request: (
+                request in self._reqs_to_send or request in self._reqs_to_process
+            )
+
+    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
+        """Read now, within the step, what the scheduler counts on; everything else as vLLM does."""
+        assert meta.remote is not None
+        if meta.awaiting_kvs or not any(meta.local_block_ids) or self._host is None:
+            super()._read_blocks_for_req(req_id, meta)
+        elif meta.remote.engine_id in self._remote_agents:
+            self._in_step.add(req_id)
+            with self._host.within_step():
+                super()._read_blocks_for_req(req_id, meta)
+        else:  # the peer was forgotten in between: have the tokens computed again
+            self._recving_metadata.pop(req_id, None)
+            self._invalid_block_ids.put(set(meta.local_block_ids[0]))
+
+    def get_transfer_results(self) -> KVConnectorTransferResults:
+        """Requests that were read within their step are not waited for by the scheduler."""
+        results = super().get_transfer_results()
+        over = results.finished_recving & self._in_step
+        for finished in (results.finished_recving, results.failed_recving):
+            finished -= over
+        self._in_step -= over
+        return results
 
 
 def _memory() -> Memory | None:

@@ -17,15 +17,24 @@ from taichi_serve.cluster.vllm.cluster import VllmCluster
 from taichi_serve.cluster.vllm.process import StartError
 
 BLOCKS = 2
+MEASURE = 9  # a turn of its own: other prompts than in the turns before
 
 
 async def warm(cluster: VllmCluster, timeout: float = 180.0) -> None:
-    """Move a request over every ordered pair, all at once. Raises StartError naming the pairs that failed."""
+    """Move a request over every ordered pair, twice: the first meeting of a pair goes another way than all
+    that follow. Raises StartError naming the pairs that failed."""
+    for turn in range(2):
+        await _all_pairs(cluster, turn, timeout)
+
+
+async def _all_pairs(cluster: VllmCluster, turn: int, timeout: float) -> None:
     pairs = {
-        (a.name, b.name): cluster.rehearse(_request(cluster, a.index, b.index), a.index, b.index)
+        (a.name, b.name): cluster.rehearse(_request(cluster, a.index, b.index, turn), a.index, b.index)
         for a, b in permutations(cluster.engines, 2)
     }
-    alone = [cluster.rehearse(_request(cluster, e.index, e.index), e.index, None) for e in cluster.engines]
+    alone = [
+        cluster.rehearse(_request(cluster, e.index, e.index, turn), e.index, None) for e in cluster.engines
+    ]
     waits = [*pairs.values(), *alone]
     if not waits:
         return
@@ -37,17 +46,38 @@ async def warm(cluster: VllmCluster, timeout: float = 180.0) -> None:
         raise StartError(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
 
 
-def _request(cluster: VllmCluster, a: int, b: int) -> EngineCoreRequest:
+async def measure(cluster: VllmCluster) -> None:
+    """Prefill two chunks and decode a little on every instance: facts that tell the predictor its speed.
+
+    Without them an instance that no prompt was sent to keeps its default, and if that is worse than what was
+    learned about the others, no prompt will ever be sent to it.
+    """
+    waits = []
+    for engine in cluster.engines:
+        if engine.chunk:
+            length = 2 * engine.chunk + 3
+            request = _request(cluster, engine.index, engine.index, MEASURE, length, 8)
+            waits.append(cluster.rehearse(request, engine.index, None))
+    if waits:
+        await asyncio.wait(waits, timeout=60.0)
+
+
+def _request(
+    cluster: VllmCluster, a: int, b: int, turn: int, length: int = 0, output: int = 2
+) -> EngineCoreRequest:
     config = cluster.engines[a].client.vllm_config
-    length = min(BLOCKS * config.cache_config.block_size + 3, config.model_config.max_model_len - 3)
+    length = length or BLOCKS * config.cache_config.block_size + 3
+    length = min(length, config.model_config.max_model_len - output - 1)
     vocabulary = config.model_config.get_vocab_size()
     # Another prompt for every pair: a block that is cached already would not be pulled.
-    tokens = [(1 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
+    tokens = [(1 + turn * 101 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
     return EngineCoreRequest(
-        request_id=f"taichi-warm-{a}-{b}",
+        request_id=f"taichi-warm-{turn}-{a}-{b}",
         prompt_token_ids=tokens,
         mm_features=None,
-        sampling_params=SamplingParams(temperature=0.0, max_tokens=2, min_tokens=2, ignore_eos=True),
+        sampling_params=SamplingParams(
+            temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True
+        ),
         pooling_params=None,
         arrival_time=time.time(),
         lora_request=None,
