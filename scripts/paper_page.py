@@ -1,0 +1,138 @@
+"""The page docs/paper.md from the figures that scripts/paper.py kept: tables, pictures and what is said about
+them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from taichi_serve.search.report import draw_curves
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+Json = dict[str, Any]
+
+
+def percent(pair: Sequence[float]) -> str:
+    """A share with its interval."""
+    return f"{pair[0]:.0%} ± {pair[1]:.0%}".replace("%", " %")
+
+
+def rate(pair: Sequence[float]) -> str:
+    """A rate with its interval."""
+    return f"{pair[0]:.2f} ± {pair[1]:.2f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def page_table2(kept: Json) -> str:
+    """Table 2 with the likely configurations."""
+    rows = [
+        [
+            f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms",
+            f"{r['paper'][0]} %",
+            percent(aggregation),
+            f"{r['paper'][1]} %",
+            percent(disaggregation),
+            percent(hybrid),
+        ]
+        for r in kept["rows"]
+        for aggregation, disaggregation, hybrid in [r["ours"].values()]
+    ]
+    curves = {name: [(p[0], p[1]) for p in points] for name, points in kept["curves"].items()}
+    draw_curves(curves, DOCS / "paper/table2.svg", "Llama-2-70B, arXiv, SLO 6 s and 100 ms")
+    first, second, third = kept["rows"][0]["ours"]
+    head = ("SLO", "aggregation: paper", first, "disaggregation: paper", second, third)
+    return table(head, rows)
+
+
+def page_goodput(kept: Json) -> str:
+    """Goodput of every family, tuned."""
+    rows = []
+    for r in kept["rows"]:
+        mine = r["rows"]
+        base = max(mine["aggregation"]["goodput"][0], mine["disaggregation"]["goodput"][0])
+        cells = []
+        for name in ("aggregation", "whole prompts", "disaggregation", "literal", "hybrid"):
+            label = mine[name]["contender"].removeprefix("aggregation ")
+            note = f" ({label})" if name not in ("literal", "whole prompts") else ""
+            cells.append(rate(mine[name]["goodput"]) + note)
+        lead = mine["hybrid"]["goodput"][0] / base - 1 if base else float("nan")
+        slo = f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms"
+        head = f"{r['workload']} {slo}" if "workload" in r else slo
+        share = mine["hybrid"]["goodput"][0] / r["bound"]
+        rows.append([head, *cells, f"{r['bound']:.2f}", f"{share:.0%}", f"{lead:+.1%}"])
+    head = (
+        "",
+        "aggregation",
+        "whole prompts",
+        "disaggregation",
+        "literal",
+        "hybrid",
+        "bound",
+        "hybrid of bound",
+    )
+    return table((*head, "hybrid against best baseline"), rows)
+
+
+def page_ablation(kept: Json) -> str:
+    """The ablation at three rates."""
+    head = ("", "paper", *(f"{r:g} requests/s" for r in kept["rates"]))
+    rows = [[r["name"], f"{r['paper']} %", *(percent(p) for p in r["ours"])] for r in kept["rows"]]
+    return table(head, rows)
+
+
+def page_interference(kept: Json) -> str:
+    """The line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.scatter([p[0] for p in kept["points"]], [p[1] * 1e3 for p in kept["points"]], s=4)
+    axis.set_xlabel("interference intensity (prompt tokens per output token)")
+    axis.set_ylabel("TPOT (ms)")
+    figure.savefig(DOCS / "paper/interference.png", dpi=90)
+    return (
+        f"TPOT = {kept['intercept'] * 1e3:.1f} ms + {kept['slope'] * 1e6:.0f} µs x intensity over "
+        f"{kept['n']} requests, R² = {kept['r2']:.3f} (paper: 0.99)."
+    )
+
+
+PARTS = {
+    "goodput_14b": "qwen2.5-14b",
+    "goodput_32b": "qwen2.5-32b",
+    "table2_tuned": "table2-",
+}
+
+
+def write(kept: Path) -> None:
+    """Fill the page's places with the figures that are there."""
+    pages = {
+        "table2": page_table2,
+        "table2_tuned": page_goodput,
+        "goodput_14b": page_goodput,
+        "goodput_32b": page_goodput,
+        "ablation": page_ablation,
+        "interference": page_interference,
+    }
+    (DOCS / "paper").mkdir(parents=True, exist_ok=True)
+    text = (ROOT / "scripts/paper.template.md").read_text()
+    for name, page in pages.items():
+        path = kept / f"{name}.json"
+        prefix = PARTS.get(name)
+        parts = sorted(kept.glob(f"{prefix}*.part.json")) if prefix else []
+        if path.exists():
+            told = page(json.loads(path.read_text()))
+        elif parts:
+            rows = {"rows": [json.loads(part.read_text()) for part in parts]}
+            told = page(rows) + "\n\n(The other settings were not run for this page.)"
+        else:
+            told = "(Not run for this page.)"
+        text = text.replace("{{" + name + "}}", told)
+    (DOCS / "paper.md").write_text(text)

@@ -1,0 +1,291 @@
+"""A vLLM engine in miniature: who is in which step, who holds which blocks, and when a token is out.
+
+It follows vLLM 0.32 (v1/core/sched/scheduler.py) with the step rule of TaiChi's scheduler class: a step takes
+every resident decode and beside them up to `chunk` prompt tokens. Running requests go before waiting ones; KV
+that has landed goes before prompts; waiting ones are served in order of arrival, and admitted only when all
+of their prompt fits; without a block the youngest running request is preempted and computed again.
+
+Scheduling is asynchronous by one step: step k + 1 is planned when step k begins, so whatever an engine is
+told while step k runs, or after its outputs, is seen by step k + 2.
+
+What it is not: no prefix cache, no speculative decoding, no encoder. A decode that leaves wastes no slot in
+the step after its last token, which on vLLM it does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from taichi_serve.cluster.simulated.job import Job, Where
+from taichi_serve.cluster.simulated.residents import Residents
+from taichi_serve.cluster.simulated.step import Ends, EngineShape, Step, Truth
+
+RECOMPUTE_FLOOR = 128  # prompt tokens a step for what must be computed on an instance with chunk 0
+
+
+class Engine:
+    """One instance. The cluster tells it what has come; it plans steps and keeps its blocks."""
+
+    def __init__(self, name: str, chunk: int, shape: EngineShape, truth: Truth) -> None:
+        self.name = name
+        self.chunk = chunk
+        self.truth = truth
+        self.max_running = shape.max_running
+        self.alive = True
+        self.residents = Residents(shape)
+        self.current: Step | None = None  # in flight
+        self.next: Step | None = None  # planned, begins when the current one is done
+        self.waiting: deque[Job] = deque()
+        self.inbound: deque[Job] = deque()  # wait for blocks to be pulled into
+        self.landed: deque[Job] = deque()
+        self.partial: list[Job] = []  # of whose prompt a part is computed, oldest first
+        self.running: dict[Job, None] = {}  # partial and decoding, oldest first
+        self.leaving: list[Job] = []  # told to flow since the last plan
+        self.pulls: list[Job] = []  # got their blocks in the last plan: the cluster starts their transfer
+        self.missing: dict[Job, None] = {}  # preempted while decoding, not yet computed again
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait here for a prefill or for room."""
+        return len(self.waiting) + len(self.inbound)
+
+    # ------------------------------------------------------------------------------------------ the steps
+
+    def advance(self) -> Step | None:
+        """Begin the step that was planned, plan the one after it, and return the step now in flight."""
+        current = self.next
+        if self.leaving:
+            self._part(current)
+        self.next = self._plan()
+        if current is None and self.next is not None:
+            current, self.next = self.next, self._plan()
+        self.current = current
+        if current is not None:
+            current.seconds = self.truth.of(
+                current.prefill_tokens, current.attention, current.decodes, current.context
+            )
+        return current
+
+    def _part(self, current: Step | None) -> None:
+        """Those told to flow are not planned any more; their leg ends with the token in flight."""
+        for job in self.leaving:
+            # Who is ENDING by now has its last token in flight: Finished crosses the Flow.
+            if job.where is Where.DECODING and job.engine is self and current is not None:
+                self._leave(job)
+                job.where = Where.ENDING
+                current.ends.append((Ends.LEFT, job))
+        self.leaving.clear()
+
+    def _plan(self) -> Step | None:
+        """One step: resident decodes, then running prompts, then what has landed, then waiting prompts."""
+        residents = self.residents
+        step = Step()
+        complete: list[Job] = []
+        calm = True
+        while residents.short():
+            self._preempt()
+            calm = False
+        residents.grow()
+        budget = self.chunk or RECOMPUTE_FLOOR
+        if self.partial:
+            room = self._go_on(step, budget, complete)
+            calm = calm and room is not None
+            budget = room or 0
+        if calm:  # a step that preempts admits nobody
+            if self.landed:
+                self._take_landed(step)
+            if (not self.inbound or self._start_pulls()) and self.waiting:
+                self._admit(step, budget, complete)
+        if not residents.decodes and not step.prefill_tokens:
+            return None
+        self._tick(step, complete)
+        return step
+
+    def _tick(self, step: Step, complete: list[Job]) -> None:
+        """Every resident gets its token; then those whose prompt is complete get their first one here."""
+        step.decodes = self.residents.decodes
+        for job in self.residents.tick():
+            del self.running[job]
+            step.ends.append((Ends.LAST, job))
+        step.context = self.residents.context
+        for job in complete:
+            self._first_token(step, job)
+        if self.missing:
+            step.missed = tuple(job.id for job in self.missing)
+
+    def _first_token(self, step: Step, job: Job) -> None:
+        """The prompt (or what had to be computed again) is through: its next token comes out of this step."""
+        job.made += 1
+        if job.missing:
+            job.missing = False
+            del self.missing[job]
+        else:
+            step.ends.append((Ends.FIRST if job.made == 1 else Ends.FLOWED, job))
+        if job.made >= job.output:
+            job.hand_over = False
+            del self.running[job]
+            job.where = Where.ENDING
+            step.ends.append((Ends.LAST, job))
+        elif job.hand_over:
+            del self.running[job]
+            job.where = Where.ENDING
+        else:
+            self.residents.join(job)
+
+    # --------------------------------------------------------------------------------- who is in the step
+
+    def _go_on(self, step: Step, budget: int, complete: list[Job]) -> int | None:
+        """Go on with prompts begun before; the budget left, or None when somebody had to be preempted."""
+        calm = True
+        for job in self.partial[:]:
+            if budget <= 0:
+                break
+            take = min(budget, job.need - job.computed)
+            while job.where is Where.PREFILLING and not self._take_blocks(job, job.computed + take):
+                self._preempt()
+                calm = False
+            if job.where is Where.PREFILLING:
+                self._compute(step, job, take, complete)
+                budget -= take
+        self.partial = [job for job in self.partial if job.computed < job.need]
+        return budget if calm else None
+
+    def _take_landed(self, step: Step) -> None:
+        """A request whose KV is here computes its last token and emits the next: it goes first."""
+        while self.landed and len(self.running) < self.max_running:
+            job = self.landed[0]
+            if job.where is Where.LANDED and job.engine is self:
+                if not self._take_blocks(job, job.computed + 1):
+                    return
+                self.running[job] = None
+                self.residents.join(job)
+                step.ends.append((Ends.FLOWED, job))
+            self.landed.popleft()
+
+    def _start_pulls(self) -> bool:
+        """Give blocks to those that come from elsewhere; False when the first in line has to wait for
+        room."""
+        residents = self.residents
+        promised = sum(residents.blocks_for(job.need) - job.blocks for job in self.partial)
+        while self.inbound:
+            job = self.inbound[0]
+            if job.where is Where.INBOUND and job.engine is self:
+                blocks = residents.blocks_for(job.prompt + job.made)
+                if blocks > residents.free - promised:
+                    return False
+                residents.free -= blocks
+                job.blocks = blocks
+                job.where = Where.PULLING
+                self.pulls.append(job)
+            self.inbound.popleft()
+        return True
+
+    def _admit(self, step: Step, budget: int, complete: list[Job]) -> None:
+        """Take waiting prompts in order of arrival, each only if all of it would fit."""
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            job = self.waiting[0]
+            if job.where is Where.WAITING and job.engine is self:
+                if self.residents.blocks_for(job.need) > self.residents.free:
+                    return
+                take = min(budget, job.need)
+                budget -= take
+                self._take_blocks(job, take)
+                self.running[job] = None
+                job.where = Where.PREFILLING
+                self._compute(step, job, take, complete)
+                if job.computed < job.need:
+                    self.partial.append(job)
+            self.waiting.popleft()
+
+    def _compute(self, step: Step, job: Job, take: int, complete: list[Job]) -> None:
+        """Put `take` prompt tokens of this job into the step."""
+        step.prefill_tokens += take
+        step.attention += take * job.computed + take * (take + 1) * 0.5
+        job.computed += take
+        if job.computed == job.need:
+            complete.append(job)
+
+    def _take_blocks(self, job: Job, tokens: int) -> bool:
+        """Give the job the blocks for this many tokens, or nothing if they are not free."""
+        more = self.residents.blocks_for(tokens) - job.blocks
+        if more > self.residents.free:
+            return False
+        if more > 0:
+            self.residents.free -= more
+            job.blocks += more
+        return True
+
+    def _preempt(self) -> None:
+        """The youngest running request loses its blocks and waits, first in line, to be computed again."""
+        job = next(reversed(self.running))
+        if job.where is Where.DECODING:
+            self._leave(job)
+            job.missing = True
+            self.missing[job] = None
+        else:
+            self.partial.remove(job)
+            del self.running[job]
+        self.residents.free += job.blocks
+        job.restart()
+        job.where = Where.WAITING
+        self.waiting.appendleft(job)
+
+    def _leave(self, job: Job) -> None:
+        del self.running[job]
+        self.residents.leave(job)
+
+    # ------------------------------------------------------------------------------------ coming and going
+
+    def queue(self, job: Job, first: bool = False) -> None:
+        """The prompt waits here, behind the others or before them."""
+        job.engine = self
+        job.where = Where.WAITING
+        if first:
+            self.waiting.appendleft(job)
+        else:
+            self.waiting.append(job)
+
+    def expect(self, job: Job) -> None:
+        """The job's KV is to be pulled to this engine as soon as there is room."""
+        job.engine = self
+        job.where = Where.INBOUND
+        job.blocks = 0
+        self.inbound.append(job)
+
+    def land(self, job: Job) -> None:
+        """The job's KV is here: prompt and tokens so far, but for the last one, are computed."""
+        job.computed = job.prompt + job.made - 1
+        job.where = Where.LANDED
+        self.landed.append(job)
+
+    def emitted(self, job: Job) -> int:
+        """Tokens that a resident decode got out since it joined: those of steps that are done."""
+        ahead = sum(step is not None for step in (self.current, self.next))
+        return max(0, self.residents.ticks - ahead - job.since)
+
+    def strand(self, job: Job) -> None:
+        """This engine is lost: the job is nowhere, with the tokens that were out and without those in
+        flight."""
+        if job.where is Where.DECODING:
+            self._leave(job)
+            job.made -= sum(step is not None for step in (self.current, self.next))
+        elif job.where is Where.ENDING:
+            ahead = self.next is not None and any(job is other for _, other in self.next.ends)
+            job.made -= 2 if ahead and self.current is not None else 1
+        job.made = max(job.made, job.began)
+        job.where = Where.NOWHERE
+        job.engine = None
+        job.missing = False
+        job.restart()
+
+    def drop(self, job: Job) -> None:
+        """Forget a job wherever it is and free its blocks. Queues are cleaned when it comes up in them."""
+        if job.where is Where.DECODING:
+            self._leave(job)
+        elif job in self.running:
+            del self.running[job]
+            self.partial.remove(job)
+        self.missing.pop(job, None)
+        job.missing = False
+        self.residents.free += job.blocks
+        job.blocks = 0

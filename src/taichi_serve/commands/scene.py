@@ -1,0 +1,56 @@
+"""The options that `simulate` and `search` share, and what they make of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from taichi_serve.bench.workload import workload
+from taichi_serve.latency.shipped import machine, names
+from taichi_serve.search.goodput import Scene
+from taichi_serve.slo import SLO
+
+
+def add_scene(parser: argparse.ArgumentParser) -> None:
+    """Workload, SLO and machine."""
+    parser.add_argument(
+        "--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)"
+    )
+    parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")
+    parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
+    parser.add_argument(
+        "--profile",
+        default="qwen2.5-14b-tp1-a100",
+        help=f"a `taichi profile` file, a Hugging Face config.json, or one of {', '.join(names())}",
+    )
+    parser.add_argument("--model", help="refuse a profile that is for another model")
+    parser.add_argument("--device", default="A100", help="for a config.json: A100, H100 or H200")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="for a config.json")
+    parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals; 1 is Poisson")
+    parser.add_argument(
+        "--bandwidth", type=float, default=50e9, metavar="B/S", help="of KV out of an instance"
+    )
+    parser.add_argument("--link-latency", type=float, default=0.005, metavar="S", help="of a KV transfer")
+    parser.add_argument("--max-running", type=int, default=256, metavar="N", help="requests in one step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
+
+
+def scene_of(args: argparse.Namespace) -> Scene:
+    """What the options describe; ValueError is one line that says what is wrong."""
+    found = machine(args.profile, args.device, args.tensor_parallel)
+    if args.model and args.model != found.model:
+        raise ValueError(f"profile {found.name} is for {found.model}, not for {args.model}")
+    if args.max_running < 1:
+        raise ValueError(f"--max-running: must be at least 1, not {args.max_running}")
+    if not (args.bandwidth > 0 and args.link_latency >= 0):
+        raise ValueError("--bandwidth must be above 0 and --link-latency at least 0")
+    limit = min(found.max_model_len, found.kv_capacity)
+    return Scene(
+        found,
+        workload(args.workload, limit, args.cv),
+        SLO(args.ttft_slo, args.tpot_slo),
+        args.bandwidth,
+        args.link_latency,
+        args.max_running,
+    )

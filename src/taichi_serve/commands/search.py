@@ -1,0 +1,109 @@
+"""taichi search: the best sliders for a workload and an SLO, for all three ways of serving, each tuned for
+itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from taichi_serve.commands.scene import add_scene, scene_of
+from taichi_serve.search.bound import bound
+from taichi_serve.search.goodput import Scene, attain
+from taichi_serve.search.report import config, draw_curves, draw_pareto, found_row
+from taichi_serve.search.sliders import FAMILIES, Effort, Found, best, search
+
+CURVE = (0.6, 0.75, 0.85, 0.92, 0.97, 1.0, 1.03, 1.08, 1.15)  # of the best goodput
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `taichi search`."""
+    add_scene(parser)
+    parser.add_argument("--instances", type=int, default=8, metavar="N")
+    parser.add_argument(
+        "--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)"
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="of traffic in a full run")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: one for each core")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the best as a config for `taichi serve --config`"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Search; 0, or 2 after one line about bad input."""
+    console = Console(stderr=True)
+    began = time.perf_counter()
+    try:
+        if args.instances < 2:
+            raise ValueError(f"--instances: must be at least 2, not {args.instances}")
+        scene = scene_of(args)
+        effort = Effort(seconds=args.seconds)
+        with console.status("searching") as status:
+            found = search(
+                scene,
+                args.instances,
+                args.seed,
+                args.family or tuple(FAMILIES),
+                effort,
+                args.processes,
+                lambda text: status.update(f"{time.perf_counter() - began:.0f} s  {text}"),
+            )
+    except ValueError as error:
+        print(f"taichi search: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    limit = bound(scene.machine, scene.workload, scene.slo.tpot, args.instances, args.max_running)
+    settings = yaml.safe_dump(config(scene, found[0].contender), sort_keys=False)
+    if args.json:
+        rows = [found_row(f) for f in found]
+        print(json.dumps({"bound": limit, "ranked": rows, "config": yaml.safe_load(settings)}, indent=1))  # noqa: T201
+    else:
+        _show(found, limit, scene, time.perf_counter() - began)
+    if args.out:
+        Path(args.out).write_text(settings)
+    if args.plot:
+        _draw(found, scene, Path(args.plot), effort.requests(limit), args.seed)
+    return 0
+
+
+def _show(found: list[Found], limit: float, scene: Scene, took: float) -> None:
+    table = Table(
+        title=f"{scene.workload.name} on {scene.machine.name}, SLO {scene.slo.ttft:g} s and "
+        f"{scene.slo.tpot * 1e3:g} ms, bound {limit:.3g} requests/s"
+    )
+    for name in ("", "goodput", "of bound", "P90 TTFT", "P90 TPOT", "moves"):
+        table.add_column(name, justify="left" if not name else "right")
+    firsts = {id(f) for f in best(found).values()}
+    for entry in found:
+        row: dict[str, Any] = found_row(entry)
+        table.add_row(
+            f"{entry.family}: {entry.contender.name}",
+            f"{entry.rate:.3g}",
+            f"{entry.share:.0%}",
+            f"{row['ttft_p90']:.2f} s" if entry.tally else "-",
+            f"{row['tpot_p90'] * 1e3:.1f} ms" if entry.tally else "-",
+            f"{row['moves_per_request']:.2f}",
+            style="bold" if id(entry) in firsts else None,
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{took:.0f} s; differences below 3 % are within the error of step times", style="dim")
+
+
+def _draw(found: list[Found], scene: Scene, folder: Path, requests: int, seed: int) -> None:
+    draw_pareto(found, scene, folder / "pareto.svg")
+    top = found[0].rate
+    curves = {}
+    for family, entry in best(found).items():
+        rates = [top * share for share in CURVE]
+        points = [attain(scene, entry.contender, rate, requests, seed).attainment for rate in rates]
+        name = entry.contender.name if family in entry.contender.name else f"{family} {entry.contender.name}"
+        curves[name] = list(zip(rates, points, strict=True))
+    draw_curves(curves, folder / "attainment.svg", scene.workload.name)

@@ -1,0 +1,91 @@
+"""taichi simulate: one configuration on a virtual cluster; figures, JSON, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from taichi_serve.bench.goodput import Tally
+from taichi_serve.commands.scene import add_scene, scene_of
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.search.goodput import Contender, Scene, attain
+from taichi_serve.search.report import config, draw_times, summary
+from taichi_serve.sliders import Sliders
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `taichi simulate`."""
+    add_scene(parser)
+    parser.add_argument("--p-heavy", type=int, required=True, metavar="N", help="P-heavy instances")
+    parser.add_argument("--d-heavy", type=int, required=True, metavar="N", help="D-heavy instances")
+    parser.add_argument("--p-chunk", type=int, required=True, metavar="TOKENS", help="prompt tokens a step")
+    parser.add_argument("--d-chunk", type=int, required=True, metavar="TOKENS", help="0: no prefill there")
+    parser.add_argument("--ttft-margin", type=float, default=Policy().ttft_margin, metavar="SHARE")
+    parser.add_argument("--watermark", type=float, default=Policy().watermark, metavar="SHARE")
+    parser.add_argument("--alpha", type=float, default=Policy().alpha, metavar="SHARE")
+    parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
+    parser.add_argument("--requests", type=int, default=2000, metavar="N")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; 0, or 2 after one line about bad input."""
+    try:
+        if args.requests < 1:
+            raise ValueError(f"--requests: must be at least 1, not {args.requests}")
+        scene = scene_of(args)
+        sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
+        policy = Policy(watermark=args.watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
+        began = time.perf_counter()
+        tally = attain(scene, Contender("simulate", sliders, policy), args.rate, args.requests, args.seed)
+        took = time.perf_counter() - began
+    except ValueError as error:
+        print(f"taichi simulate: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    figures = {
+        "config": config(scene, Contender("simulate", sliders, policy)),
+        "workload": scene.workload.name,
+        "profile": scene.machine.name,
+        "rate": args.rate,
+        "seed": args.seed,
+        **summary(tally),
+    }
+    if args.json:
+        print(json.dumps(figures, indent=1))  # noqa: T201
+    else:
+        _show(figures, tally, scene, took)
+    if args.plot:
+        draw_times(tally, scene, Path(args.plot) / "times.svg")
+    return 0
+
+
+def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> None:
+    console = Console()
+    sliders = figures["config"]
+    table = Table(
+        title=f"{sliders['p_heavy']} P-heavy ({sliders['p_chunk']}) + {sliders['d_heavy']} D-heavy "
+        f"({sliders['d_chunk']}), {scene.workload.name}, {figures['rate']:g} requests/s"
+    )
+    for name in ("", "mean", "p50", "p90", "p99", "SLO"):
+        table.add_column(name, justify="right")
+    for name, unit, limit in (("ttft", 1.0, scene.slo.ttft), ("tpot", 1e3, scene.slo.tpot)):
+        row = figures[name]
+        label = "TTFT (s)" if name == "ttft" else "TPOT (ms)"
+        table.add_row(
+            label, *(f"{row[k] * unit:.3g}" for k in ("mean", "p50", "p90", "p99")), f"{limit * unit:g}"
+        )
+    console.print(table)
+    low, high = tally.interval()
+    console.print(
+        f"attainment {tally.attainment:.1%} ({low:.1%} to {high:.1%}), {tally.good} of {tally.sent} good; "
+        f"moves {figures['moves'] or 'none'}"
+    )
+    busy = ", ".join(f"{name} {share:.0%}" for name, share in figures["busy"].items())
+    console.print(f"busy: {busy}", highlight=False)
+    console.print(f"{tally.sent / took:,.0f} requests simulated a second", style="dim", highlight=False)

@@ -1,0 +1,125 @@
+"""A machine to simulate: step times, KV room and limits, from a shipped profile, a measured one, or a
+config.json.
+
+The shipped ones are coefficients fitted to public kernel tables (scripts/compose_profiles.py); each file
+names its sources and its error on held-out rows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from taichi_serve.latency.curve import StepCurve
+from taichi_serve.latency.device import DEVICES, kv_capacity, read_config, roofline
+from taichi_serve.latency.fit import Sample, fit
+from taichi_serve.latency.model import Batch, Roofline
+from taichi_serve.latency.profile import load
+
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One instance's model and device. Tokens, bytes, seconds."""
+
+    name: str
+    model: str
+    device: str
+    truth: StepCurve | Roofline
+    kv_capacity: int
+    kv_bytes_per_token: int
+    max_model_len: int
+
+    @property
+    def belief(self) -> Roofline:
+        """What a predictor that was fitted to this machine's steps would think: a simpler model than the
+        truth."""
+        if isinstance(self.truth, Roofline):
+            return self.truth
+        return _belief(self.truth, self.kv_capacity)
+
+    def scaled(self, by: float) -> StepCurve:
+        """The truth, slower or faster than the belief."""
+        if isinstance(self.truth, Roofline):
+            raise ValueError(f"{self.name}: only a shipped profile can be scaled")
+        return self.truth.scaled(by)
+
+
+def names() -> list[str]:
+    """The shipped profiles."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def machine(profile: str, device: str = "A100", tensor_parallel: int = 1) -> Machine:
+    """A shipped name, the path of a `taichi profile` file, or of a config.json (then `device` counts).
+
+    Raises ValueError naming the file and the field.
+    """
+    path = SHIPPED / f"{profile}.json"
+    if path.is_file() and "/" not in profile:
+        return _shipped(path)
+    path = Path(profile)
+    if not path.is_file():
+        raise ValueError(f"profile {profile!r} is no file, and none of {', '.join(names())}")
+    if path.name == "config.json":
+        return _described(path, device, tensor_parallel)
+    found = load(path)
+    limit = found.settings.get("max_model_len", found.kv_capacity)
+    limit = limit if isinstance(limit, int) else found.kv_capacity
+    return Machine(
+        path.stem,
+        found.model,
+        found.device,
+        found.fit.model(),
+        found.kv_capacity,
+        found.bytes_per_token,
+        limit,
+    )
+
+
+def _shipped(path: Path) -> Machine:
+    body: dict[str, Any] = json.loads(path.read_text())
+    curve = StepCurve(
+        tuple((float(t), float(s)) for t, s in body["knots"]),
+        float(body["per_attention"]),
+        float(body["per_kv_token"]),
+        float(body["per_decode"]),
+    )
+    return Machine(
+        str(body["name"]),
+        str(body["model"]),
+        f"{body['tensor_parallel']} x {body['device']}",
+        curve,
+        int(body["kv_capacity"]),
+        int(body["kv_bytes_per_token"]),
+        int(body["max_model_len"]),
+    )
+
+
+def _described(path: Path, device: str, tensor_parallel: int) -> Machine:
+    if device not in DEVICES:
+        raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
+    shape = read_config(path)
+    room = kv_capacity(shape, DEVICES[device], tensor_parallel)
+    curve = roofline(shape, DEVICES[device], tensor_parallel)
+    name = f"{shape.name} (roofline)"
+    return Machine(
+        name, shape.name, f"{tensor_parallel} x {device}", curve, room, shape.kv_bytes, shape.limit
+    )
+
+
+@cache
+def _belief(truth: StepCurve, capacity: int) -> Roofline:
+    samples = []
+    for decodes in (0, 1, 16, 64, 128):
+        for prompt in (0, 128, 256, 512, 1024, 2048, 4096):
+            for share in (0.1, 0.5, 0.9) if decodes else (0.0,):
+                if decodes or prompt:
+                    kv = int(capacity * share * min(1.0, decodes / 64))
+                    batch = Batch(prompt, prompt * (prompt + 2000.0) / 2, decodes, kv)
+                    samples.append(Sample(batch, truth.seconds(batch)))
+    return fit(samples)

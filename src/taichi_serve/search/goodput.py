@@ -1,0 +1,128 @@
+"""Goodput of one contender: the highest request rate at which 90 % of all requests sent are good.
+
+Bisection over the rate, with the same requests at every rate (bench/workload.py). A run ends as soon as the
+target is reached or out of reach: waiting for the last long output decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from taichi_serve.bench.goodput import Meter, Tally
+from taichi_serve.bench.workload import Workload
+from taichi_serve.cluster.base import run
+from taichi_serve.cluster.simulated import EngineShape, Link, SimulatedCluster
+from taichi_serve.latency.predict import Predictor
+from taichi_serve.latency.profile import Transfer
+from taichi_serve.latency.profiled import Profiled
+from taichi_serve.latency.shipped import Machine
+from taichi_serve.messages import Event
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Kind, Sliders
+from taichi_serve.slo import SLO
+
+TARGET = 0.9
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What all contenders have in common: machine, link, workload and SLO."""
+
+    machine: Machine
+    workload: Workload
+    slo: SLO
+    bandwidth: float = 50e9  # bytes/s of an instance's port; see docs/simulation.md
+    latency: float = 0.005  # seconds a transfer takes before any byte
+    max_running: int = 256
+    slower: float = 1.0  # the truth's seconds over what the predictor believes
+
+    def cluster(
+        self, sliders: Sliders, rate: float, requests: int, seed: int, happenings: tuple[Event, ...] = ()
+    ) -> SimulatedCluster:
+        """A cluster that will see these requests."""
+        machine = self.machine
+        truth = machine.truth if self.slower == 1.0 else machine.scaled(self.slower)
+        return SimulatedCluster(
+            sliders,
+            [truth],
+            EngineShape(machine.kv_capacity, self.max_running),
+            Link(machine.kv_bytes_per_token, self.bandwidth, self.latency),
+            self.workload.calls(rate, requests, seed),
+            happenings,
+            machine.max_model_len,
+        )
+
+    def predictor(self) -> Predictor:
+        """What the policies ask: the fitted model, which is simpler than the truth."""
+        transfer = Transfer(Kind.P_HEAVY, Kind.D_HEAVY, self.latency, self.bandwidth)
+        pairs = {(a, b): transfer for a in Kind for b in Kind}
+        return Profiled(self.machine.belief, pairs, self.machine.kv_bytes_per_token)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Sliders and policy under a name."""
+
+    name: str
+    sliders: Sliders
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """The rate found (requests/s), and the tally of the run there."""
+
+    rate: float
+    tally: Tally | None
+
+
+def attain(
+    scene: Scene, contender: Contender, rate: float, requests: int, seed: int, target: float | None = None
+) -> Tally:
+    """One run; with a target it ends as soon as that share of good requests is reached or out of reach."""
+    cluster = scene.cluster(contender.sliders, rate, requests, seed)
+    scheduler = GlobalScheduler(
+        contender.sliders, scene.slo, scene.predictor(), contender.policy, cluster.capacities
+    )
+    if target is None:
+        meter = Meter(scheduler, scene.slo)
+        run(meter, cluster)
+        return meter.tally
+    needed = math.ceil(target * requests - 1e-9)
+    meter = Meter(scheduler, scene.slo, requests - needed + 1, needed)
+    for event in cluster.facts():
+        for command in meter.on(event):
+            cluster.send(command)
+        if meter.decided:
+            cluster.close()
+    # Of those never sent none is good: the share is of all that were to be sent.
+    return replace(meter.tally, sent=requests)
+
+
+def goodput(
+    scene: Scene,
+    contender: Contender,
+    requests: int,
+    seed: int,
+    most: float,
+    tolerance: float = 0.01,
+    guess: float | None = None,
+) -> Goodput:
+    """The highest rate in (0, `most`] at which TARGET of the requests are good, to `tolerance` of itself.
+
+    `guess` narrows the first bracket; a guess that is wrong costs two runs and nothing else.
+    """
+    low, high = 0.0, most
+    rate = guess if guess is not None and guess < most else most * 0.75
+    step = 0.04 if guess is not None else 0.25
+    while high - low > tolerance * high and high > most * 0.01:
+        if attain(scene, contender, rate, requests, seed, TARGET).attainment >= TARGET:
+            low = rate
+            rate = (low + high) / 2 if high < most else min(low * (1 + step), (low + most) / 2)
+        else:
+            high = rate
+            rate = (low + high) / 2 if low > 0 else high * (1 - step)
+        step *= 2 if step < 0.3 else 1
+    return Goodput(low, attain(scene, contender, low, requests, seed) if low else None)

@@ -1,0 +1,126 @@
+"""What a search or a simulation came to: rows for a table, a config for `taichi serve`, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from taichi_serve.bench.goodput import Tally
+from taichi_serve.search.goodput import Contender, Scene
+from taichi_serve.search.sliders import Found
+
+COLOURS = {"aggregation": "#4c72b0", "disaggregation": "#dd8452", "hybrid": "#55a868"}
+
+
+def summary(tally: Tally) -> dict[str, Any]:
+    """The figures of a run: seconds, shares and counts."""
+    low, high = tally.interval()
+    span = max(1e-9, tally.last_at - tally.first_at)
+    return {
+        "sent": tally.sent,
+        "finished": tally.done,
+        "good": tally.good,
+        "attainment": tally.attainment,
+        "attainment_low": low,
+        "attainment_high": high,
+        "ttft": {"mean": tally.ttft.mean, **_quantiles(tally.ttft)},
+        "tpot": {"mean": tally.tpot.mean, **_quantiles(tally.tpot)},
+        "moves": dict(sorted(tally.moves.items())),
+        "steps": tally.steps,
+        "seconds": span,
+        "busy": {name: busy / span for name, busy in sorted(tally.busy.items())},
+    }
+
+
+def _quantiles(times: Any) -> dict[str, float]:
+    return {f"p{share}": times.quantile(share / 100) for share in (50, 90, 99)}
+
+
+def config(scene: Scene, contender: Contender) -> dict[str, Any]:
+    """The keys that `taichi serve --config` takes."""
+    sliders, policy = contender.sliders, contender.policy
+    return {
+        "model": scene.machine.model,
+        "p_heavy": sliders.p_heavy,
+        "d_heavy": sliders.d_heavy,
+        "p_chunk": sliders.p_chunk,
+        "d_chunk": sliders.d_chunk,
+        "ttft_slo": scene.slo.ttft,
+        "tpot_slo": scene.slo.tpot,
+        "ttft_margin": policy.ttft_margin,
+        "watermark": policy.watermark,
+        "alpha": policy.alpha,
+    }
+
+
+def found_row(found: Found) -> dict[str, Any]:
+    """One line of the ranked table."""
+    tally = found.tally
+    return {
+        "family": found.family,
+        "contender": found.contender.name,
+        "goodput": found.rate,
+        "share_of_bound": found.share,
+        "ttft_p90": tally.ttft.quantile(0.9) if tally else None,
+        "tpot_p90": tally.tpot.quantile(0.9) if tally else None,
+        "moves_per_request": sum(tally.moves.values()) / tally.sent if tally and tally.sent else 0.0,
+    }
+
+
+def draw_pareto(found: Sequence[Found], scene: Scene, path: Path) -> None:
+    """Goodput against P90 TTFT and P90 TPOT at that rate, one point for each contender."""
+    figure, axes = _figure(2)
+    for axis, name, limit in zip(axes, ("ttft", "tpot"), (scene.slo.ttft, scene.slo.tpot), strict=True):
+        for family, colour in COLOURS.items():
+            mine = [f for f in found if f.family == family and f.tally]
+            times = [getattr(f.tally, name).quantile(0.9) for f in mine]
+            axis.scatter([f.rate for f in mine], times, label=family, color=colour)
+        axis.axhline(limit, color="grey", linestyle=":", label="SLO")
+        axis.set_xlabel("goodput (requests/s)")
+        axis.set_ylabel(f"P90 {name.upper()} there (s)")
+    axes[0].legend()
+    _save(figure, path)
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str = "") -> None:
+    """Attainment against rate; `curves` maps a name to points (requests/s, share)."""
+    figure, (axis,) = _figure(1)
+    for name, points in curves.items():
+        colour = COLOURS.get(name.split(" ")[0])
+        axis.plot([r for r, _ in points], [a for _, a in points], marker=".", label=name, color=colour)
+    axis.axhline(0.9, color="grey", linestyle=":")
+    axis.set_xlabel("requests/s")
+    axis.set_ylabel("attainment")
+    axis.set_ylim(0, 1.02)
+    axis.set_title(title)
+    axis.legend()
+    _save(figure, path)
+
+
+def draw_times(tally: Tally, scene: Scene, path: Path) -> None:
+    """The distributions of TTFT and TPOT with their SLOs."""
+    figure, axes = _figure(2)
+    limits = (scene.slo.ttft, scene.slo.tpot)
+    for axis, times, name, limit in zip(
+        axes, (tally.ttft, tally.tpot), ("TTFT", "TPOT"), limits, strict=True
+    ):
+        shares = [n / 100 for n in range(1, 100)]
+        axis.plot([times.quantile(s) for s in shares], shares)
+        axis.axvline(limit, color="grey", linestyle=":", label="SLO")
+        axis.set_xlabel(f"{name} (s)")
+        axis.set_ylabel("share of requests within")
+        axis.legend()
+    _save(figure, path)
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * columns, 3.4), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,67 @@
+"""The harness that holds simulated engines to recorded ones, tried on recordings whose truth is known."""
+
+import io
+import random
+
+import pytest
+
+from taichi_serve.bench.replay import RecordedSteps, again
+from taichi_serve.cluster.base import run
+from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
+from taichi_serve.eventlog import Logged, read
+from taichi_serve.latency.curve import StepCurve
+from taichi_serve.latency.predict import Learned
+from taichi_serve.messages import Stepped
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
+
+CURVE = StepCurve(((0, 0.01), (1000, 0.11)), 1e-8, 1e-7, 1e-5)
+SHAPE = EngineShape(16_000)
+
+
+def recording(sliders, seed=1, latency=0.0):
+    chance = random.Random(seed)
+    at, calls = 0.0, []
+    for _ in range(150):
+        at += chance.expovariate(15.0)
+        calls.append(Call(at, chance.randint(1, 900), chance.randint(1, 60)))
+    cluster = SimulatedCluster(sliders, [CURVE], SHAPE, Link(0.0, 1.0, latency), calls, (), 16_000)
+    out = io.StringIO()
+    inner = GlobalScheduler(sliders, SLO(1.0, 0.05), Learned(), Policy(), cluster.capacities)
+    run(Logged(inner, out), cluster)
+    return list(read(out.getvalue().splitlines(keepends=True)))
+
+
+def test_recorded_durations_give_the_recorded_times_back():
+    sliders = Sliders(0, 2, 0, 256)
+    real, simulated = again(recording(sliders), sliders, SHAPE)
+    assert simulated.errors(real) == pytest.approx({"tpot_mean": 0, "ttft_p50": 0, "ttft_p90": 0}, abs=1e-9)
+    assert real.requests == 150
+
+
+def test_with_moves_the_agreement_is_within_the_limits_set_for_real_recordings():
+    sliders = Sliders(1, 1, 512, 64)
+    real, simulated = again(recording(sliders, latency=0.02), sliders, SHAPE)
+    errors = simulated.errors(real)
+    assert abs(errors["tpot_mean"]) <= 0.03
+    assert abs(errors["ttft_p50"]) <= 0.05
+    assert abs(errors["ttft_p90"]) <= 0.10
+
+
+def test_a_model_that_is_a_tenth_too_slow_shows():
+    sliders = Sliders(0, 2, 0, 256)
+    real, simulated = again(recording(sliders), sliders, SHAPE, CURVE.scaled(1.1))
+    assert 0.1 < simulated.errors(real)["tpot_mean"] < 0.25  # queues make more than a tenth of a tenth
+
+
+def test_steps_with_prompts_keep_their_durations_apart_from_steps_without():
+    steps = [Stepped(0, "i0", s, p, 1, 0) for s, p in ((0.1, 50), (0.01, 0), (0.2, 50), (0.02, 0))]
+    truth = RecordedSteps(steps)
+    assert [truth.of(p, 0, 1, 0) for p in (0, 50, 0, 50, 50)] == pytest.approx([0.01, 0.1, 0.02, 0.2, 0.15])
+
+
+def test_a_log_in_which_nothing_was_finished_is_refused():
+    with pytest.raises(ValueError, match="no request"):
+        again([], Sliders(0, 1, 0, 64), SHAPE)

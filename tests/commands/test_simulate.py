@@ -1,0 +1,87 @@
+"""The commands from outside: figures, files, and one clear line for bad input."""
+
+import argparse
+import json
+import re
+
+import pytest
+import yaml
+
+from taichi_serve.commands import search, simulate
+from taichi_serve.search.sliders import Effort
+
+BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07 --seed 1"
+ONE = f"{BASE} --p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 128 --rate 4 --requests 60"
+
+
+def parsed(command, words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words.split())
+
+
+def test_simulate_prints_a_table(capsys):
+    assert simulate.main(parsed(simulate, ONE)) == 0
+    out = capsys.readouterr().out
+    assert "attainment 100.0%" in out
+    assert re.search(r"TPOT \(ms\)", out)
+
+
+def test_simulate_says_the_same_in_json_every_time_and_draws(capsys, tmp_path):
+    for _ in range(2):
+        assert simulate.main(parsed(simulate, f"{ONE} --json --plot {tmp_path}")) == 0
+    out = capsys.readouterr().out
+    half = len(out) // 2
+    assert out[:half] == out[half:]
+    figures = json.loads(out[:half])
+    assert figures["sent"] == figures["finished"] == 60
+    assert figures["attainment"] == 1.0
+    assert (tmp_path / "times.svg").stat().st_size > 1000
+
+
+BAD = [
+    ("--rate 0", "rate must be a positive number of requests/s, not 0.0"),
+    ("--requests 0", "--requests: must be at least 1, not 0"),
+    ("--d-heavy -1", "d_heavy must be a whole number of at least 0, not -1"),
+    ("--p-chunk 64", r"p_chunk \(64\) must not be below d_chunk \(128\)"),
+    ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
+    ("--workload nothing.csv", r"workload 'nothing.csv' is no file, and none of sharegpt, summarization"),
+    ("--profile nothing", "profile 'nothing' is no file"),
+    ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
+    ("--watermark 0", "watermark must be a positive number, not 0.0"),
+    ("--cv -1", "the coefficient of variation must be at least 0, not -1.0"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), BAD)
+def test_bad_input_is_one_line_and_status_2(words, line, capsys):
+    assert simulate.main(parsed(simulate, f"{ONE} {words}")) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(f"taichi simulate: {line}.*\n", err)
+
+
+def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_path):
+    trace = tmp_path / "long.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n10,5\n40000,5\n")
+    assert simulate.main(parsed(simulate, f"{ONE} --workload {trace}")) == 2
+    assert f"{trace}: row 3: num_prefill_tokens: 40000 + 5 tokens are over" in capsys.readouterr().err
+
+
+def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "Effort", lambda seconds: Effort(seconds, 60, 60, 0.2))
+    out = tmp_path / "best.yaml"
+    words = f"{BASE} --instances 2 --seconds 1 --processes 1 --family aggregation --family disaggregation"
+    assert search.main(parsed(search, f"{words} --json --out {out} --plot {tmp_path}")) == 0
+    told = json.loads(capsys.readouterr().out)
+    rates = [row["goodput"] for row in told["ranked"]]
+    assert rates == sorted(rates, reverse=True)
+    assert {row["family"] for row in told["ranked"]} == {"aggregation", "disaggregation"}
+    assert max(rates) <= told["bound"]
+    assert yaml.safe_load(out.read_text()) == told["config"]
+    assert (tmp_path / "pareto.svg").exists()
+    assert (tmp_path / "attainment.svg").exists()
+
+
+def test_search_for_one_instance_is_refused(capsys):
+    assert search.main(parsed(search, f"{BASE} --instances 1")) == 2
+    assert "--instances: must be at least 2" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""Goodput, its bound, and the search: small machines whose limits are known by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from taichi_serve.bench.workload import LogNormal, Synthetic, Workload
+from taichi_serve.latency.curve import StepCurve
+from taichi_serve.latency.shipped import Machine, machine
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.search.bound import Mean, bound, least_seconds
+from taichi_serve.search.goodput import Contender, Scene, attain, goodput
+from taichi_serve.search.report import config
+from taichi_serve.search.sliders import FAMILIES, Effort, best, search
+from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
+
+# A step costs 10 ms and 0.1 ms a token: a prompt of 1000 in chunks of 500 takes 120 ms.
+TINY = Machine(
+    "tiny", "tiny", "none", StepCurve(((0, 0.01), (1000, 0.11)), 0.0, 0.0, 0.0), 64_000, 1000, 8192
+)
+LOAD = Workload("even", Synthetic(LogNormal(1000, 0.0, 1000), LogNormal(20, 0.0, 20)))
+SCENE = Scene(TINY, LOAD, SLO(1.0, 0.05))
+AGGREGATION = Contender("aggregation 256", Sliders(0, 2, 0, 256), Policy(ttft_margin=1.0))
+
+
+def test_without_a_tpot_limit_the_bound_is_the_work_alone():
+    # 1000 prompt and 19 decode tokens at 0.1 ms each are 101.9 ms. KV holds 63 decodes of 1010 tokens, so 19
+    # tokens take at least 0.3 steps, and each of these costs 10 ms whatever is in it.
+    seconds = least_seconds(TINY, Mean.of(LOAD, 500), 100.0, 256)
+    assert seconds == pytest.approx(0.1049, rel=0.01)
+
+
+def test_a_tight_tpot_limit_lowers_the_bound_and_never_below_what_is_reached():
+    loose, tight = bound(TINY, LOAD, 0.05, 2), bound(TINY, LOAD, 0.0105, 2)
+    assert tight < loose
+    found = goodput(SCENE, AGGREGATION, 300, 1, loose)
+    assert 0.5 * loose < found.rate < loose
+
+
+def test_goodput_is_where_attainment_falls_through_the_target():
+    top = bound(TINY, LOAD, 0.05, 2)
+    found = goodput(SCENE, AGGREGATION, 300, 1, top, tolerance=0.02)
+    assert attain(SCENE, AGGREGATION, found.rate, 300, 1).attainment >= 0.9
+    assert attain(SCENE, AGGREGATION, found.rate * 1.04, 300, 1).attainment < 0.9
+    assert found.tally is not None
+    assert found.tally.sent == 300
+
+
+def test_a_wrong_guess_changes_the_goodput_by_no_more_than_the_tolerance():
+    top = bound(TINY, LOAD, 0.05, 2)
+    rates = [goodput(SCENE, AGGREGATION, 300, 1, top, 0.02, guess).rate for guess in (None, 1.0, top * 0.99)]
+    assert max(rates) <= min(rates) * 1.05
+
+
+def test_a_slower_truth_than_believed_costs_attainment():
+    top = bound(TINY, LOAD, 0.05, 2)
+    rate = goodput(SCENE, AGGREGATION, 300, 1, top).rate
+    slower = attain(replace(SCENE, slower=1.2), AGGREGATION, rate, 300, 1)
+    assert slower.attainment < attain(SCENE, AGGREGATION, rate, 300, 1).attainment
+
+
+def test_the_search_tunes_every_family():
+    found = search(SCENE, 2, 3, effort=Effort(seconds=5, least=80, most=100, tolerance=0.1), processes=1)
+    assert set(best(found)) == set(FAMILIES)
+    assert [f.rate for f in found] == sorted((f.rate for f in found), reverse=True)
+    assert all(0 < f.share <= 1 for f in found)
+
+
+def test_two_processes_find_the_same_table_as_one():
+    effort = Effort(seconds=5, least=60, most=60, tolerance=0.2)
+    one, two = (search(SCENE, 2, 3, ["disaggregation"], effort, n) for n in (1, 2))
+    assert one == two
+    assert one
+
+
+def test_every_contender_has_legal_sliders_for_any_number_of_instances():
+    for instances in (2, 3, 8, 64):
+        for family in FAMILIES.values():
+            field = family(instances, 4096)
+            assert field
+            assert all(c.sliders.instances == instances for c in field)
+            assert len({c.name for c in field}) == len(field)
+
+
+def test_the_config_has_the_keys_that_serve_takes():
+    sliders = ["p_heavy", "d_heavy", "p_chunk", "d_chunk"]
+    policy = ["ttft_margin", "watermark", "alpha"]
+    assert list(config(SCENE, AGGREGATION)) == ["model", *sliders, "ttft_slo", "tpot_slo", *policy]
+
+
+def test_shipped_machines_never_read_memory_faster_than_the_device_does():
+    bandwidth = {"A100-SXM4-80GB": 2.039e12, "H100-SXM5-80GB": 3.35e12, "H200-SXM-141GB": 4.8e12}
+    for name in (
+        "llama-2-70b-tp4-a100",
+        "qwen2.5-14b-tp1-a100",
+        "qwen2.5-32b-tp2-a100",
+        "qwen2.5-14b-tp1-h200",
+    ):
+        found = machine(name)
+        count, _, device = found.device.partition(" x ")
+        rate = found.kv_bytes_per_token / int(count) / bandwidth[device]
+        assert isinstance(found.truth, StepCurve)
+        assert found.truth.per_kv_token >= rate
+
+
+@pytest.mark.parametrize(
+    ("work", "ms"),
+    [
+        ((1024, 1024 * 1025 / 2, 0, 0), 228),
+        ((4096, 4096 * 4097 / 2, 0, 0), 829),
+        ((0, 0, 32, 32 * 2600), 39),
+        ((0, 0, 128, 128 * 2600), 64),
+        ((512, 512 * 1300, 32, 32 * 2600), 135),
+    ],
+)
+def test_llama_on_a100_is_within_a_tenth_of_a_composition_made_apart_from_ours(work, ms):
+    assert machine("llama-2-70b-tp4-a100").truth.of(*work) * 1e3 == pytest.approx(ms, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("work", "ms"),
+    [
+        ((0, 0, 1, 1000), 19.8),
+        ((0, 0, 32, 32_000), 24.9),
+        ((0, 0, 64, 64_000), 28.6),
+        ((0, 0, 32, 240_000), 56),
+        ((1024, 1024 * 1025 / 2, 0, 0), 110),
+        ((8192, 8192 * 8193 / 2, 0, 0), 948),
+        ((1024, 1024 * 3750, 32, 240_000), 169),
+    ],
+)
+def test_qwen_on_a100_is_within_a_tenth_of_a_composition_made_apart_from_ours(work, ms):
+    assert machine("qwen2.5-14b-tp1-a100").truth.of(*work) * 1e3 == pytest.approx(ms, rel=0.1)
+
+
+def test_an_unknown_profile_and_a_wrong_config_are_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match=r"profile 'nothing' is no file, and none of .*qwen2.5-14b-tp1-a100"):
+        machine("nothing")
+    path = tmp_path / "config.json"
+    path.write_text('{"num_attention_heads": 8, "hidden_size": "x"}')
+    with pytest.raises(ValueError, match=r"config.json: hidden_size: expected a whole number"):
+        machine(str(path))
