@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -156,7 +157,7 @@ def parts(moved: list[dict[str, Any]]) -> str:
     lines = [f"  {'gap':<10} {quantiles([leg['gap'] for leg in moved])}"]
     names = ["left", "heard", "arrived", "began", "landed", "scheduled", "made", "at"]
     times = [leg["timeline"] for leg in moved if leg["timeline"]]
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in itertools.pairwise(names):
         lines.append(f"  {name:<10} {quantiles([t[name] - t[before] for t in times])}")
     return "\n".join(lines)
 

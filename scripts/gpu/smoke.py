@@ -64,7 +64,7 @@ def first_difference(a: list[Answer], b: list[Answer]) -> None:
         if not y.ok:
             print(f"  stream {number}: {y.error}")
         elif x.tokens != y.tokens:
-            at = next((k for k, (p, q) in enumerate(zip(x.tokens, y.tokens)) if p != q), -1)
+            at = next((k for k, (p, q) in enumerate(zip(x.tokens, y.tokens, strict=False)) if p != q), -1)
             print(f"  stream {number} ({x.prompt_tokens} in) parts at token {at} of {len(x.tokens)}")
 
 

@@ -49,7 +49,8 @@ class Answer:
 async def stream(
     client: httpx.AsyncClient, path: str, body: dict[str, Any], on_tokens: OnTokens | None = None
 ) -> Answer:
-    """POST `body` with streaming on; `on_tokens` is awaited after every chunk. Never raises for a server's sins."""
+    """POST `body` with streaming on; `on_tokens` is awaited after every chunk. What the server does wrong is
+    in the answer's `error`."""
     answer = Answer(time.perf_counter())
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:

@@ -29,7 +29,7 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 KEEP = 10_000
 History = list[Event | Command]
-Write = Callable[[Event, Sequence[Command]], None]
+Write = Callable[[Event, Sequence[Command]], object]
 
 
 class Recorder:
@@ -60,7 +60,7 @@ class Recorder:
         else:
             self._remember(event)
         for command in commands:
-            if type(command) is not SetChunk:
+            if not isinstance(command, SetChunk):
                 self._history(command.request).append(command)
                 if isinstance(command, Decode | Flow):
                     self._why[command.request] = command.move

@@ -12,11 +12,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -30,10 +31,12 @@ from taichi_serve.cluster.vllm.cluster import VllmCluster
 from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
 from taichi_serve.cluster.vllm.process import StartError
 from taichi_serve.cluster.vllm.warm import measure, warm
+from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.predict import Learned
+from taichi_serve.messages import Command, Event
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 log = logging.getLogger("taichi")
@@ -51,11 +54,13 @@ class System:
     llm: ClusterLLM
     max_chunk: int
     tasks: list[asyncio.Task[None]]
+    event_log: IO[str] | None = None
 
 
 def say(text: str) -> None:
     """A line for whoever watches the start."""
-    print(f"taichi: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"taichi: {text}\n")
+    sys.stderr.flush()
 
 
 @contextlib.asynccontextmanager
@@ -106,7 +111,7 @@ async def _start(args: argparse.Namespace, argv: list[str], directory: Path, eng
     cluster = VllmCluster(engines, outputs.put_nowait, args.move_timeout)
     holder.append(cluster)
     for engine in engines:
-        engine.process.on_exit(lambda code, e=engine: loop.call_soon_threadsafe(_exited, cluster, e, code))
+        engine.process.on_exit(_in_loop(loop, cluster, engine))
     say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
     await warm(cluster)
     cluster.open()
@@ -118,7 +123,8 @@ async def _start(args: argparse.Namespace, argv: list[str], directory: Path, eng
         flags.policy(args),
         {engine.name: engine.kv_capacity for engine in engines},
     )
-    recorder = Recorder(scheduler, _bytes_per_token(config))
+    written = _event_log(args.event_log)
+    recorder = Recorder(scheduler, _bytes_per_token(config), _writer(written))
     llm = cluster_llm(engines[0].client.vllm_config, cluster, outputs, args)
     tasks = [
         asyncio.create_task(drive(recorder, cluster), name="drive"),
@@ -126,7 +132,24 @@ async def _start(args: argparse.Namespace, argv: list[str], directory: Path, eng
     ]
     tasks[0].add_done_callback(_drive_ended)
     largest = config.scheduler_config.max_num_batched_tokens
-    return System(cluster, scheduler, recorder, llm, largest, tasks)
+    return System(cluster, scheduler, recorder, llm, largest, tasks, written)
+
+
+def _event_log(path: str | None) -> IO[str] | None:
+    try:
+        return Path(path).open("a", encoding="utf-8") if path else None
+    except OSError as wrong:
+        raise StartError(f"the event log {path} cannot be written: {wrong.strerror}") from wrong
+
+
+def _writer(out: IO[str] | None) -> Callable[[Event, Sequence[Command]], object] | None:
+    return None if out is None else lambda event, commands: out.write(encode(event, commands) + "\n")
+
+
+def _in_loop(
+    loop: asyncio.AbstractEventLoop, cluster: VllmCluster, engine: Engine
+) -> Callable[[int], object]:
+    return lambda code: loop.call_soon_threadsafe(_exited, cluster, engine, code)
 
 
 def _exited(cluster: VllmCluster, engine: Engine, code: int) -> None:
@@ -215,11 +238,13 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
         for task in system.tasks:
             task.cancel()
         await asyncio.gather(*system.tasks, return_exceptions=True)
+        if system.event_log is not None:
+            system.event_log.close()
 
 
 async def _announce(system: System, sock: socket.socket, address: str) -> None:
     """Say that it is ready once vLLM's server listens: it has no callback for that."""
-    while not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    while not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     say(f"ready on {address} with {_summary(system)}")
 

@@ -90,8 +90,8 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     ):
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
-        text = f"{text} (default: {default})"
-        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=text)
+        explained = f"{text} (default: {default})"
+        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=explained)
     group.add_argument(
         "--kv-over",
         choices=("auto", "nixl"),
@@ -142,8 +142,8 @@ def policy(args: argparse.Namespace) -> Policy:
     """The policy of a parsed command line. A low watermark is most likely vLLM's flag of that name."""
     if args.degrade_watermark < 0.5:
         raise ValueError(
-            f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above which "
-            "requests are degraded; vLLM's own flag of that name (a share to keep free) is not available"
+            f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above "
+            "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
     return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
 
@@ -161,9 +161,9 @@ def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmC
     if engine_args.max_num_batched_tokens is None:
         seqs = engine_args.max_num_seqs or 256
         engine_args.max_num_batched_tokens = max(chosen.p_chunk, chosen.d_chunk, 2048) + seqs
-    if current_platform.is_cpu() and engine_args.kv_cache_memory_bytes is None:
-        if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            engine_args.kv_cache_memory_bytes = CPU_KV_BYTES
+    unsaid = engine_args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if current_platform.is_cpu() and unsaid:
+        engine_args.kv_cache_memory_bytes = CPU_KV_BYTES
     config = engine_args.create_engine_config()
     largest = max(chosen.p_chunk, chosen.d_chunk)
     if largest > config.scheduler_config.max_num_batched_tokens:

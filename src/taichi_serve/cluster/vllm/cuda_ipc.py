@@ -101,7 +101,7 @@ class CudaMemory:
     def copy(
         self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool
     ) -> EventCopy:
-        """One kernel for each length of row, on the side stream; with `in_step` the step's own waits for it."""
+        """One kernel for each length of row, on the side stream; with `in_step` the step waits for it."""
         keep: list[torch.Tensor] = []
         with torch.cuda.stream(self._stream):
             for length in np.unique(target[:, 1]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
@@ -14,7 +14,7 @@ from vllm.v1.executor import Executor
 
 from taichi_serve.cluster.vllm.process import EngineProcess
 
-Outputs = EngineCoreOutputs | Exception
+Outputs: TypeAlias = EngineCoreOutputs | Exception
 
 
 class Inbox:

@@ -61,6 +61,10 @@ def extra(request: Request) -> dict[str, Any]:
 class FlowScheduler(AsyncScheduler):
     """vLLM's asynchronous scheduler with live chunks, moved-in decodes first, and requests that leave."""
 
+    running: list[Request]
+    max_num_active_reqs: int
+    _pause_state: PauseState
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.chunk: int = self.scheduler_config.max_num_batched_tokens

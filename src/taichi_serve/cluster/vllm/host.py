@@ -277,9 +277,10 @@ class CpuMemory:
     """Another process's memory, read with process_vm_readv (Linux, same user)."""
 
     def __init__(self) -> None:
+        vector: list[Any] = [ctypes.c_void_p, ctypes.c_ulong]
         self._read = ctypes.CDLL(None, use_errno=True).process_vm_readv
         self._read.restype = ctypes.c_ssize_t
-        self._read.argtypes = [ctypes.c_int] + [ctypes.c_void_p, ctypes.c_ulong] * 2 + [ctypes.c_ulong]
+        self._read.argtypes = [ctypes.c_int, *vector, *vector, ctypes.c_ulong]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
 
     def offer(self, ranges: Rows) -> list[dict[str, Any]]:

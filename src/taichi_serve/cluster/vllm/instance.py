@@ -171,7 +171,8 @@ def _groups(count: int, per_instance: int, devices: str | None) -> list[str]:
     available = current_platform.device_count()
     if count * per_instance > available:
         raise StartError(
-            f"{count} instances of {per_instance} GPUs need {count * per_instance}, and {available} are there; "
+            f"{count} instances of {per_instance} GPUs need {count * per_instance}, and there are "
+            f"{available}; "
             'let instances share with --devices, as in --devices "0;0"'
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -167,12 +167,14 @@ def let_progress_sleep(bindings: Any) -> None:
 class FlowConnectorWorker(NixlPullConnectorWorker):
     """The worker's side of the pull, whose agent reads peers on this host directly."""
 
+    nixl_wrapper: Any
+
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         if current_platform.is_cpu():
             let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind)
         cores = os.sched_getaffinity(0)
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        # vLLM binds this thread, which also runs the model, to the last core: the same one for every instance.
+        # vLLM binds this thread, which also runs the model, to the last core: the same for every instance.
         os.sched_setaffinity(0, cores)
         directory = self.kv_transfer_config.get_from_extra_config("taichi_directory", "")
         self._host: HostAgent | None = None
@@ -201,8 +203,8 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         """Requests that were read within their step are not waited for by the scheduler."""
         results = super().get_transfer_results()
         over = results.finished_recving & self._in_step
-        for finished in (results.finished_recving, results.failed_recving):
-            finished -= over
+        results.finished_recving -= over
+        results.failed_recving -= over
         self._in_step -= over
         return results
 

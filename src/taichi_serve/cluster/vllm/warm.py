@@ -41,6 +41,12 @@ async def _all_pairs(cluster: VllmCluster, turn: int, timeout: float) -> None:
     await asyncio.wait(waits, timeout=timeout)
     bad = [f"{a} -> {b}" for (a, b), wait in pairs.items() if not wait.done() or wait.result() < 2]
     bad += [e.name for e, wait in zip(cluster.engines, alone, strict=True) if not wait.done()]
+    for engine in cluster.engines:
+        if not engine.alive:
+            raise StartError(
+                f"instance {engine.name} ended while it was warmed: {engine.process.cause()}; "
+                f"its log is {engine.process.log}"
+            )
     if bad:
         logs = ", ".join(str(e.process.log) for e in cluster.engines)
         raise StartError(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
