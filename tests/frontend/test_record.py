@@ -38,7 +38,7 @@ def recorder() -> Recorder:
     """Over i0 P-heavy and i1 D-heavy."""
     capacities = {"i0": CAPACITY, "i1": CAPACITY}
     # With a TTFT SLO that nothing meets, the fastest instance prefills: i1 is known to be slow.
-    slow = Learned(prefill={"i1": Average(1.0, 1.0)})
+    slow = Learned(fixed={"i1": Average(100.0, 1.0)})
     scheduler = GlobalScheduler(Sliders(1, 1, 1024, 256), SLO(1e-6, 0.07), slow, Policy(), capacities)
     return Recorder(scheduler, BYTES)
 
