@@ -1,7 +1,7 @@
 # Every target does its own set-up first; it is redone when pyproject.toml or the script changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo clean
+.PHONY: help setup check test demo bench paper clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -35,6 +35,12 @@ test: check ## the whole test suite: check, then the tests that start real vLLM 
 
 demo: $(READY) ## two vLLM instances on the CPU, a server, and 40 requests that flow between them
 	$(BIN)/taichi demo
+
+bench: $(READY) ## what deciding and simulating cost (pytest-benchmark); serving: benchmarks/overhead.py, moves.py
+	$(BIN)/pytest benchmarks -s
+
+paper: $(READY) ## docs/paper.md from simulation; TRACE=FILE is the CSV of arXiv summarization lengths
+	$(BIN)/python scripts/paper.py $(TRACE)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv .venv.log build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

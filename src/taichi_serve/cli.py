@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 USAGE = """usage: taichi COMMAND ...
 
   serve MODEL   serve a model on several vLLM instances (taichi serve --help=TaiChi)
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
   explain ID    where a request of a running server went, and why
+  simulate      one configuration on a virtual cluster: goodput, TTFT, TPOT
+  search        the best sliders for a workload and an SLO
 
 Every command explains itself with --help."""
 
@@ -38,24 +42,37 @@ def command(words: list[str]) -> int:
     """Run one command; returns the exit status."""
     match words:
         case ["serve", *rest]:
-            from taichi_serve.frontend.server import main as serve
-
-            return serve(rest)
+            from taichi_serve.frontend.server import main as run
         case ["demo", *rest]:
-            from taichi_serve.commands.demo import main as demo
-
-            return demo(rest)
+            from taichi_serve.commands.demo import main as run
         case ["explain", *rest]:
-            from taichi_serve.commands.explain import main as explain
+            from taichi_serve.commands.explain import main as run
+        case ["simulate", *rest]:
+            from taichi_serve.commands import simulate
 
-            return explain(rest)
+            run = _parsed("simulate", simulate.__doc__, simulate.add_arguments, simulate.main)
+        case ["search", *rest]:
+            from taichi_serve.commands import search
+
+            run = _parsed("search", search.__doc__, search.add_arguments, search.main)
         case [] | ["-h"] | ["--help"]:
             print(USAGE)
             return 0
         case [unknown, *_]:
             print(f"taichi: unknown command {unknown!r}\n\n{USAGE}", file=sys.stderr)
             return 2
-    return 2
+    return run(rest)
+
+
+def _parsed(
+    name: str,
+    text: str | None,
+    add: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+) -> Callable[[list[str]], int]:
+    parser = argparse.ArgumentParser(prog=f"taichi {name}", description=text)
+    add(parser)
+    return lambda words: run(parser.parse_args(words))
 
 
 if __name__ == "__main__":
