@@ -40,26 +40,34 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(words: list[str]) -> int:
     """Run one command; returns the exit status."""
-    match words:
-        case ["serve", *rest]:
-            from taichi_serve.frontend.server import main as run
-        case ["demo", *rest]:
-            from taichi_serve.commands.demo import main as run
-        case ["explain", *rest]:
-            from taichi_serve.commands.explain import main as run
-        case ["simulate", *rest]:
+    run: Callable[[list[str]], int]
+    rest = words[1:]
+    match words[:1]:
+        case ["serve"]:
+            from taichi_serve.frontend.server import main as serve
+
+            run = serve
+        case ["demo"]:
+            from taichi_serve.commands.demo import main as demo
+
+            run = demo
+        case ["explain"]:
+            from taichi_serve.commands.explain import main as explain
+
+            run = explain
+        case ["simulate"]:
             from taichi_serve.commands import simulate
 
             run = _parsed("simulate", simulate.__doc__, simulate.add_arguments, simulate.main)
-        case ["search", *rest]:
+        case ["search"]:
             from taichi_serve.commands import search
 
             run = _parsed("search", search.__doc__, search.add_arguments, search.main)
         case [] | ["-h"] | ["--help"]:
             print(USAGE)
             return 0
-        case [unknown, *_]:
-            print(f"taichi: unknown command {unknown!r}\n\n{USAGE}", file=sys.stderr)
+        case _:
+            print(f"taichi: unknown command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
             return 2
     return run(rest)
 
