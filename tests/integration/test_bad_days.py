@@ -112,7 +112,7 @@ async def begin(client: httpx.AsyncClient, server: Server, names: list[str]) -> 
 
     async def spread() -> bool:
         decodes = {i["name"]: i["decodes"] for i in server.state()["instances"]}
-        if all(decodes[name] for name in names):
+        if all(decodes[name] for name in names) and len(ids) == len(WISHES):
             return True
         for request_id in ids[:6]:
             await push(client, request_id, names)

@@ -264,7 +264,7 @@ def test_a_body_just_within_the_limit_reaches_vllm(hybrid: Server) -> None:
 def test_without_the_right_key_nothing_is_told_and_nothing_done(
     key: str | None, method: str, path: str, aggregation: Server
 ) -> None:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    headers = {} if key is None else {"Authorization": f"Bearer {key}".strip()}
     body = None if method == "GET" else OK
     answer = httpx.request(method, aggregation.url + path, json=body, headers=headers, timeout=30)
     assert answer.status_code == 401

@@ -69,6 +69,7 @@ BOUND: dict[str, Body] = {
 }
 # Not to be had from this model with these flags: test_exact.py shows that they are seen.
 UNREACHABLE = {
+    "watermarking",
     "thinking_token_budget",
     "trace_decode_token_ids",
     "pooling",

@@ -25,7 +25,7 @@ def state(system: System) -> dict[str, Any]:
         "instances": [_instance(system, engine) for engine in system.cluster.engines],
         "requests": {
             "accepted": recorder.accepted,
-            "live": len(system.cluster.live),
+            "live": recorder.accepted - recorder.outcomes.total(),
             **{outcome.value: recorder.outcomes[outcome] for outcome in Outcome},
         },
         "moves": {

@@ -91,6 +91,8 @@ class VllmCluster:
     def open(self) -> None:
         """From here on facts count; those of the rehearsals before are forgotten."""
         self._events = asyncio.Queue()
+        for engine in self.engines:
+            engine.recomputed_late = 0
 
     def close(self) -> None:
         """No more facts."""
@@ -232,7 +234,10 @@ class VllmCluster:
         kept: list[EngineCoreOutput] = []
         for output in outputs.outputs:
             live = engine.legs.get(output.request_id)
-            if live is not None:  # otherwise a late word about a leg that is over
+            if live is None:  # a late word about a leg that is over: it may have left before it was ended
+                if output.stop_reason == LEFT:
+                    engine.release(output.request_id)
+            else:
                 self._take(engine, live, output, now)
                 if live.warm is None:
                     kept.append(output)
