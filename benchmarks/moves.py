@@ -13,12 +13,14 @@ import argparse
 import asyncio
 import bisect
 import contextlib
+import itertools
 import random
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -37,7 +39,7 @@ def fresh(size: int, chance: random.Random) -> list[int]:
     return [chance.randrange(300, 4000) for _ in range(size)]
 
 
-async def one_move(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, object] | None:
+async def one_move(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any] | None:
     """Begin a request, move it once after some tokens, and return the leg that the move began."""
     asked = False
 
@@ -54,10 +56,10 @@ async def one_move(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, ob
     return legs[0] if legs else None
 
 
-async def moves(client: httpx.AsyncClient, count: int, size: int, seed: int) -> list[dict[str, object]]:
+async def moves(client: httpx.AsyncClient, count: int, size: int, seed: int) -> list[dict[str, Any]]:
     """So many moves, one after the other."""
     chance = random.Random(seed)
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     for _ in range(2 * count):  # one that ended before it could move is done again
         if (leg := await one_move(client, fresh(size, chance))) is not None:
             found.append(leg)
@@ -103,6 +105,16 @@ def row(title: str, values: list[float], unit: str) -> str:
     return f"{title:34} {statistics.median(ordered):8.1f} {p95:8.1f} {ordered[-1]:8.1f}  {unit}"
 
 
+PARTS = ["left", "heard", "arrived", "began", "landed", "scheduled", "made", "at"]
+
+
+def parts(title: str, legs: list[dict[str, Any]]) -> None:
+    """What the gaps are made of: each part ends with the thing it is named after."""
+    times = [leg["timeline"] for leg in legs if leg["timeline"]]
+    for before, name in itertools.pairwise(PARTS):
+        print(row(f"{title}: {name}", [1000 * (t[name] - t[before]) for t in times], "ms"))
+
+
 async def run(server: Server, count: int, size: int) -> None:
     async with server.client() as client:
         await moves(client, 3, size, seed=0)
@@ -124,6 +136,8 @@ async def run(server: Server, count: int, size: int) -> None:
     print(row(f"under load, {len(busy)} moves", [1000 * leg["gap"] for leg in busy], "ms"))
     in_steps = [leg["gap"] / steps.seconds(leg["instance"], leg["first_token_at"]) for leg in busy]
     print(row("under load", in_steps, "steps of the target"))
+    parts("idle", idle)
+    parts("under load", busy)
     state = server.state()
     late = [instance["late_kv"] for instance in state["instances"]]
     print(f"recomputed: {state['moves']['recomputes']}, KV too late: {late}")

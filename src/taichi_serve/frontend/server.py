@@ -28,6 +28,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
 from taichi_serve.cluster.vllm.process import StartError
 from taichi_serve.cluster.vllm.warm import measure, warm
@@ -116,6 +117,8 @@ async def _start(args: argparse.Namespace, argv: list[str], directory: Path, eng
     await warm(cluster)
     cluster.open()
     await measure(cluster)
+    for engine in engines:
+        engine.client.tell("taichi_settle")
     scheduler = GlobalScheduler(
         sliders,
         flags.slo(args),
@@ -246,6 +249,7 @@ async def _announce(system: System, sock: socket.socket, address: str) -> None:
     """Say that it is ready once vLLM's server listens: it has no callback for that."""
     while not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # noqa: ASYNC110
         await asyncio.sleep(0.02)
+    settle()  # after vLLM's own application is built
     say(f"ready on {address} with {_summary(system)}")
 
 

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
+from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.kv import FlowConnectorScheduler
 
 if TYPE_CHECKING:
@@ -262,6 +263,11 @@ def taichi_chunk(core: EngineCore, chunk: int) -> None:
     _scheduler(core).chunk = chunk
 
 
+def taichi_settle(core: EngineCore) -> None:
+    """Utility call: the engine core is warm."""
+    settle()
+
+
 # A utility call names a method of EngineCore; vLLM has no other way in (contract: tests/contract).
-for _function in (taichi_leave, taichi_release, taichi_chunk):
+for _function in (taichi_leave, taichi_release, taichi_chunk, taichi_settle):
     setattr(EngineCore, _function.__name__, _function)

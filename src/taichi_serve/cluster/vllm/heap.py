@@ -1,0 +1,16 @@
+"""Garbage collection that does not stop the streams.
+
+A process that has imported PyTorch and vLLM holds about a million objects that never go away. A full
+collection walks them all: 300 to 600 ms in which no token moves, measured in servers, engine cores and
+workers alike. Once a process is warm, what it holds is set aside for good.
+"""
+
+from __future__ import annotations
+
+import gc
+
+
+def settle() -> None:
+    """Collect once, and leave what is there out of every later collection."""
+    gc.collect()
+    gc.freeze()
