@@ -37,7 +37,7 @@ BOUND_BY_REQUEST: dict[str, Callable[[EngineCoreRequest], object]] = {
 
 
 # The V2 model runner draws by seed and position, and tells the output of a moved request from its prompt.
-FREE_WITH_V2 = frozenset({"presence_penalty", "frequency_penalty", "seed", "bad_words"})
+FREE_WITH_V2 = frozenset({"presence_penalty", "frequency_penalty", "seed"})
 
 
 def bound_by(request: EngineCoreRequest, v2: bool = False) -> str | None:

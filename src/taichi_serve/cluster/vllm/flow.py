@@ -226,7 +226,7 @@ def as_output(request: Request, count: int) -> None:
     """Turn the last `count` prompt tokens of a new request back into the output they are.
 
     vLLM's V2 model runner takes such a request as it takes one that resumes after a preemption, so seeds,
-    penalties and bad words see what they would have seen without the move. The V1 runner cannot.
+    and penalties see what they would have seen without the move. The V1 runner cannot.
     """
     params = request.sampling_params
     assert params is not None and params.max_tokens is not None and request.prompt_token_ids is not None
