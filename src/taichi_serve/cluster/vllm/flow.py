@@ -225,7 +225,7 @@ def _is_prefill(request: Request) -> bool:
 def as_output(request: Request, count: int) -> None:
     """Turn the last `count` prompt tokens of a new request back into the output they are.
 
-    vLLM's V2 model runner takes such a request as it takes one that resumes after a preemption, so seeds,
+    vLLM's V2 model runner takes such a request as it takes one that resumes after a preemption, so seeds
     and penalties see what they would have seen without the move. The V1 runner cannot.
     """
     params = request.sampling_params
