@@ -11,6 +11,8 @@ import gc
 
 
 def settle() -> None:
-    """Collect once, and leave what is there out of every later collection."""
-    gc.collect()
+    """Leave what is there out of every later collection.
+
+    Nothing is collected first: finalizers would run beside threads that are in the middle of a handshake.
+    """
     gc.freeze()
