@@ -24,13 +24,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.platforms import current_platform
 
-from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.host import DIRECT, CpuMemory, HostAgent, Memory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -40,9 +39,6 @@ LEASE = 30
 
 # Microseconds that NIXL's progress thread sleeps for at most when nothing happens; an event wakes it at once.
 PROGRESS_DELAY = 10_000
-
-# Steps after which a worker has done everything once; the rehearsals before the first user take more.
-WARM_STEPS = 5
 
 TransferParams = dict[str, Any]
 
@@ -181,7 +177,6 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         # vLLM binds this thread, which also runs the model, to the last core: the same for every instance.
         os.sched_setaffinity(0, cores)
         directory = self.kv_transfer_config.get_from_extra_config("taichi_directory", "")
-        self._steps = 0
         self._host: HostAgent | None = None
         self._in_step: set[str] = set()  # requests whose KV is read within the step they are in
         if directory and (memory := _memory()) is not None:
@@ -190,13 +185,6 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
             self._host.knows = lambda request: (
                 request in self._reqs_to_send or request in self._reqs_to_process
             )
-
-    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
-        """Begin this step's reads. It is called in every step, so it also knows when the worker is warm."""
-        self._steps += 1
-        if self._steps == WARM_STEPS:
-            settle()
-        super().start_load_kv(metadata)
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         """Read now, within the step, what the scheduler counts on; everything else as vLLM does."""
