@@ -55,7 +55,7 @@ class Subserver:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    process_group=0,
                     preexec_fn=_stop_with_parent,  # noqa: PLW1509  (no threads yet: it runs right after the fork)
                 )
         except BaseException:

@@ -2,8 +2,7 @@
 
 A process that has imported PyTorch and vLLM holds about a million objects that never go away. A full
 collection walks them all: 300 to 600 ms in which no token moves, measured in servers, engine cores and
-workers alike. Once the server or an engine core is warm, what it holds is set aside for good. CPU workers
-keep their collector: a server of three instances over NIXL hung in its warm-up with it, cause unknown.
+workers alike. Once the server or an engine core is warm, what it holds is set aside for good.
 """
 
 from __future__ import annotations

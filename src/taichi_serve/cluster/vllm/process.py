@@ -57,7 +57,9 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # its workers can then be ended with it, by group
+                # Its workers can then be ended with it, by group. Not a session: Linux gives each one a
+                # scheduling group of its own, and 6.18 can leave such a group without CPU time for minutes.
+                process_group=0,
             )
         self.pid = self._process.pid
         self.sentinel = os.pidfd_open(self.pid)
