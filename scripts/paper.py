@@ -161,8 +161,7 @@ def _settings(args: argparse.Namespace, wanted: str) -> Json:
         part = KEPT / f"{profile}-{load}-{slo.ttft:g}.part.json"
         if not part.exists():
             began = time.perf_counter()
-            seconds = args.seconds if load == "summarization" else args.seconds / 2
-            effort = Effort(seconds=seconds, least=500, most=4000)
+            effort = Effort(seconds=args.seconds, least=500, most=20_000)
             result = tuned(scene(profile, load, slo), instances, effort, args.seeds, args.processes)
             part.write_text(json.dumps({"workload": load, "slo": [slo.ttft, slo.tpot], **result}))
             print(f"  {profile} {load} {slo} {time.perf_counter() - began:.0f} s", flush=True)

@@ -2,13 +2,15 @@
 
 import io
 import random
+from pathlib import Path
 
 import pytest
 
+from taichi_serve.bench.recording import Recording
 from taichi_serve.bench.replay import RecordedSteps, again
 from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
-from taichi_serve.eventlog import Logged, read
+from taichi_serve.eventlog import LogError, Logged, read
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import Stepped
@@ -65,3 +67,23 @@ def test_steps_with_prompts_keep_their_durations_apart_from_steps_without():
 def test_a_log_in_which_nothing_was_finished_is_refused():
     with pytest.raises(ValueError, match="no request"):
         again([], Sliders(0, 1, 0, 64), SHAPE)
+
+
+RECORDINGS = Path(__file__).parent / "recordings"
+
+
+@pytest.mark.parametrize("name", ["hybrid", "aggregation"])
+def test_engines_in_miniature_agree_with_recorded_real_ones(name):
+    real, simulated = Recording.load(RECORDINGS / f"{name}.jsonl.gz").again()
+    errors = simulated.errors(real)
+    assert real.requests == simulated.requests == 200
+    assert abs(errors["tpot_mean"]) <= 0.03
+    assert abs(errors["ttft_p50"]) <= 0.05
+    assert abs(errors["ttft_p90"]) <= 0.10
+
+
+def test_a_recording_whose_file_is_torn_is_one_error_that_names_it(tmp_path):
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes((RECORDINGS / "hybrid.jsonl.gz").read_bytes()[:5000])
+    with pytest.raises(LogError, match=r"torn\.jsonl\.gz"):
+        Recording.load(torn)

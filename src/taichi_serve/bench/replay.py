@@ -120,21 +120,25 @@ def calls_of(entries: Sequence[Entry]) -> list[Call]:
 
 
 def again(
-    entries: Sequence[Entry], sliders: Sliders, shape: EngineShape, truth: Truth | None = None
+    entries: Sequence[Entry],
+    sliders: Sliders,
+    shape: EngineShape,
+    truth: Truth | Sequence[Truth] | None = None,
 ) -> tuple[Times, Times]:
     """The times of the recording, and those of the same requests on engines in miniature.
 
-    `shape` must have the real engines' KV blocks. Without a `truth` the recorded durations are used. A move
-    takes what moves took there: the median gap, less the step that the first token came out of.
+    `shape` must have the real engines' KV blocks. `truth` is one for all instances or one for each; without
+    it the recorded durations are used. A move takes what moves took there: the median gap, less the step that
+    the first token came out of.
     """
     steps = [e for e, _ in entries if isinstance(e, Stepped)]
     gaps = [e.gap for e, _ in entries if isinstance(e, Flowed)]
     typical = statistics.median(s.seconds for s in steps) if steps else 0.0
     latency = max(0.0, statistics.median(gaps) - 1.5 * typical) if gaps else 0.0
-    truths: list[Truth] = [truth] if truth is not None else []
     if truth is None:
         names = [f"i{number}" for number in range(sliders.instances)]
-        truths.extend(RecordedSteps(s for s in steps if s.instance == name) for name in names)
+        truth = [RecordedSteps(s for s in steps if s.instance == name) for name in names]
+    truths = truth if isinstance(truth, Sequence) else [truth]
     link = Link(bytes_per_token=0.0, bandwidth=1.0, latency=latency)
     cluster = SimulatedCluster(sliders, truths, shape, link, calls_of(entries))
     decisions = SameDecisions(entries)
