@@ -38,6 +38,8 @@ demo: $(READY) ## two vLLM instances on the CPU, a server, and 40 requests that 
 
 bench: $(READY) ## what deciding and simulating cost (pytest-benchmark); serving: benchmarks/overhead.py, moves.py
 	$(BIN)/pytest benchmarks -s
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/compile.sh
+	PYTHONPATH=build/compiled $(BIN)/pytest benchmarks/test_simulating.py -s
 
 paper: $(READY) ## docs/paper.md from simulation; TRACE=FILE is the CSV of arXiv summarization lengths
 	$(BIN)/python scripts/paper.py $(TRACE)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taichi_serve.bench.goodput import Meter
-from taichi_serve.bench.recording import Nearest, Recording
+from taichi_serve.bench.recording import Jittered, Nearest, Recording
 from taichi_serve.bench.replay import Times, calls_of
 from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Link, SimulatedCluster
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--slo", type=float, nargs=2, default=(0.3, 0.02), metavar=("TTFT", "TPOT"))
     args = parser.parse_args()
     recording = Recording.load(args.recording)
-    model = Recording.load(args.fitted_from).fitted()
+    other = Recording.load(args.fitted_from)
+    model, unseen = other.fitted(), other.samples()
     console = Console()
 
     table = Table("truth", "requests", "TPOT mean", "TTFT p50", "TTFT p90", title=str(args.recording.name))
@@ -85,6 +86,7 @@ def main() -> None:
     line("the recording", real)
     line("its own step durations", simulated, real)
     line("the fitted step model", recording.again(model)[1], real)
+    line("the same with jitter", recording.again(Jittered(model, unseen))[1], real)
     console.print(table)
 
     samples = recording.samples()
@@ -94,12 +96,21 @@ def main() -> None:
         f"p95 {errors[len(errors) * 95 // 100]:.1%}"
     )
     slo, rate = SLO(*args.slo), recording.head["rate"]
-    steps = goodput(recording, Nearest(samples), model, slo) * rate
-    fitted = goodput(recording, model, model, slo) * rate
+    truths = {
+        "steps as recorded": Nearest(samples),
+        "fitted step model": model,
+        "the same with jitter": Jittered(model, unseen),
+    }
     console.print(
-        f"goodput at {args.slo[0]:g} s and {args.slo[1] * 1e3:g} ms: {steps:.2f} requests/s with the "
-        f"recorded steps, {fitted:.2f} with the model: {fitted / steps - 1:+.1%}"
+        f"goodput at {args.slo[0]:g} s and {args.slo[1] * 1e3:g} ms, recorded at {rate:g} requests/s"
     )
+    found = {name: goodput(recording, truth, model, slo) * rate for name, truth in truths.items()}
+    for name, value in found.items():
+        off = value / found["steps as recorded"] - 1
+        share = attainment(recording, truths[name], model, slo, 1.0)
+        console.print(
+            f"  {name:22s} {value:6.2f} requests/s ({off:+.1%}); good at the recorded rate: {share:.1%}"
+        )
 
 
 if __name__ == "__main__":

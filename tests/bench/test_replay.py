@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from taichi_serve.bench.recording import Recording
+from taichi_serve.bench.recording import Jittered, Nearest, Recording
 from taichi_serve.bench.replay import RecordedSteps, again
 from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
 from taichi_serve.eventlog import LogError, Logged, read
 from taichi_serve.latency.curve import StepCurve
+from taichi_serve.latency.fit import Sample
+from taichi_serve.latency.model import Batch, Roofline
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import Stepped
 from taichi_serve.scheduling.policy import Policy
@@ -72,11 +74,11 @@ def test_a_log_in_which_nothing_was_finished_is_refused():
 RECORDINGS = Path(__file__).parent / "recordings"
 
 
-@pytest.mark.parametrize("name", ["hybrid", "aggregation"])
-def test_engines_in_miniature_agree_with_recorded_real_ones(name):
+@pytest.mark.parametrize(("name", "requests"), [("hybrid", 200), ("aggregation", 200), ("busy", 400)])
+def test_engines_in_miniature_agree_with_recorded_real_ones(name, requests):
     real, simulated = Recording.load(RECORDINGS / f"{name}.jsonl.gz").again()
     errors = simulated.errors(real)
-    assert real.requests == simulated.requests == 200
+    assert real.requests == simulated.requests == requests
     assert abs(errors["tpot_mean"]) <= 0.03
     assert abs(errors["ttft_p50"]) <= 0.05
     assert abs(errors["ttft_p90"]) <= 0.10
@@ -87,3 +89,16 @@ def test_a_recording_whose_file_is_torn_is_one_error_that_names_it(tmp_path):
     torn.write_bytes((RECORDINGS / "hybrid.jsonl.gz").read_bytes()[:5000])
     with pytest.raises(LogError, match=r"torn\.jsonl\.gz"):
         Recording.load(torn)
+
+
+def test_jitter_gives_every_step_the_ratio_of_a_recorded_one():
+    model = Roofline(launch=0.01)
+    samples = [Sample(Batch(decodes=1), 0.01), Sample(Batch(decodes=1), 0.03)]
+    truth = Jittered(model, samples)
+    assert [truth.of(0, 0, 5, 0) for _ in range(3)] == pytest.approx([0.03, 0.01, 0.03])
+
+
+def test_the_nearest_recorded_steps_take_turns():
+    samples = [Sample(Batch(decodes=d), d / 1000) for d in (*range(1, 9), *range(1000, 1009))]
+    truth = Nearest(samples)
+    assert sorted(truth.of(0, 0, 2, 0) for _ in range(8)) == [d / 1000 for d in range(1, 9)]

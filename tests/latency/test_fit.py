@@ -45,6 +45,13 @@ def test_held_out_error_is_the_noise_and_not_less() -> None:
     assert error.p95 < 0.05
 
 
+def test_steps_that_are_sometimes_late_are_fitted_by_their_mean() -> None:
+    # Nine of 10 ms and one of 30 ms: 12 ms. Weighted by what was measured it would be 10.2 ms.
+    batch = Batch(decodes=4)
+    samples = [Sample(batch, 0.03 if n % 10 == 0 else 0.01) for n in range(100)]
+    assert fit(samples).seconds(batch) == pytest.approx(0.012, rel=1e-6)
+
+
 def test_coefficients_are_never_negative() -> None:
     # More work takes less time here, which only noise can say: the model must not believe it.
     samples = [Sample(Batch(decodes=n, kv_tokens=100 * n), 0.02 - 0.0001 * n) for n in range(1, 20)]

@@ -134,6 +134,23 @@ def test_qwen_on_a100_is_within_a_tenth_of_a_composition_made_apart_from_ours(wo
     assert machine("qwen2.5-14b-tp1-a100").truth.of(*work) * 1e3 == pytest.approx(ms, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("profile", "work", "ms"),
+    [
+        ("qwen2.5-32b-tp2-a100", (0, 0, 1, 1000), 24.1),
+        ("qwen2.5-32b-tp2-a100", (0, 0, 64, 64_000), 32.2),
+        ("qwen2.5-32b-tp2-a100", (1024, 1024 * 1025 / 2, 0, 0), 141),
+        ("qwen2.5-32b-tp2-a100", (8192, 8192 * 8193 / 2, 0, 0), 1104),
+        ("qwen2.5-14b-tp1-h200", (0, 0, 1, 1000), 7.9),
+        ("qwen2.5-14b-tp1-h200", (0, 0, 64, 64_000), 11.9),
+        ("qwen2.5-14b-tp1-h200", (256, 256 * 257 / 2, 32, 32_000), 14.7),
+        ("qwen2.5-14b-tp1-h200", (2048, 2048 * 2049 / 2, 32, 32_000), 79),
+    ],
+)
+def test_the_larger_model_and_the_newer_device_are_within_a_tenth_too(profile, work, ms):
+    assert machine(profile).truth.of(*work) * 1e3 == pytest.approx(ms, rel=0.1)
+
+
 def test_an_unknown_profile_and_a_wrong_config_are_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"profile 'nothing' is no file, and none of .*qwen2.5-14b-tp1-a100"):
         machine("nothing")

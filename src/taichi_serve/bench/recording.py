@@ -64,6 +64,21 @@ class Nearest:
         return float(self.seconds[near[self.turn % self.NEAR]])
 
 
+class Jittered:
+    """A step model as truth, with what real steps took over what it said: their ratios, in their order."""
+
+    def __init__(self, model: Roofline, samples: Sequence[Sample]) -> None:
+        self.model = model
+        self.ratios = [s.seconds / model.seconds(s.batch) for s in samples]
+        self.turn = 0
+
+    def of(self, prefill_tokens: int, attention: float, decodes: int, kv_tokens: int) -> float:
+        """Seconds of a step with this work, jitter and all."""
+        self.turn += 1
+        ratio = self.ratios[self.turn % len(self.ratios)]
+        return self.model.of(prefill_tokens, attention, decodes, kv_tokens) * ratio
+
+
 @dataclass(frozen=True)
 class Recording:
     """What was run (`head`: sliders, kv_capacity in tokens of each instance, ...), and the facts."""

@@ -1,7 +1,10 @@
 """Measured steps -> the coefficients of the step model, and how wrong it is on steps it has not seen.
 
 Least squares of the RELATIVE error (a step of 5 ms counts as much as one of 500 ms), with coefficients kept
-non-negative: a negative one would promise that more work takes less time somewhere. With six features there
+non-negative: a negative one would promise that more work takes less time somewhere. Relative to what the
+model says, not to what was measured: dividing by the measured seconds would trust a step the more the shorter
+it came out, and on a noisy machine the model would be too fast by a fifth. So the weights come from the fit
+before, and what is fitted is the mean, which is what queues and TPOT are made of. With six features there
 are 63 sets of active ones; solving each and keeping the best feasible one is exact and needs no solver. The
 knee enters nonlinearly, so it is tried on a grid. This is not for hundreds of features.
 """
@@ -23,6 +26,7 @@ Matrix = npt.NDArray[np.float64]
 KNEES = (0, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 FEATURES = 6
 FOLDS = 5
+ROUNDS = 3  # of weighting by what the model says instead of by what was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,16 @@ def fit(samples: Sequence[Sample]) -> Roofline:
         raise ValueError(
             f"{len(samples)} steps are too few: the model has {FEATURES} coefficients and a knee"
         )
-    weights = 1.0 / np.array([s.seconds for s in samples])
-    fitted = [_solve(_features(samples, knee) * weights[:, None]) for knee in KNEES]
+    seconds = np.array([s.seconds for s in samples])
+    model = _weighted(samples, seconds, 1.0 / seconds)
+    for _ in range(ROUNDS):
+        model = _weighted(samples, seconds, 1.0 / np.array([model.seconds(s.batch) for s in samples]))
+    return model
+
+
+def _weighted(samples: Sequence[Sample], seconds: Matrix, weights: Matrix) -> Roofline:
+    """The step model with the least squares of weighted errors."""
+    fitted = [_solve(_features(samples, knee) * weights[:, None], seconds * weights) for knee in KNEES]
     best = min(range(len(KNEES)), key=lambda n: fitted[n][0])
     launch, mixed, token, attention, decode, kv = (float(c) for c in fitted[best][1])
     return Roofline(launch, mixed, token, attention, decode, kv, float(KNEES[best]))
@@ -86,24 +98,23 @@ def _features(samples: Sequence[Sample], knee: int) -> Matrix:
     )
 
 
-def _solve(rows: Matrix) -> tuple[float, Matrix]:
-    """Non-negative x with the least |rows x - 1|^2 (rows are divided by the seconds), and that residual."""
+def _solve(rows: Matrix, wanted: Matrix) -> tuple[float, Matrix]:
+    """Non-negative x with the least |rows x - wanted|^2, and that residual."""
     scale = np.linalg.norm(rows, axis=0)
     scale[scale == 0.0] = 1.0
     scaled = rows / scale  # columns of one length: pairs are 1e6 times tokens, and would drown them
-    gram, target = scaled.T @ scaled, scaled.sum(axis=0)
-    best, best_residual = np.zeros(FEATURES), float(len(rows))
+    gram, target = scaled.T @ scaled, scaled.T @ wanted
+    total = float(wanted @ wanted)
+    best, best_residual = np.zeros(FEATURES), total
     for size in range(1, FEATURES + 1):
         for active in combinations(range(FEATURES), size):
             index = np.array(active)
             part = np.linalg.lstsq(gram[np.ix_(index, index)], target[index], rcond=1e-10)[0]
             if (part < 0.0).any():
                 continue
-            residual = (
-                float(len(rows)) - 2.0 * part @ target[index] + part @ gram[np.ix_(index, index)] @ part
-            )
+            residual = total - 2.0 * part @ target[index] + part @ gram[np.ix_(index, index)] @ part
             # A tie goes to the smaller set, which is tried first: no coefficient without need.
-            if residual < best_residual - 1e-12 * len(rows):
+            if residual < best_residual - 1e-12 * total:
                 best, best_residual = np.zeros(FEATURES), residual
                 best[index] = part
     return best_residual, best / scale
