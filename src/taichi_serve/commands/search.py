@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)"
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="of traffic in a full run")
+    parser.add_argument("--most", type=int, default=4000, help="requests in a full run, however many seconds")
     parser.add_argument("--processes", type=int, metavar="N", help="default: one for each core")
     parser.add_argument(
         "--out", metavar="FILE", help="write the best as a config for `taichi serve --config`"
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         if args.instances < 2:
             raise ValueError(f"--instances: must be at least 2, not {args.instances}")
         scene = scene_of(args)
-        effort = Effort(seconds=args.seconds)
+        effort = Effort(seconds=args.seconds, most=args.most)
         with console.status("searching") as status:
             found = search(
                 scene,

@@ -1,9 +1,9 @@
 """The best sliders and policy knobs for an SLO: aggregation, disaggregation and hybrid, each tuned for
 itself.
 
-A race in the manner of successive halving: every contender of a family runs the same requests at a rate that
-rises from heat to heat; whoever misses the target is out, and the next heat is longer. The last few get a
-full bisection. Nothing in it is random but the workload's seed, so the same call gives the same table.
+A race in the manner of successive halving: every contender of a family runs the same requests at one rate;
+whoever misses the target is out, and the next heat is faster and longer. The last few get a full bisection.
+Nothing in it is random but the workload's seed, so the same call gives the same table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from taichi_serve.sliders import Sliders
 CHUNKS = (128, 192, 256, 384, 512, 768, 1024, 2048)
 FINALISTS = 3
 LADDER = (0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.98)  # of the bound: the rates of the heats
+FIRST_HEAT, LONGER = (
+    0.25,
+    0.2,
+)  # share of a full run that the first heat has, and how much more each later one
 Tell = Callable[[str], None]
 
 
@@ -45,7 +49,7 @@ class Effort:
 
     seconds: float = 120.0
     least: int = 800
-    most: int = 8000
+    most: int = 4000
     tolerance: float = 0.01
 
     def requests(self, rate: float) -> int:
@@ -172,20 +176,26 @@ def workers(scene: Scene, processes: int | None = None) -> Iterator[Workers]:
 def race(
     crew: Workers, field: list[Contender], top: float, requests: int, seed: int, keep: int
 ) -> tuple[list[Contender], float]:
-    """The `keep` that hold the target at the highest rates, best first, and the last rate that was run."""
+    """The `keep` that hold the target at the highest rates, best first, and the last rate that was run.
+
+    Bisection over the rungs: where more than `keep` hold, the others are out and the race goes on above;
+    where fewer do, it goes on below with everybody, since past the cliff attainment says little.
+    """
     rate = top * LADDER[0]
-    for heat, share in enumerate(LADDER):
-        if len(field) <= keep:
-            break
-        rate = top * share
-        # The higher the rate the fewer are left, and the longer they run.
-        length = max(200, int(requests * (0.15 + 0.1 * heat)))
+    low, high, heat = 0, len(LADDER), 0
+    while len(field) > keep and low < high:
+        rung = (low + high) // 2
+        rate = top * LADDER[rung]
+        length = max(200, int(requests * min(1.0, FIRST_HEAT + heat * LONGER)))
         tallies = crew.attain([(c, rate, length, seed) for c in field])
         order = sorted(range(len(field)), key=lambda i: (-tallies[i].attainment, i))
         held = sum(t.attainment >= TARGET for t in tallies)
-        field = [field[i] for i in order[: max(keep, held)]]
-        if held <= keep:
-            break
+        field = [field[i] for i in order]
+        if held >= keep:
+            field, low = field[:held], rung + 1
+        else:
+            high = rung
+        heat += 1
     return field[:keep], rate
 
 
