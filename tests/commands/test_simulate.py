@@ -82,6 +82,11 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     assert (tmp_path / "attainment.svg").exists()
 
 
+def test_search_with_no_request_in_a_run_is_refused(capsys):
+    assert search.main(parsed(search, f"{BASE} --most 0")) == 2
+    assert "--most: must be at least 1" in capsys.readouterr().err
+
+
 def test_search_for_one_instance_is_refused(capsys):
     assert search.main(parsed(search, f"{BASE} --instances 1")) == 2
     assert "--instances: must be at least 2" in capsys.readouterr().err

@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.instances < 2:
             raise ValueError(f"--instances: must be at least 2, not {args.instances}")
+        if args.most < 1:
+            raise ValueError(f"--most: must be at least 1, not {args.most}")
         scene = scene_of(args)
         effort = Effort(seconds=args.seconds, most=args.most)
         with console.status("searching") as status:
