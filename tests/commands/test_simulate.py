@@ -68,9 +68,10 @@ def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_pat
 
 
 def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "Effort", lambda seconds: Effort(seconds, 60, 60, 0.2))
+    monkeypatch.setattr(search, "Effort", lambda seconds, most: Effort(seconds, 60, most, 0.2))
     out = tmp_path / "best.yaml"
-    words = f"{BASE} --instances 2 --seconds 1 --processes 1 --family aggregation --family disaggregation"
+    words = f"{BASE} --instances 2 --seconds 1 --most 60 --processes 1"
+    words += " --family aggregation --family disaggregation"
     assert search.main(parsed(search, f"{words} --json --out {out} --plot {tmp_path}")) == 0
     told = json.loads(capsys.readouterr().out)
     rates = [row["goodput"] for row in told["ranked"]]
