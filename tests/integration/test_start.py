@@ -13,6 +13,8 @@ import psutil
 import pytest
 from servers import STOP_SECONDS, Server, eventually
 
+from taichi_serve.latency.profile import Fit, Profile, save
+
 
 @dataclass(frozen=True)
 class Failing:
@@ -41,6 +43,10 @@ CASES = {
     "a flag of vLLM that contradicts us": Failing(
         ("--data-parallel-size", "2"), 2, ("--data-parallel-size", "--p-heavy")
     ),
+    "the profile is torn": Failing(("--profile", "{torn}"), 2, ("{torn}", "not JSON")),
+    "the profile is of another model": Failing(
+        ("--profile", "{other}"), 2, ("{other}", "model", "the profile is of somebody/large")
+    ),
     "devices for one of two": Failing(("--d-heavy", "2", "--devices", "0"), 1, ("--devices", "2 instances")),
 }
 
@@ -51,6 +57,16 @@ class Started:
 
     server: Server
     seen: set[psutil.Process]
+    words: dict[str, str]  # what stands for a name in braces
+
+
+def _profiles(directory: Path) -> dict[str, str]:
+    """Two that cannot be used: half a file, and one of another model."""
+    torn, other = directory / "torn.json", directory / "other.json"
+    torn.write_text('{"schema": 1, "mod')
+    fit = Fit(0.004, 0.0, 1e-5, 0.0, 1e-4, 1e-8, 64, 0.03, 0.1)
+    save(Profile(1, "somebody/large", "one core", {}, {}, 100_000, 4096, [], fit), other)
+    return {"torn": str(torn), "other": str(other)}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +75,12 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Star
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        taken = str(listener.getsockname()[1])
+        words = {"taken": str(listener.getsockname()[1]), **_profiles(tmp_path_factory.mktemp("profiles"))}
         started = {}
         for number, (why, case) in enumerate(CASES.items()):
-            flags = [flag.format(taken=taken) for flag in case.flags]
+            flags = [flag.format(**words) for flag in case.flags]
             server = Server(tmp_path_factory.mktemp(f"failing{number}"), *flags, model=case.model)
-            server.headers["taken"] = taken
-            started[why] = Started(server, set())
+            started[why] = Started(server, set(), words)
         try:
             eventually(lambda: _all_over(started.values()), 400, "all have ended")
             yield started
@@ -93,7 +108,7 @@ def test_one_clear_line_an_exit_code_and_no_orphan_when(why: str, failing: dict[
     assert one.server.process.returncode == case.code, said[-3000:]
     line = said.strip().splitlines()[-1]
     for word in case.says:
-        assert word.format(taken=one.server.headers["taken"]) in line, said[-3000:]
+        assert word.format(**one.words) in line, said[-3000:]
     assert "Traceback" not in said, said[-3000:]
     _, alive = psutil.wait_procs(list(one.seen), timeout=5)
     assert not alive

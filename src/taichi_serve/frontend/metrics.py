@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY
@@ -14,10 +14,12 @@ from taichi_serve.messages import Move, Outcome
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.server import System
+    from taichi_serve.latency.accuracy import Accuracy
+    from taichi_serve.scheduling.counters import Counters
 
 
 class TaichiCollector(Collector):
-    """Counters of requests and moves, gauges of instances. `engine` is vLLM's label: 0 is i0."""
+    """Counters of requests, moves and predictions, gauges of instances. `engine` is vLLM's label: 0 is i0."""
 
     def __init__(self, system: System) -> None:
         self._system = system
@@ -48,6 +50,35 @@ class TaichiCollector(Collector):
             chunk.add_metric([str(number), instance.kind.value], instance.chunk)
             alive.add_metric([str(number)], float(instance.alive))
         yield from (queued, chunk, alive)
+        yield from _predictions(list(scheduler.accuracy.values()))
+        yield from _backflow(scheduler.counters)
+
+
+def _predictions(accuracy: Sequence[Accuracy]) -> Iterator[Metric]:
+    """Predicted against actual times. Sums, so that whoever reads them chooses the window."""
+    labels = ["engine", "of"]
+    compared = CounterMetricFamily("taichi_predictions", "Predictions compared", labels=labels)
+    predicted = CounterMetricFamily("taichi_predicted_seconds", "Sum of predicted times", labels=labels)
+    actual = CounterMetricFamily("taichi_actual_seconds", "Sum of what these times were", labels=labels)
+    error = CounterMetricFamily(
+        "taichi_prediction_error_seconds", "Sum of |actual - predicted|", labels=labels
+    )
+    for number, instance in enumerate(accuracy):
+        for of, drift in (("ttft", instance.ttft), ("tpot", instance.tpot)):
+            compared.add_metric([str(number), of], drift.count)
+            predicted.add_metric([str(number), of], drift.predicted)
+            actual.add_metric([str(number), of], drift.actual)
+            error.add_metric([str(number), of], drift.error)
+    yield from (compared, predicted, actual, error)
+
+
+def _backflow(counters: Counters) -> Iterator[Metric]:
+    """How often requests flow back, and what that says about the sliders."""
+    yield GaugeMetricFamily("taichi_backflow_rate", "Recent backflows per request", counters.backflow_rate)
+    # The rate has no label: one that changes with the value would cut its curve in two.
+    reading = GaugeMetricFamily("taichi_backflow_reading", "1 for what the rate says", labels=["reading"])
+    reading.add_metric([counters.reading], 1.0)
+    yield reading
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.cluster import VllmCluster
 from taichi_serve.cluster.vllm.heap import settle
+from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
 from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
 from taichi_serve.cluster.vllm.process import StartError
 from taichi_serve.cluster.vllm.warm import measure, warm
@@ -36,7 +37,10 @@ from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.record import Recorder
-from taichi_serve.latency.predict import Learned
+from taichi_serve.latency.identity import differences, refusal
+from taichi_serve.latency.predict import Learned, Predictor
+from taichi_serve.latency.profile import ProfileError
+from taichi_serve.latency.profiled import Profiled
 from taichi_serve.messages import Command, Event
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 
@@ -74,7 +78,7 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
         system = await _start(args, argv, directory, engines)
         yield system
         clean = all(engine.alive for engine in engines)
-    except asyncio.CancelledError:  # somebody stopped it: nothing went wrong
+    except (asyncio.CancelledError, ProfileError):  # somebody stopped it, or it never began: no log is needed
         clean = True
         raise
     finally:
@@ -93,6 +97,7 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
 async def _start(args: argparse.Namespace, argv: list[str], directory: Path, engines: list[Engine]) -> System:
     sliders = flags.sliders(args)
     config = flags.engine_config(argv, directory.name)
+    predictor = _predictor(args, config)
     per_instance = config.parallel_config.world_size
     settings = environments(sliders.instances, per_instance, args.devices)
     outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
@@ -122,12 +127,12 @@ async def _start(args: argparse.Namespace, argv: list[str], directory: Path, eng
     scheduler = GlobalScheduler(
         sliders,
         flags.slo(args),
-        Learned(),
+        predictor,
         flags.policy(args),
         {engine.name: engine.kv_capacity for engine in engines},
     )
     written = _event_log(args.event_log)
-    recorder = Recorder(scheduler, _bytes_per_token(config), _writer(written))
+    recorder = Recorder(scheduler, bytes_per_token(config), _writer(written))
     llm = cluster_llm(engines[0].client.vllm_config, cluster, outputs, args)
     tasks = [
         asyncio.create_task(drive(recorder, cluster), name="drive"),
@@ -190,12 +195,17 @@ async def _stop(engines: list[Engine]) -> None:
         engine.client.close()
 
 
-def _bytes_per_token(config: VllmConfig) -> int:
-    """Bytes of KV that one token takes on an instance, all ranks together (models with full attention)."""
-    model = config.model_config
-    item = 1 if "fp8" in str(config.cache_config.cache_dtype) else model.dtype.itemsize
-    layers = model.get_total_num_hidden_layers()
-    return 2 * layers * model.get_total_num_kv_heads() * model.get_head_size() * int(item)
+def _predictor(args: argparse.Namespace, config: VllmConfig) -> Predictor:
+    """What the policies believe at first: a profile that fits these engines, or a default that learns."""
+    profile = flags.profile(args)
+    if profile is None:
+        return Learned()
+    engine = identity(config, args.model)
+    if why := refusal(profile, engine):
+        raise ProfileError(f"{args.profile}: {why}")
+    for difference in differences(profile, engine):
+        say(f"{args.profile}: {difference}; predictions will adapt")
+    return Profiled.of(profile)
 
 
 async def serve(args: argparse.Namespace, argv: list[str]) -> int:
@@ -280,6 +290,9 @@ def main(argv: list[str]) -> int:
         return int(uvloop.run(serve(args, argv)))
     except KeyboardInterrupt:
         return 130
+    except ProfileError as wrong:
+        say(str(wrong))
+        return 2
     except (ValueError, OSError) as wrong:  # vLLM's words on a model path or a configuration
         if envs.VLLM_LOGGING_LEVEL == "DEBUG":
             raise

@@ -44,6 +44,10 @@ def test_disaggregation_and_aggregation_are_values() -> None:
     assert flags.sliders(flags.parse([MODEL, "--d-heavy", "2"])) == Sliders(0, 2, 256, 256)
 
 
+def test_without_a_profile_nothing_is_loaded() -> None:
+    assert flags.profile(flags.parse([MODEL])) is None
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -60,6 +64,7 @@ def test_disaggregation_and_aggregation_are_values() -> None:
         ("--data-parallel-size 2", "use --p-heavy and --d-heavy"),
         ("--pipeline-parallel-size 2", "use --tensor-parallel-size"),
         ("--kv-over pigeon", "--kv-over"),
+        ("--profile /nowhere/p.json", "/nowhere/p.json: cannot be read"),
         ("--headless", "every instance belongs to one server"),
         ("--scheduler-cls a.B", "its own scheduler class"),
     ],

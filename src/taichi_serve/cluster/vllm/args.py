@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -16,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm.kv import transfer_config
+from taichi_serve.latency.profile import Profile, load
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -88,6 +90,7 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
             "seconds an instance with work may be silent before it counts as lost",
         ),
         ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
+        ("profile", str, None, "file of `taichi profile` that predictions start from, instead of learning"),
     ):
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
         explained = f"{text} (default: {default})"
@@ -123,6 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sliders(args)
         slo(args)
         policy(args)
+        profile(args)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return args
@@ -146,6 +150,11 @@ def policy(args: argparse.Namespace) -> Policy:
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
     return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
+
+
+def profile(args: argparse.Namespace) -> Profile | None:
+    """The profile that a parsed command line names; raises ProfileError naming the file and the field."""
+    return None if args.profile is None else load(Path(args.profile))
 
 
 def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmConfig:

@@ -1,0 +1,63 @@
+"""What a scrape shows: how well each instance was predicted, and what the backflow rate says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("prometheus_client")  # it comes with vLLM
+
+from taichi_serve.frontend.metrics import TaichiCollector
+from taichi_serve.frontend.record import Recorder
+from taichi_serve.latency.predict import Learned
+from taichi_serve.messages import Outcome
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
+
+
+def system() -> Any:
+    """Over i0 P-heavy and i1 D-heavy, before the first request."""
+    scheduler = GlobalScheduler(
+        Sliders(1, 1, 1024, 256), SLO(4.0, 0.07), Learned(), Policy(), {"i0": 100_000, "i1": 100_000}
+    )
+    return SimpleNamespace(scheduler=scheduler, recorder=Recorder(scheduler, 2048))
+
+
+def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:
+    """The samples of one name by their labels' values."""
+    samples = [s for metric in TaichiCollector(system).collect() for s in metric.samples if s.name == name]
+    return {tuple(s.labels.values()): s.value for s in samples}
+
+
+def test_predicted_and_actual_times_are_summed_for_each_instance() -> None:
+    here = system()
+    here.scheduler.accuracy["i0"].ttft.add(predicted=1.0, actual=1.5)
+    here.scheduler.accuracy["i0"].ttft.add(predicted=2.0, actual=1.75)
+    here.scheduler.accuracy["i1"].tpot.add(predicted=0.05, actual=0.0625)
+    key = ("0", "ttft")
+    assert scraped(here, "taichi_predictions_total")[key] == 2
+    assert scraped(here, "taichi_predicted_seconds_total")[key] == 3.0
+    assert scraped(here, "taichi_actual_seconds_total")[key] == 3.25
+    assert scraped(here, "taichi_prediction_error_seconds_total")[key] == 0.75
+    assert scraped(here, "taichi_actual_seconds_total")["1", "tpot"] == 0.0625
+
+
+def test_what_was_never_compared_is_there_with_zero() -> None:
+    # A counter that appears only with its first value has no rate until the second.
+    assert scraped(system(), "taichi_predictions_total") == {
+        (engine, of): 0.0 for engine in "01" for of in ("ttft", "tpot")
+    }
+
+
+def test_backflow_rate_comes_with_its_reading() -> None:
+    here = system()
+    assert scraped(here, "taichi_backflow_rate") == {(): 0.0}
+    assert scraped(here, "taichi_backflow_reading") == {("ok",): 1.0}
+    here.scheduler.counters.ended(Outcome.FINISHED, backflows=1)
+    assert scraped(here, "taichi_backflow_rate") == {(): 1.0}
+    (reading,) = scraped(here, "taichi_backflow_reading")
+    assert reading[0].startswith("too few D-heavy instances")
