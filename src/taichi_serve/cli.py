@@ -13,6 +13,7 @@ USAGE = """usage: taichi COMMAND ...
 
   serve MODEL   serve a model on several vLLM instances (taichi serve --help=TaiChi)
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
+  bench goodput the highest request rate at which a real server keeps its SLOs
   explain ID    where a request of a running server went, and why
   simulate      one configuration on a virtual cluster: goodput, TTFT, TPOT
   search        the best sliders for a workload and an SLO
@@ -51,6 +52,10 @@ def command(words: list[str]) -> int:
             from taichi_serve.commands.demo import main as demo
 
             run = demo
+        case ["bench"]:
+            from taichi_serve.commands.bench import main as bench
+
+            run = bench
         case ["explain"]:
             from taichi_serve.commands.explain import main as explain
 

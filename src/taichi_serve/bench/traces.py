@@ -57,15 +57,16 @@ FORMATS = (
 )
 
 
-def read_trace(path: Path, limit: int | None = None) -> Trace:
-    """Read a trace; `limit` is the most tokens that prompt and output together may have."""
+def read_trace(path: Path, limit: int | None = None, scale: float = 1.0) -> Trace:
+    """Read a trace, all lengths times `scale`; `limit` is the most tokens that prompt and output together
+    may have then."""
     trace = Trace(path.stem, array("q"), array("q"), array("d"))
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             columns = _format(path, reader.fieldnames or [])
             for number, row in enumerate(reader, start=2):
-                _take(trace, path, number, row, columns, limit)
+                _take(trace, f"{path}: row {number}", row, columns, limit, scale)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from error
     if not len(trace):
@@ -86,15 +87,15 @@ def _format(path: Path, header: object) -> Columns:
 
 def _take(
     trace: Trace,
-    path: Path,
-    number: int,
+    where: str,
     row: Mapping[str, str | None],
     columns: Columns,
     limit: int | None,
+    scale: float,
 ) -> None:
-    where = f"{path}: row {number}"
-    prompt = _tokens(where, columns.prompt, row[columns.prompt])
-    output = _tokens(where, columns.output, row[columns.output])
+    prompt, output = (
+        max(1, round(_tokens(where, field, row[field]) * scale)) for field in (columns.prompt, columns.output)
+    )
     if limit is not None and prompt + output > limit:
         raise TraceError(
             f"{where}: {columns.prompt}: {prompt} + {output} tokens are over the model's limit of {limit}"

@@ -40,6 +40,10 @@ class LogNormal:
         mu = math.log(self.mean) - self.sigma**2 / 2
         return max(1, min(self.most, round(chance.lognormvariate(mu, self.sigma))))
 
+    def scaled(self, factor: float) -> LogNormal:
+        """The same shape, so many times as long."""
+        return replace(self, mean=self.mean * factor, most=max(1, round(self.most * factor)))
+
 
 @dataclass(frozen=True, slots=True)
 class Synthetic:
@@ -133,14 +137,17 @@ SYNTHETIC = {
 }
 
 
-def workload(name: str, limit: int, cv: float = 1.0) -> Workload:
+def workload(name: str, limit: int, cv: float = 1.0, scale: float = 1.0) -> Workload:
     """A synthetic workload by name, or the lengths of a trace by path; ValueError says what is wrong.
 
-    `limit` is the most tokens of prompt and output together: synthetic lengths are cut there, while a trace
-    that goes beyond it is an error.
+    All lengths are multiplied by `scale`. `limit` is the most tokens of prompt and output together:
+    synthetic lengths are cut there, while a trace that goes beyond it is an error.
     """
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, not {scale!r}")
     known = SYNTHETIC.get(name)
     if known is not None:
+        known = Synthetic(known.prompt.scaled(scale), known.output.scaled(scale))
         longest = max(2, limit - min(known.output.most, limit // 4))
         prompt = replace(known.prompt, most=min(known.prompt.most, longest))
         output = replace(known.output, most=min(known.output.most, limit // 4))
@@ -148,4 +155,4 @@ def workload(name: str, limit: int, cv: float = 1.0) -> Workload:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"workload {name!r} is no file, and none of {', '.join(sorted(SYNTHETIC))}")
-    return Workload(path.stem, Rows(read_trace(path, limit)), cv)
+    return Workload(path.stem, Rows(read_trace(path, limit, scale)), cv)

@@ -41,7 +41,7 @@ class Subserver:
 
     def __init__(self, words: list[str]) -> None:
         """Start `taichi serve` with these words; host and port are chosen here."""
-        self.directory = Path(tempfile.mkdtemp(prefix="taichi-demo-"))  # mode 0700
+        self.directory = Path(tempfile.mkdtemp(prefix="taichi-own-"))  # mode 0700
         self.log = self.directory / "server.log"
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         command = [sys.executable, "-m", "taichi_serve.cli", "serve", *words]

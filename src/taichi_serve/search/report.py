@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from taichi_serve.bench.figure import COLOURS, figure, save
 from taichi_serve.bench.goodput import Tally
 from taichi_serve.search.goodput import Contender, Scene
 from taichi_serve.search.sliders import Found
-
-COLOURS = {"aggregation": "#4c72b0", "disaggregation": "#dd8452", "hybrid": "#55a868"}
 
 
 def summary(tally: Tally) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def found_row(found: Found) -> dict[str, Any]:
 
 def draw_pareto(found: Sequence[Found], scene: Scene, path: Path) -> None:
     """Goodput against P90 TTFT and P90 TPOT at that rate, one point for each contender."""
-    figure, axes = _figure(2)
+    picture, axes = figure(2)
     for axis, name, limit in zip(axes, ("ttft", "tpot"), (scene.slo.ttft, scene.slo.tpot), strict=True):
         for family, colour in COLOURS.items():
             mine = [f for f in found if f.family == family and f.tally]
@@ -80,12 +79,12 @@ def draw_pareto(found: Sequence[Found], scene: Scene, path: Path) -> None:
         axis.set_xlabel("goodput (requests/s)")
         axis.set_ylabel(f"P90 {name.upper()} there (s)")
     axes[0].legend()
-    _save(figure, path)
+    save(picture, path)
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str = "") -> None:
     """Attainment against rate; `curves` maps a name to points (requests/s, share)."""
-    figure, (axis,) = _figure(1)
+    picture, (axis,) = figure(1)
     for name, points in curves.items():
         colour = COLOURS.get(name.split(" ")[0])
         axis.plot([r for r, _ in points], [a for _, a in points], marker=".", label=name, color=colour)
@@ -95,12 +94,12 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path,
     axis.set_ylim(0, 1.02)
     axis.set_title(title)
     axis.legend()
-    _save(figure, path)
+    save(picture, path)
 
 
 def draw_times(tally: Tally, scene: Scene, path: Path) -> None:
     """The distributions of TTFT and TPOT with their SLOs."""
-    figure, axes = _figure(2)
+    picture, axes = figure(2)
     limits = (scene.slo.ttft, scene.slo.tpot)
     for axis, times, name, limit in zip(
         axes, (tally.ttft, tally.tpot), ("TTFT", "TPOT"), limits, strict=True
@@ -111,16 +110,4 @@ def draw_times(tally: Tally, scene: Scene, path: Path) -> None:
         axis.set_xlabel(f"{name} (s)")
         axis.set_ylabel("share of requests within")
         axis.legend()
-    _save(figure, path)
-
-
-def _figure(columns: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * columns, 3.4), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(picture, path)

@@ -1,0 +1,45 @@
+"""Bisection for the highest rate that keeps a target: what is known so far, and which rate to try next.
+
+It knows nothing of requests: a rate either kept the target or missed it. Rates are compared by their ratio,
+because what a rate costs in attainment depends on its share of what the server can do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+REACH = 64.0  # the search looks from `start` / 64 up to `start` * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """`low` is the highest rate that kept the target, 0 for none; `high` the lowest that missed it."""
+
+    start: float
+    tolerance: float = 0.1  # the search is over when `high` is at most this share above `low`
+    low: float = 0.0
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("start", "tolerance"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+
+    def next(self) -> float | None:
+        """The rate to try (requests/s); None when it is known well enough, or beyond reach."""
+        if self.low and self.high < math.inf:
+            near = self.high <= self.low * (1 + self.tolerance)
+            return None if near else math.sqrt(self.low * self.high)
+        if self.low:
+            return self.low * 2 if self.low < self.start * REACH else None
+        if self.high < math.inf:
+            return self.high / 2 if self.high > self.start / REACH else None
+        return self.start
+
+    def after(self, rate: float, kept: bool) -> Bracket:
+        """What is known when this rate has been tried."""
+        if kept:
+            return replace(self, low=max(self.low, rate))
+        return replace(self, high=min(self.high, rate))

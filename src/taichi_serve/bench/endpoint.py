@@ -1,0 +1,96 @@
+"""A running server, met over HTTP: which model it serves, how long a request may be, and when it is idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+SETTLE_SECONDS = 60.0
+
+
+class EndpointError(ValueError):
+    """A server that cannot be measured; the message names it and says why."""
+
+
+class EndpointGoneError(RuntimeError):
+    """A server that was measured, and is gone or stuck; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server that has answered."""
+
+    client: httpx.AsyncClient
+    model: str
+    limit: int  # tokens of prompt and output together
+    version: str
+
+    async def settle(self) -> None:
+        """Wait until nothing of the last run is left; EndpointGoneError when the server is gone or stuck.
+
+        A server of ours says how many requests are live. Of another one, an answer to one short request is
+        asked for: engines take an abort before what was sent after it.
+        """
+        url = self.client.base_url
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while True:
+                    if not await self._live():
+                        return
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise EndpointGoneError(f"{url}: still busy after {SETTLE_SECONDS:g} s without load") from None
+        except httpx.HTTPError as wrong:
+            raise EndpointGoneError(f"{url}: it is gone: {wrong!r}") from None
+
+    async def _live(self) -> int:
+        answer = await self.client.get("/taichi/state")
+        if answer.status_code == 200:
+            return int(answer.json()["requests"]["live"])
+        body = {"model": self.model, "prompt": [300], "max_tokens": 1}
+        (await self.client.post("/v1/completions", json=body)).raise_for_status()
+        return 0
+
+
+@contextlib.asynccontextmanager
+async def meet(url: str, api_key: str | None) -> AsyncIterator[Endpoint]:
+    """Ask a server what it serves. Any number of requests may be open at once."""
+    try:
+        if (httpx.URL(url).port or 80) > 65535:
+            raise ValueError("its port is above 65535")
+        client = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(None, connect=30.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,
+        )
+    except (httpx.InvalidURL, ValueError) as wrong:
+        raise EndpointError(f"{url}: no URL of a server: {wrong}") from None
+    async with client:
+        try:
+            async with asyncio.timeout(SETTLE_SECONDS):
+                model = await _model(client, url)
+                version = await client.get("/version")
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as wrong:
+            why = str(wrong) or type(wrong).__name__
+            raise EndpointError(f"{url}: cannot be reached: {why}") from None
+        name = version.json().get("version", "?") if version.status_code == 200 else "?"
+        yield Endpoint(client, model["id"], int(model.get("max_model_len") or 1 << 20), str(name))
+
+
+async def _model(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
+    answer = await client.get("/v1/models")
+    try:
+        model: dict[str, Any] = answer.raise_for_status().json()["data"][0]
+        model["id"]
+    except httpx.HTTPStatusError:
+        raise EndpointError(f"{url}: HTTP {answer.status_code} to GET /v1/models") from None
+    except (ValueError, LookupError, TypeError):
+        raise EndpointError(f"{url}: no OpenAI server: no model in its answer to GET /v1/models") from None
+    return model

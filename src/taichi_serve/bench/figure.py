@@ -1,0 +1,22 @@
+"""How our pictures look: size, colours, files that are the same when the figures are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"aggregation": "#4c72b0", "disaggregation": "#dd8452", "hybrid": "#55a868"}
+
+
+def figure(columns: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels side by side."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(4.6 * columns, 3.4), layout="constrained")
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
+
+
+def save(made: Any, path: Path) -> None:
+    """Write it, without the date."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,135 @@
+"""What a goodput measurement came to: a file that can be read back, a table, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from taichi_serve.bench.figure import COLOURS, figure, save
+from taichi_serve.bench.score import Run
+from taichi_serve.bench.trial import Goodput, Trial
+
+HEADS = (
+    "configuration",
+    "goodput, requests/s",
+    "attainment there (95 %)",
+    "good of sent",
+    "failed",
+    "TTFT p50 / p90, s",
+    "TPOT p50 / p90, ms",
+    "missed at, requests/s",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One configuration, measured."""
+
+    name: str
+    target: str  # URL or model
+    trial: Trial
+    flags: tuple[str, ...]  # of `taichi serve`; none for a server that was running
+    goodput: Goodput
+    date: str
+    versions: str
+    machine: str
+
+    def same(self, target: str, trial: Trial, flags: tuple[str, ...]) -> bool:
+        """Whether it answers this question."""
+        return (self.target, self.trial, self.flags) == (target, trial, flags)
+
+
+def write(result: Result, path: Path) -> None:
+    """As JSON, with every request of every run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+
+
+def read(path: Path) -> Result | None:
+    """A result written before; None where there is none, or it is not one."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Result)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """One line of the table, under HEADS."""
+    found = result.goodput
+    missed = [run.rate for run in found.runs if not run.kept]
+    beyond = f"{min(missed):.3g}" if missed else "-"
+    run = found.there
+    if run is None:
+        return (result.name, "0", *("-" for _ in HEADS[3:]), beyond)
+    low, high = run.interval
+    return (
+        result.name,
+        f"{found.rate:.3g}",
+        f"{run.least:.1%} ({low:.1%} to {high:.1%})",
+        f"{run.good} of {run.total}",
+        str(run.failed),
+        f"{_time(run, 'ttft', 0.5)} / {_time(run, 'ttft', 0.9)}",
+        f"{_time(run, 'tpot', 0.5, 1e3)} / {_time(run, 'tpot', 0.9, 1e3)}",
+        beyond,
+    )
+
+
+def _time(run: Run, name: str, share: float, unit: float = 1.0) -> str:
+    seconds = run.quantile(name, share)
+    return "-" if seconds is None else f"{seconds * unit:.3g}"
+
+
+def conditions(result: Result) -> str:
+    """What was measured, in one sentence."""
+    trial = result.trial
+    return (
+        f"{result.date}; {result.machine}; {result.versions}. {trial.workload} x {trial.scale:g}, SLO "
+        f"{trial.slo.ttft:g} s and {trial.slo.tpot * 1e3:g} ms, target {trial.attainment:.0%} of "
+        f"{trial.requests} requests for each of the seeds {', '.join(map(str, trial.seeds))}, after "
+        f"{trial.warm_up} that are not counted; rate to {trial.tolerance:.0%}."
+    )
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The conditions and the table."""
+    lines = [HEADS, ("---", *("---:" for _ in HEADS[1:])), *map(row, results)]
+    flags = [f"- {r.name}: `{' '.join(r.flags)}`" for r in results if r.flags]
+    table = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([conditions(results[-1]), "", *table, "", *flags]) + "\n"
+
+
+def as_json(results: Sequence[Result]) -> bytes:
+    """The table as a list of objects."""
+    rows = [dict(zip(HEADS, row(result), strict=True)) for result in results]
+    return msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Attainment against rate; and TTFT against TPOT at each one's goodput, with the box of the SLO."""
+    picture, (left, right) = figure(2)
+    trial = results[-1].trial
+    for result in results:
+        colour = COLOURS.get(result.name, "#8172b3")
+        runs = sorted(result.goodput.runs, key=lambda run: run.rate)
+        shares = [run.least if run.kept else run.most for run in runs]
+        left.plot([run.rate for run in runs], shares, color=colour, label=result.name)
+        for run, share in zip(runs, shares, strict=True):
+            marker = "o" if run.whole else "^" if run.kept else "v"
+            left.plot(run.rate, share, marker=marker, color=colour, markersize=5)
+        there = result.goodput.there
+        if there is not None:
+            done = [sample for sample in there.samples if sample.error is None]
+            times = [sample.ttft for sample in done], [(sample.tpot or 0.0) * 1e3 for sample in done]
+            label = f"{result.name}, {there.rate:.3g} requests/s"
+            right.scatter(*times, s=9, alpha=0.6, linewidths=0, color=colour, label=label)
+    left.axhline(trial.attainment, color="grey", linestyle=":")
+    left.set(xscale="log", xlabel="requests/s", ylabel="attainment (^ at least, v at most)", ylim=(0, 1.03))
+    left.legend(fontsize="small")
+    limits = trial.slo.ttft, trial.slo.tpot * 1e3
+    right.plot([0, limits[0], limits[0]], [limits[1], limits[1], 0], color="grey", linestyle=":", label="SLO")
+    right.set(xlabel="TTFT (s)", ylabel="TPOT (ms)", xlim=(0, None), ylim=(0, None))
+    right.legend(fontsize="small")
+    save(picture, path)

@@ -1,0 +1,170 @@
+"""What a run at one rate came to, request by request, and whether its outcome is certain already.
+
+A request that failed, or was refused, is bad. One that is under way is bad as soon as it cannot be good any
+more: its first token is late, or its last one is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from taichi_serve.bench.client import Answer
+from taichi_serve.bench.goodput import wilson
+from taichi_serve.slo import SLO, tpot
+
+Key = tuple[int, int]  # seed, number
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A request that has ended. TTFT (seconds) counts from when it was due: a late client hides nothing."""
+
+    seed: int
+    number: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft: float | None
+    tpot: float | None
+    good: bool
+    error: str | None
+
+    @classmethod
+    def of(cls, key: Key, live: Live, answer: Answer, slo: SLO) -> Sample:
+        """From the answer; one with another number of tokens than asked for is a failure."""
+        error = answer.error or (None if answer.ok else "it ended without a finish reason")
+        if error is None and answer.output_tokens != live.output_tokens:
+            error = f"{answer.output_tokens} tokens came, {live.output_tokens} were asked for"
+        first = answer.times[0] - live.due if answer.times else None
+        each = tpot(answer.times[0], answer.times[-1], live.output_tokens) if answer.times else None
+        good = error is None and first is not None and each is not None and slo.good(first, each)
+        return cls(*key, live.prompt_tokens, live.output_tokens, first, each, good, error)
+
+
+@dataclass(slots=True)
+class Live:
+    """A request under way: when it was due, what it asked for, and what has come."""
+
+    due: float
+    prompt_tokens: int
+    output_tokens: int
+    answer: Answer | None = None  # from its first token on
+
+    def lost(self, now: float, slo: SLO) -> bool:
+        """Whether it cannot be good any more, whatever comes."""
+        if self.answer is None:
+            return now - self.due > slo.ttft
+        first = self.answer.times[0]
+        if first - self.due > slo.ttft:
+            return True
+        out = max(len(self.answer.tokens), len(self.answer.times))
+        return out < self.output_tokens and now - first > slo.tpot * (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One rate: `total` requests were to be sent; the rest of a run that was decided early is not known."""
+
+    rate: float
+    total: int
+    sent: int
+    good: int
+    bad: int
+    kept: bool
+    seconds: float
+    lag: float  # seconds that the client was late with a request, at worst
+    samples: tuple[Sample, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every request was seen to be good or bad."""
+        return self.good + self.bad == self.total
+
+    @property
+    def least(self) -> float:
+        """The attainment, if none of the unknown requests is good."""
+        return self.good / self.total
+
+    @property
+    def most(self) -> float:
+        """The attainment, if all of the unknown requests are good."""
+        return 1 - self.bad / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval; with unknown requests, from the worst case's to the best case's."""
+        return wilson(self.good, self.total)[0], wilson(self.total - self.bad, self.total)[1]
+
+    @property
+    def failed(self) -> int:
+        """Requests that were refused or broke off."""
+        return sum(sample.error is not None for sample in self.samples)
+
+    def times(self, name: str) -> list[float]:
+        """TTFT or TPOT (seconds) of all requests that ended properly, ascending."""
+        return sorted(getattr(sample, name) for sample in self.samples if sample.error is None)
+
+    def quantile(self, name: str, share: float) -> float | None:
+        """The time that this share of all requests sent kept to; None where too few of them ended."""
+        times = self.times(name)
+        place = math.ceil(share * self.sent - 1e-9)
+        return times[place - 1] if 0 < place <= len(times) else None
+
+
+class Score:
+    """Counts the requests of one rate, over all seeds."""
+
+    def __init__(self, slo: SLO, total: int, attainment: float) -> None:
+        """`total` requests will be sent; the target is kept when this share of them is good."""
+        self.slo, self.total = slo, total
+        self.needed = math.ceil(attainment * total - 1e-9)
+        self.sent = self.good = 0
+        self.lag = 0.0
+        self.live: dict[Key, Live] = {}
+        self.lost: set[Key] = set()  # known to be bad before their end
+        self.samples: list[Sample] = []
+
+    @property
+    def bad(self) -> int:
+        """Known not to be good, ended or not."""
+        return len(self.samples) - self.good + len(self.lost)
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the target is kept; None while that is open."""
+        if self.good >= self.needed:
+            return True
+        return False if self.bad > self.total - self.needed else None
+
+    @property
+    def open(self) -> int:
+        """Requests under way that may still be good."""
+        return sum(key not in self.lost for key in self.live)
+
+    def begin(self, key: Key, live: Live, now: float) -> None:
+        """A request is sent."""
+        self.sent += 1
+        self.lag = max(self.lag, now - live.due)
+        self.live[key] = live
+
+    def end(self, key: Key, answer: Answer) -> None:
+        """Its answer is over, however."""
+        sample = Sample.of(key, self.live.pop(key), answer, self.slo)
+        self.lost.discard(key)
+        self.good += sample.good
+        self.samples.append(sample)
+
+    def look(self, now: float) -> None:
+        """Find those that cannot be good any more."""
+        self.lost.update(key for key, live in self.live.items() if live.lost(now, self.slo))
+
+    def give_up(self) -> None:
+        """All that is under way was aborted: what was not lost already stays unknown."""
+        self.live.clear()
+
+    def run(self, rate: float, seconds: float) -> Run:
+        """What it came to."""
+        kept = bool(self.kept)
+        return Run(
+            rate, self.total, self.sent, self.good, self.bad, kept, seconds, self.lag, tuple(self.samples)
+        )

@@ -1,0 +1,91 @@
+"""What is measured (Trial), and the search for the highest rate that keeps it (climb)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from taichi_serve.bench.bracket import Bracket
+from taichi_serve.bench.openloop import OpenLoop, Tell
+from taichi_serve.bench.score import Run, Score
+from taichi_serve.bench.workload import Workload, workload
+from taichi_serve.slo import SLO
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One goodput measurement, but for the server. Two with equal trials can be compared."""
+
+    workload: str  # a name, or the path of a trace
+    slo: SLO
+    scale: float = 1.0  # of all lengths
+    attainment: float = 0.9
+    requests: int = 200  # counted ones, for every seed
+    warm_up: int = 20  # sent before them at every rate and for every seed, not counted
+    seeds: tuple[int, ...] = (0,)
+    start: float = 1.0  # the first rate, requests/s
+    tolerance: float = 0.1
+    full: bool = False  # no run ends early
+
+    def __post_init__(self) -> None:
+        if not 0 < self.attainment <= 1:
+            raise ValueError(f"attainment must be above 0 and at most 1, not {self.attainment!r}")
+        if self.requests < 1:
+            raise ValueError(f"requests must be at least 1, not {self.requests}")
+        if self.warm_up < 0:
+            raise ValueError(f"warm-up must be at least 0, not {self.warm_up}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, not {self.seeds!r}")
+        _ = self.bracket
+
+    @property
+    def bracket(self) -> Bracket:
+        """Before the first rate."""
+        return Bracket(self.start, self.tolerance)
+
+    @property
+    def total(self) -> int:
+        """Counted requests at one rate."""
+        return self.requests * len(self.seeds)
+
+    def lengths(self, limit: int) -> Workload:
+        """Its requests for a model that takes so many tokens."""
+        return workload(self.workload, limit, scale=self.scale)
+
+
+async def measure(
+    loop: OpenLoop, trial: Trial, requests: Workload, rate: float, early: bool, tell: Tell
+) -> Run:
+    """One rate, one seed after the other, until the outcome is certain."""
+    score = Score(trial.slo, trial.total, trial.attainment)
+    began = time.perf_counter()
+    for seed in trial.seeds:
+        calls = list(requests.calls(rate, trial.warm_up + trial.requests, seed))
+        await loop.run(calls, seed, score, trial.warm_up, early, tell)
+        if early and score.kept is not None:
+            break
+    return score.run(rate, time.perf_counter() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """The rate found (requests/s, 0 for none), every run on the way there, and a whole one at that rate."""
+
+    rate: float
+    runs: tuple[Run, ...]
+    there: Run | None
+
+
+async def climb(bracket: Bracket, run: Callable[[float, bool], Awaitable[Run]]) -> Goodput:
+    """Bisect, and then see the rate found to the end: `run` takes a rate and whether it may end early."""
+    runs: list[Run] = []
+    while (rate := bracket.next()) is not None:
+        runs.append(await run(rate, True))
+        bracket = bracket.after(rate, runs[-1].kept)
+    there = next((r for r in runs if math.isclose(r.rate, bracket.low) and r.whole), None)
+    if bracket.low and there is None:
+        there = await run(bracket.low, False)
+        runs.append(there)
+    return Goodput(bracket.low, tuple(runs), there)

@@ -1,0 +1,88 @@
+"""Measure one server, ours or a running one, and say on the terminal how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from taichi_serve.bench.endpoint import EndpointError, EndpointGoneError, meet
+from taichi_serve.bench.openloop import OpenLoop
+from taichi_serve.bench.score import Run, Score
+from taichi_serve.bench.trial import Goodput, Trial, climb, measure
+from taichi_serve.commands.interrupts import Interrupts
+from taichi_serve.commands.subserver import ServerError, Subserver
+
+Measured = tuple[Goodput, str]  # and the version of the server
+
+
+async def running(name: str, url: str, api_key: str | None, trial: Trial, console: Console) -> Measured:
+    """The goodput of a server that runs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    more = TextColumn("{task.fields[good]} good, {task.fields[bad]} bad, {task.fields[live]} under way")
+    async with meet(url, api_key) as endpoint:
+        requests, loop = trial.lengths(endpoint.limit), OpenLoop(endpoint)
+        with Progress(*columns, more, TimeElapsedColumn(), console=console, transient=True) as progress:
+
+            async def run(rate: float, early: bool) -> Run:
+                bar = progress.add_task(f"{name} {rate:.3g}/s", total=trial.total, good=0, bad=0, live=0)
+
+                def tell(score: Score) -> None:
+                    good, bad, live = score.good, score.bad, len(score.live)
+                    progress.update(bar, completed=score.sent, good=good, bad=bad, live=live)
+
+                made = await measure(loop, trial, requests, rate, early and not trial.full, tell)
+                progress.remove_task(bar)
+                console.print(line(name, made), soft_wrap=True, markup=False)
+                if made.failed == made.sent > 0:
+                    raise EndpointError(f"{url}: every request failed: {made.samples[0].error}")
+                return made
+
+            return await climb(trial.bracket, run), endpoint.version
+
+
+def line(name: str, run: Run) -> str:
+    """One rate in words."""
+    share = f"{run.least:.1%}" if run.whole else f"{run.least:.1%} to {run.most:.1%}"
+    verdict = "kept" if run.kept else "missed"
+    failed = f", {run.failed} failed" if run.failed else ""
+    late = f", the client was up to {run.lag:.2f} s late" if run.lag > 0.1 else ""
+    return (
+        f"{name}  {run.rate:.3g} requests/s: {verdict}, attainment {share} of {run.total}, "
+        f"{run.sent} sent{failed}{late}, {run.seconds:.0f} s"
+    )
+
+
+def ours(
+    name: str,
+    words: tuple[str, ...],
+    api_key: str | None,
+    trial: Trial,
+    console: Console,
+    interrupts: Interrupts,
+) -> Measured:
+    """The goodput of `taichi serve` with these words, started for it and stopped after it."""
+    server: Subserver | None = None
+    keep = False
+    try:
+        with interrupts.hold():
+            server = Subserver(list(words))
+        return asyncio.run(interrupts.watch(_started(name, server, api_key, trial, console)))
+    except (ServerError, EndpointGoneError) as wrong:
+        keep = True
+        log = server.log if server else "not there"
+        raise ServerError(f"{name}: {wrong}\nits log is {log}") from None
+    finally:
+        with interrupts.hold(), console.status("stopping the server"):
+            if server is not None:
+                server.stop(keep)
+
+
+async def _started(
+    name: str, server: Subserver, api_key: str | None, trial: Trial, console: Console
+) -> Measured:
+    with console.status(f"{name}: starting the server") as status:
+        async for said in server.sayings():
+            status.update(f"{name}: {said}")
+    return await running(name, server.url, api_key, trial, console)

@@ -1,0 +1,79 @@
+"""The search over rates on a fake measurement, and a trial that makes no sense."""
+
+import pytest
+
+from taichi_serve.bench.bracket import Bracket
+from taichi_serve.bench.score import Run
+from taichi_serve.bench.trial import Trial, climb
+from taichi_serve.slo import SLO
+
+PROMISE = SLO(4.0, 0.07)
+
+
+class Fake:
+    """A server with a cliff: below it 95 of 100 are good, above it 50 are. Ends early where it may."""
+
+    def __init__(self, cliff, wholly=False):
+        self.cliff, self.wholly = cliff, wholly
+        self.asked = []
+
+    async def run(self, rate, early):
+        self.asked.append((rate, early))
+        kept = rate <= self.cliff
+        good, bad = (95, 5) if kept else (50, 50)
+        if early and not self.wholly:
+            good, bad = (90, 0) if kept else (0, 11)
+        return Run(rate, 100, good + bad, good, bad, kept, 1.0, 0.0, ())
+
+
+async def test_the_rate_found_is_seen_to_its_end():
+    fake = Fake(cliff=3.0)
+    found = await climb(Bracket(1.0, tolerance=0.5), fake.run)
+    assert fake.asked == [(1.0, True), (2.0, True), (4.0, True), (8**0.5, True), (8**0.5, False)]
+    assert found.rate == pytest.approx(8**0.5)
+    assert (found.there.good, found.there.total) == (95, 100)
+    assert len(found.runs) == 5
+
+
+async def test_a_rate_that_was_seen_to_its_end_is_not_run_again():
+    fake = Fake(cliff=3.0, wholly=True)
+    found = await climb(Bracket(1.0, tolerance=0.5), fake.run)
+    assert len(fake.asked) == 4
+    assert found.there.rate == found.rate
+
+
+async def test_where_no_rate_is_kept_the_goodput_is_zero():
+    found = await climb(Bracket(1.0), Fake(cliff=0.0).run)
+    assert (found.rate, found.there) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"attainment": 0.0}, "attainment must be above 0 and at most 1, not 0.0"),
+        ({"attainment": 1.01}, "attainment must be above 0 and at most 1, not 1.01"),
+        ({"requests": 0}, "requests must be at least 1, not 0"),
+        ({"warm_up": -1}, "warm-up must be at least 0, not -1"),
+        ({"seeds": (1, 1)}, "seeds must be different numbers"),
+        ({"start": 0.0}, "start must be a positive number"),
+        ({"tolerance": -0.1}, "tolerance must be a positive number"),
+    ],
+)
+def test_a_trial_that_makes_no_sense_is_refused(wrong, line):
+    with pytest.raises(ValueError, match=line):
+        Trial("sharegpt", PROMISE, **wrong)
+
+
+def test_scale_shortens_prompts_and_outputs_alike():
+    prompt, output = Trial("sharegpt", PROMISE, scale=0.1).lengths(4096).means()
+    assert prompt == pytest.approx(66.1, rel=0.05)
+    assert output == pytest.approx(25.7, rel=0.05)
+
+
+def test_scale_shortens_a_trace_before_it_is_held_against_the_models_limit(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n8000,200\n3,100\n")
+    trace = Trial(str(path), PROMISE, scale=0.1).lengths(1000).lengths.trace
+    assert (list(trace.prompts), list(trace.outputs)) == ([800, 1], [20, 10])
+    with pytest.raises(ValueError, match="row 2: num_prefill_tokens: 800 \\+ 20 tokens are over"):
+        Trial(str(path), PROMISE, scale=0.1).lengths(819)

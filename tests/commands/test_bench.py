@@ -1,0 +1,142 @@
+"""`taichi bench goodput` from outside, without a server: words, files, and one clear line for bad input."""
+
+import re
+
+import pytest
+
+from taichi_serve.bench.report import HEADS, Result, as_json, draw, markdown, read, row, write
+from taichi_serve.bench.score import Run, Sample
+from taichi_serve.bench.trial import Goodput, Trial
+from taichi_serve.commands import bench, contenders
+from taichi_serve.commands.measure import line
+from taichi_serve.slo import SLO
+
+BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07"
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def told(words, capsys):
+    assert bench.main(["goodput", *words.split()]) == 2
+    return re.sub(r"\s*\n", "\n", capsys.readouterr().err)
+
+
+BAD = [
+    ("--attainment 0", "attainment must be above 0 and at most 1, not 0.0"),
+    ("--attainment 1.5", "attainment must be above 0 and at most 1, not 1.5"),
+    ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
+    ("--workload nothing", "workload 'nothing' is no file, and none of sharegpt, summarization"),
+    ("--scale 0", "scale must be a positive number, not 0.0"),
+    ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
+    ("--compare hybrid,mixed", "--compare: 'mixed' is none of aggregation, disaggregation, hybrid"),
+    ("--compare hybrid --instances 1", "--instances: must be at least 2, not 1"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD)
+def test_bad_input_is_one_line_and_status_2(words, expected, model, capsys):
+    assert told(f"{model} {BASE} {words}", capsys) == f"taichi bench: {expected}\n"
+
+
+def test_a_trace_with_other_columns_is_named_before_a_server_is_started(model, capsys, tmp_path):
+    trace = tmp_path / "t.csv"
+    trace.write_text("prompt,output\n1,2\n")
+    said = told(f"{model} {BASE} --workload {trace}", capsys)
+    assert said.startswith(f"taichi bench: {trace}: row 1: columns prompt, output; expected TIMESTAMP")
+
+
+def test_an_unreachable_url_is_named(capsys):
+    said = told(f"http://127.0.0.1:1 {BASE}", capsys)
+    assert said.startswith("taichi bench: http://127.0.0.1:1: cannot be reached: ")
+
+
+def test_a_directory_that_is_no_model_is_named(tmp_path, capsys):
+    assert (
+        told(f"{tmp_path} {BASE}", capsys) == f"taichi bench: {tmp_path}: no model: it has no config.json\n"
+    )
+
+
+def test_flags_of_serve_need_a_model(capsys):
+    said = told(f"http://127.0.0.1:1 {BASE} -- --p-heavy 1", capsys)
+    assert said == "taichi bench: --compare and flags of taichi serve need a MODEL, not a URL\n"
+
+
+def test_the_contenders_are_values_of_the_sliders(model):
+    parser = bench.argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(f"{model} {BASE} --compare aggregation,disaggregation,hybrid".split())
+    assert {name: " ".join(words) for name, words in contenders.contenders(args).items()} == {
+        "aggregation": "--p-heavy 0 --d-heavy 2 --d-chunk 512",
+        "disaggregation": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
+        "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 256",
+    }
+    jobs = bench.jobs_of(args, ("--enforce-eager",), bench.trial_of(args))
+    # The user's own flags stand between: the SLOs may be others for the server, a contender's sliders not.
+    assert " ".join(jobs["aggregation"]).startswith(
+        "--ttft-slo 4.0 --tpot-slo 0.07 --enforce-eager --p-heavy"
+    )
+
+
+def sample(number, ttft, tpot, error=None):
+    return Sample(0, number, 20, 11, ttft, tpot, error is None and ttft <= 4.0, error)
+
+
+SAMPLES = (*(sample(n, 0.1 * (n + 1), 0.01) for n in range(9)), sample(9, 5.0, 0.02))
+THERE = Run(2.0, 10, 10, 9, 1, True, 6.0, 0.0, SAMPLES)
+MISSED = Run(4.0, 10, 5, 1, 2, False, 2.0, 0.2, (sample(0, None, None, "HTTP 503: full"),))
+
+
+def result(name="hybrid", goodput=None):
+    trial = Trial("sharegpt", SLO(4.0, 0.07), 0.1, requests=10, warm_up=2, seeds=(0,))
+    found = goodput or Goodput(2.0, (THERE, MISSED), THERE)
+    return Result(name, "tiny", trial, ("--d-heavy", "2"), found, "2026-11-23", "vLLM 0.32.0", "2 cores")
+
+
+def test_a_row_of_the_table_by_hand():
+    assert dict(zip(HEADS, row(result()), strict=True)) == {
+        "configuration": "hybrid",
+        "goodput, requests/s": "2",
+        "attainment there (95 %)": "90.0% (59.6% to 98.2%)",
+        "good of sent": "9 of 10",
+        "failed": "0",
+        "TTFT p50 / p90, s": "0.5 / 0.9",
+        "TPOT p50 / p90, ms": "10 / 10",
+        "missed at, requests/s": "4",
+    }
+
+
+def test_a_configuration_that_keeps_nothing_has_a_row_too():
+    assert row(result(goodput=Goodput(0.0, (MISSED,), None))) == ("hybrid", "0", *("-",) * 5, "4")
+
+
+def test_a_result_is_read_back_as_it_was_and_answers_no_other_question(tmp_path):
+    made = result()
+    write(made, tmp_path / "hybrid.json")
+    assert read(tmp_path / "hybrid.json") == made
+    assert made.same("tiny", made.trial, made.flags)
+    assert not made.same("tiny", made.trial, ("--d-heavy", "3"))
+    assert read(tmp_path / "none.json") is None
+    (tmp_path / "cut.json").write_text('{"name": "hyb')
+    assert read(tmp_path / "cut.json") is None
+
+
+def test_table_and_picture_are_written_for_any_number_of_configurations(tmp_path):
+    results = [result("aggregation", Goodput(0.0, (MISSED,), None)), result()]
+    text = markdown(results)
+    assert "target 90% of 10 requests for each of the seeds 0, after 2 that are not counted" in text
+    assert text.count("\n| ") == 4
+    assert b'"good of sent": "9 of 10"' in as_json(results)
+    draw(results, tmp_path / "new" / "goodput.svg")
+    assert (tmp_path / "new" / "goodput.svg").stat().st_size > 1000
+
+
+def test_a_rate_that_ended_early_says_what_is_known_of_it():
+    assert line("hybrid", MISSED) == (
+        "hybrid  4 requests/s: missed, attainment 10.0% to 80.0% of 10, 5 sent, 1 failed, "
+        "the client was up to 0.20 s late, 2 s"
+    )
+    assert line("hybrid", THERE) == "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s"
