@@ -14,6 +14,7 @@ USAGE = """usage: taichi COMMAND ...
   serve MODEL   serve a model on several vLLM instances (taichi serve --help=TaiChi)
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
   explain ID    where a request of a running server went, and why
+  profile MODEL measure real instances: what predictions of a server can start from
   simulate      one configuration on a virtual cluster: goodput, TTFT, TPOT
   search        the best sliders for a workload and an SLO
 
@@ -55,6 +56,10 @@ def command(words: list[str]) -> int:
             from taichi_serve.commands.explain import main as explain
 
             run = explain
+        case ["profile"]:
+            from taichi_serve.commands.profile import main as profile
+
+            run = profile
         case ["simulate"]:
             from taichi_serve.commands import simulate
 
