@@ -15,6 +15,7 @@ USAGE = """usage: taichi COMMAND ...
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
   bench goodput the highest request rate at which a real server keeps its SLOs
   explain ID    where a request of a running server went, and why
+  profile MODEL measure real instances: what predictions of a server can start from
   simulate      one configuration on a virtual cluster: goodput, TTFT, TPOT
   search        the best sliders for a workload and an SLO
 
@@ -60,6 +61,10 @@ def command(words: list[str]) -> int:
             from taichi_serve.commands.explain import main as explain
 
             run = explain
+        case ["profile"]:
+            from taichi_serve.commands.profile import main as profile
+
+            run = profile
         case ["simulate"]:
             from taichi_serve.commands import simulate
 

@@ -386,6 +386,30 @@ def test_the_header_gives_a_request_its_id() -> None:
     assert "X-Request-Id" in inspect.getsource(BaseServing._base_request_id)
 
 
+# ------------------------------------------------------------------- identity.py: what an instance says it is
+
+
+def test_configuration_says_what_a_profile_records() -> None:
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+    from vllm.platforms import current_platform
+
+    for owner, wanted in (
+        (ModelConfig, {"dtype", "quantization", "enforce_eager", "max_model_len"}),
+        (CacheConfig, {"cache_dtype", "block_size"}),
+        (ParallelConfig, {"tensor_parallel_size", "world_size"}),
+        (SchedulerConfig, {"max_num_batched_tokens", "max_num_seqs"}),
+    ):
+        assert wanted <= {field.name for field in fields(owner)}, owner
+    for method in (
+        "get_total_num_hidden_layers",
+        "get_total_num_kv_heads",
+        "get_head_size",
+        "get_vocab_size",
+    ):
+        assert callable(getattr(ModelConfig, method))
+    assert callable(current_platform.get_device_name)
+
+
 # --------------------------------------------------------------------- exact.py: what a request can ask for
 
 

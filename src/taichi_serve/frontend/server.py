@@ -6,14 +6,11 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +25,11 @@ from vllm.v1.engine import EngineCoreOutputs
 from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.fleet import fleet, prepare, scratch
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
-from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
 from taichi_serve.cluster.vllm.process import StartError
-from taichi_serve.cluster.vllm.warm import measure, warm
+from taichi_serve.cluster.vllm.warm import measure
 from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
@@ -45,8 +42,6 @@ from taichi_serve.messages import Command, Event
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 log = logging.getLogger("taichi")
-
-STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
 
 
 @dataclass
@@ -71,69 +66,31 @@ def say(text: str) -> None:
 @contextlib.asynccontextmanager
 async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[System]:
     """The whole system below the HTTP server; on leaving, no process and no socket of it is left."""
-    directory = Path(tempfile.mkdtemp(prefix="taichi-"))  # mode 0700
-    engines: list[Engine] = []
-    clean = False
-    try:
-        system = await _start(args, argv, directory, engines)
-        yield system
-        clean = all(engine.alive for engine in engines)
-    except (asyncio.CancelledError, ProfileError):  # somebody stopped it, or it never began: no log is needed
-        clean = True
-        raise
-    finally:
-        await _stop(engines)
-        if clean:
-            shutil.rmtree(directory, ignore_errors=True)
-        else:
-            for path in directory.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.suffix != ".log":
-                    path.unlink()
-            say(f"logs are kept in {directory}")
+    with scratch(say) as here:
+        config = flags.engine_config(argv, here.path.name)
+        predictor = _predictor(args, config)  # before the engines: what cannot be used is said at once
+        outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        async with fleet(args, argv, config, here, outputs.put_nowait, say) as cluster:
+            await measure(cluster)
+            for engine in cluster.engines:
+                engine.client.tell("taichi_settle")
+            yield _system(args, cluster, predictor, outputs)
 
 
-async def _start(args: argparse.Namespace, argv: list[str], directory: Path, engines: list[Engine]) -> System:
-    sliders = flags.sliders(args)
-    config = flags.engine_config(argv, directory.name)
-    predictor = _predictor(args, config)
-    per_instance = config.parallel_config.world_size
-    settings = environments(sliders.instances, per_instance, args.devices)
-    outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-    holder: list[VllmCluster] = []
-    loop = asyncio.get_running_loop()
-
-    def receive(engine: Engine, item: EngineCoreOutputs | Exception) -> None:
-        if isinstance(item, Exception):
-            holder[0].lose(engine, f"{type(item).__name__}: {item}")
-            engine.process.kill()
-        else:
-            holder[0].receive(engine, item)
-
-    kinds = [(kind, sliders.chunk(kind)) for kind in sliders.kinds()]
-    configs = [deepcopy(config) for _ in kinds]
-    engines += await start_engines(configs, argv, settings, kinds, directory, receive, say)
-    cluster = VllmCluster(engines, outputs.put_nowait, args.move_timeout)
-    holder.append(cluster)
-    for engine in engines:
-        engine.process.on_exit(_in_loop(loop, cluster, engine))
-    say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
-    await warm(cluster)
-    cluster.open()
-    await measure(cluster)
-    for engine in engines:
-        engine.client.tell("taichi_settle")
+def _system(
+    args: argparse.Namespace,
+    cluster: VllmCluster,
+    predictor: Predictor,
+    outputs: asyncio.Queue[EngineCoreOutputs],
+) -> System:
+    capacities = {engine.name: engine.kv_capacity for engine in cluster.engines}
     scheduler = GlobalScheduler(
-        sliders,
-        flags.slo(args),
-        predictor,
-        flags.policy(args),
-        {engine.name: engine.kv_capacity for engine in engines},
+        flags.sliders(args), flags.slo(args), predictor, flags.policy(args), capacities
     )
+    config = cluster.engines[0].client.vllm_config
     written = _event_log(args.event_log)
     recorder = Recorder(scheduler, bytes_per_token(config), _writer(written))
-    llm = cluster_llm(engines[0].client.vllm_config, cluster, outputs, args)
+    llm = cluster_llm(config, cluster, outputs, args)
     tasks = [
         asyncio.create_task(drive(recorder, cluster), name="drive"),
         asyncio.create_task(_watch(cluster, args.stall_timeout), name="watch"),
@@ -154,19 +111,6 @@ def _writer(out: IO[str] | None) -> Callable[[Event, Sequence[Command]], object]
     return None if out is None else lambda event, commands: out.write(encode(event, commands) + "\n")
 
 
-def _in_loop(
-    loop: asyncio.AbstractEventLoop, cluster: VllmCluster, engine: Engine
-) -> Callable[[int], object]:
-    return lambda code: loop.call_soon_threadsafe(_exited, cluster, engine, code)
-
-
-def _exited(cluster: VllmCluster, engine: Engine, code: int) -> None:
-    if not engine.process.stopping:
-        say(f"instance {engine.name} ended with exit code {code}; its log is {engine.process.log}")
-        engine.process.kill()  # its workers, if any are left
-    cluster.lose(engine, f"exit code {code}")
-
-
 def _drive_ended(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.critical("the scheduler failed; shutting down", exc_info=task.exception())
@@ -185,14 +129,6 @@ async def _watch(cluster: VllmCluster, stall_timeout: float) -> None:
                 )
                 cluster.lose(engine, f"silent for {silent:.0f} s")
                 engine.process.kill()
-
-
-async def _stop(engines: list[Engine]) -> None:
-    for engine in engines:
-        engine.alive = False
-    await asyncio.gather(*(asyncio.to_thread(engine.process.stop, STOP_SECONDS) for engine in engines))
-    for engine in engines:
-        engine.client.close()
 
 
 def _predictor(args: argparse.Namespace, config: VllmConfig) -> Predictor:
@@ -282,9 +218,8 @@ async def _drain(system: System, timeout: float) -> None:
 def main(argv: list[str]) -> int:
     """`taichi serve` with these words; the exit status."""
     import uvloop
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-    cli_env_setup()
+    prepare()
     args = flags.parse(argv)
     try:
         return int(uvloop.run(serve(args, argv)))

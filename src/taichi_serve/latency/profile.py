@@ -130,7 +130,7 @@ def save(profile: Profile, path: Path) -> None:
     """Write a profile so that a crash leaves the old file or the new one, never half of one."""
     text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
     # One row a line: a formatter that breaks every number would make the file ten times as long.
-    draft = path.with_suffix(path.suffix + ".part")
+    draft = path.with_suffix(path.suffix + ".new")
     draft.write_bytes(_rows_on_one_line(text))
     draft.replace(path)
 

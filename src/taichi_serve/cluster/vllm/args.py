@@ -43,6 +43,39 @@ REFUSED = {
 }
 
 
+# Our flags with one value each: name, type, default, meaning.
+FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None, str], ...] = (
+    ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
+    ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
+    ("p-chunk", int, 1024, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
+    ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
+    ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
+    ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
+    (
+        "ttft-margin",
+        float,
+        0.5,
+        "an instance is feasible when the predicted TTFT is at most this share of the SLO",
+    ),
+    (
+        "watermark",
+        float,
+        0.95,
+        "share of a D-heavy instance's KV memory above which requests are degraded",
+    ),
+    ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
+    ("move-timeout", float, 10.0, "seconds a moved request may wait for its KV before it is recomputed"),
+    (
+        "stall-timeout",
+        float,
+        120.0,
+        "seconds an instance with work may be silent before it counts as lost",
+    ),
+    ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
+    ("profile", str, None, "file of `taichi profile` that predictions start from, instead of learning"),
+)
+
+
 def make_parser() -> FlexibleArgumentParser:
     """vLLM's serve parser with a group of our own."""
     parser = FlexibleArgumentParser(prog="taichi")
@@ -62,36 +95,7 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
     group = serve.add_argument_group("TaiChi", "Sliders, SLOs and policy of TaiChi")
     # vLLM has a --watermark too (a share of blocks to keep free, for another purpose): ours replaces it.
     group.conflict_handler = "resolve"
-    for name, kind, default, text in (
-        ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
-        ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
-        ("p-chunk", int, 1024, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
-        ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
-        ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
-        ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
-        (
-            "ttft-margin",
-            float,
-            0.5,
-            "an instance is feasible when the predicted TTFT is at most this share of the SLO",
-        ),
-        (
-            "watermark",
-            float,
-            0.95,
-            "share of a D-heavy instance's KV memory above which requests are degraded",
-        ),
-        ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
-        ("move-timeout", float, 10.0, "seconds a moved request may wait for its KV before it is recomputed"),
-        (
-            "stall-timeout",
-            float,
-            120.0,
-            "seconds an instance with work may be silent before it counts as lost",
-        ),
-        ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
-        ("profile", str, None, "file of `taichi profile` that predictions start from, instead of learning"),
-    ):
+    for name, kind, default, text in FLAGS:
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
         explained = f"{text} (default: {default})"
         group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=explained)

@@ -77,13 +77,17 @@ def _request(
     vocabulary = config.model_config.get_vocab_size()
     # Another prompt for every pair: a block that is cached already would not be pulled.
     tokens = [(1 + turn * 101 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
+    params = SamplingParams(temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True)
+    return own_request(f"taichi-warm-{turn}-{a}-{b}", tokens, params)
+
+
+def own_request(name: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:
+    """A request that no user sent."""
     return EngineCoreRequest(
-        request_id=f"taichi-warm-{turn}-{a}-{b}",
+        request_id=name,
         prompt_token_ids=tokens,
         mm_features=None,
-        sampling_params=SamplingParams(
-            temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True
-        ),
+        sampling_params=params,
         pooling_params=None,
         arrival_time=time.time(),
         lora_request=None,

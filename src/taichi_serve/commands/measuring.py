@@ -1,0 +1,84 @@
+"""What `taichi profile` does with vLLM: start the instances, measure them, and write the profile."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.fleet import fleet, prepare, scratch
+from taichi_serve.cluster.vllm.identity import identity
+from taichi_serve.cluster.vllm.probe import ProbedCluster
+from taichi_serve.latency.profile import Profile, save
+from taichi_serve.profiling.draft import Draft
+from taichi_serve.profiling.grid import Grid, Limits
+from taichi_serve.profiling.prober import Prober
+from taichi_serve.profiling.survey import Survey, profile_of
+from taichi_serve.sliders import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be measured, on instances with which words, and where it goes."""
+
+    grid: Grid
+    output: Path
+    words: list[str]
+    args: argparse.Namespace
+    alone: bool
+
+
+def task(grid: Grid, output: Path, words: list[str], alone: bool) -> Task:
+    """The same, parsed; exits as argparse does when words are wrong. Raises ValueError without the model."""
+    prepare()
+    args = flags.parse(words)
+    if args.model.startswith(("/", ".", "~")) and not Path(args.model).is_dir():
+        raise ValueError(f"{args.model}: no such directory")
+    return Task(grid, output, words, args, alone)
+
+
+async def measured(task: Task, console: Console) -> Profile:
+    """The profile, written. Raises ValueError, OSError, StartError or LostError with one line to say."""
+    with scratch(console.print) as here:
+        config = flags.engine_config(task.words, here.path.name)
+        part = task.output.with_name(task.output.name + ".part")
+        draft = Draft(part, identity(config, task.args.model))
+        with console.status("starting the instances") as status:
+            instances = fleet(task.args, task.words, config, here, lambda outputs: None, status.update)
+            async with instances as cluster:
+                status.stop()
+                profile = await _survey(task, draft, cluster, console)
+    save(profile, task.output)
+    draft.remove()
+    return profile
+
+
+async def _survey(task: Task, draft: Draft, cluster: VllmCluster, console: Console) -> Profile:
+    for engine in cluster.engines:
+        engine.client.tell("taichi_settle")
+    sliders = flags.sliders(task.args)
+    chunks = None if task.alone else {kind: sliders.chunk(kind) for kind in Kind}
+    engine = cluster.engines[0]
+    survey = Survey(task.grid, _limits(engine.client.vllm_config, engine.kv_capacity), draft, chunks)
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        total = len(survey.cells) + len(survey.hops)
+        bar = progress.add_task("measuring", total=total, completed=survey.known)
+        await survey.run(Prober(ProbedCluster(cluster)), lambda: progress.advance(bar))
+    return profile_of(draft, engine.kv_capacity)
+
+
+def _limits(config: Any, kv_capacity: int) -> Limits:
+    scheduler = config.scheduler_config
+    return Limits(
+        kv_capacity,
+        config.model_config.max_model_len,
+        scheduler.max_num_batched_tokens,
+        scheduler.max_num_seqs,
+    )

@@ -1,0 +1,192 @@
+"""Requests of our own on a running cluster, one prompt at a time, and the steps that they make.
+
+It stands where a scheduler stands: facts come in, commands go out. It knows what is in every step, because
+nobody else sends anything; what a step did not hold as planned is not counted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import median
+from typing import Protocol
+
+from taichi_serve.cluster.base import Cluster
+from taichi_serve.latency.model import prompt_attention
+from taichi_serve.latency.profile import StepRow
+from taichi_serve.messages import (
+    Abort,
+    Arrived,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Lost,
+    Move,
+    Outcome,
+    Prefill,
+    Prefilled,
+    SetChunk,
+    Stepped,
+)
+from taichi_serve.profiling.grid import Cell, Hop
+from taichi_serve.sliders import Kind
+
+HERE, THERE = "i0", "i1"
+SETTLE = 8  # prompt tokens of a request that only waits until an order before it was heard
+PLAIN = 3  # steps with decodes only that are measured after each prompt
+BEFORE_A_MOVE = 4  # tokens: a move is one of a running decode
+
+
+class Probed(Cluster, Protocol):
+    """A cluster that takes requests of our own; the Arrived of each is a fact like any other."""
+
+    def ask(self, prompt_tokens: int, output_tokens: int) -> str:
+        """A request with so many tokens, and the name it goes by. No two have a prefix in common."""
+        ...
+
+
+class LostError(RuntimeError):
+    """An instance ended while it was measured."""
+
+
+class Prober:
+    """Steps on the first instance of a cluster, and moves from it to the second."""
+
+    def __init__(self, cluster: Probed) -> None:
+        self._cluster = cluster
+        self._events = cluster.events()
+        self._residents: dict[str, int] = {}  # decodes that stay, and the tokens of each
+        self._begun = 0  # tokens that each of them began with
+        self._context = 0  # of all of them, in the step of the last fact
+
+    # ------------------------------------------------------------------------------------- steps
+
+    async def stand(self, decodes: int, context: int, output: int, chunk: int) -> None:
+        """Have so many decodes run, and nothing else; their prompts are computed `chunk` tokens a step."""
+        await self.clear()
+        await self.chunk(chunk)
+        names = [await self._ask(context, output) for _ in range(decodes)]
+        for name in names:
+            self._cluster.send(Prefill(name, 0, HERE))
+        self._begun, waiting = context, set(names)
+        while waiting:
+            event = await self._next()
+            if isinstance(event, Prefilled) and event.request in waiting:
+                self._residents[event.request] = context + 1
+            if isinstance(event, Prefilled | Finished):  # one that failed is missed where steps are counted
+                waiting.discard(event.request)
+
+    def stands(self, decodes: int, context: int, made: int) -> bool:
+        """Whether so many decodes that began with this context run, and none has made more than `made`."""
+        longest = max(self._residents.values(), default=0)
+        alike = len(self._residents) == decodes and (not decodes or self._begun == context)
+        return alike and longest <= context + made
+
+    async def clear(self) -> None:
+        """End every decode that runs."""
+        for name in list(self._residents):
+            self._cluster.send(Abort(name, Outcome.CANCELLED, "it was only there to be measured"))
+        while self._residents:
+            await self._next()
+
+    async def chunk(self, tokens: int, kind: Kind = Kind.P_HEAVY, on: str = HERE) -> None:
+        """So many prompt tokens a step from now on."""
+        self._cluster.send(SetChunk(on, kind, tokens))
+        await self._prompt(SETTLE, on)
+
+    async def measure(self, cell: Cell, passes: int, repeats: int) -> list[StepRow]:
+        """The steps of a cell; its decodes must stand."""
+        await self.chunk(cell.chunk)
+        rows: list[StepRow] = []
+        for _ in range(repeats):
+            rows += await self._prompt(passes * cell.chunk, HERE)
+            if cell.decodes:
+                rows += await self._plain()
+        planned = (0, cell.chunk)
+        return medians(r for r in rows if r.decodes == cell.decodes and r.prefill_tokens in planned)
+
+    async def _prompt(self, tokens: int, on: str) -> list[StepRow]:
+        """The steps in which a prompt is computed, or none if it was not computed as planned."""
+        name = await self._ask(tokens, 1)
+        self._cluster.send(Prefill(name, 0, on))
+        rows: list[StepRow] = []
+        depth = 0
+        while True:
+            event = await self._next()
+            if isinstance(event, Stepped) and event.instance == on and event.prefill_tokens:
+                pairs = depth * event.prefill_tokens + prompt_attention(event.prefill_tokens)
+                rows.append(self._row(event, float(pairs)))
+                depth += event.prefill_tokens
+            elif isinstance(event, Finished) and event.request == name:
+                return rows if depth == tokens else []
+
+    async def _plain(self) -> list[StepRow]:
+        """Steps with decodes only. The first is left out: the prompt before it is cleaned away in it."""
+        rows: list[StepRow] = []
+        while self._residents and len(rows) <= PLAIN:
+            event = await self._next()
+            if isinstance(event, Stepped) and event.instance == HERE and not event.prefill_tokens:
+                rows.append(self._row(event, 0.0))
+        return rows[1:]
+
+    def _row(self, step: Stepped, pairs: float) -> StepRow:
+        return StepRow(step.prefill_tokens, pairs, step.decodes, self._context, step.seconds)
+
+    # ------------------------------------------------------------------------------------- moves
+
+    async def move(self, hop: Hop, repeats: int) -> tuple[int, float]:
+        """KV tokens that came over and seconds between two tokens, of the median move."""
+        seen = [await self._move(hop.tokens) for _ in range(repeats)]
+        return round(median(kv for kv, _ in seen)), median(gap for _, gap in seen)
+
+    async def _move(self, tokens: int) -> tuple[int, float]:
+        name = await self._ask(tokens, 4 * BEFORE_A_MOVE)
+        self._cluster.send(Prefill(name, 0, HERE))
+        made, found = 0, (0, 0.0)
+        while True:
+            match await self._next():
+                case Prefilled(request=request) if request == name:
+                    made = 1
+                case Stepped(instance=instance) if made and instance == HERE:
+                    made += 1
+                    if made == BEFORE_A_MOVE:
+                        self._cluster.send(Flow(name, 1, THERE, Move.OPERATOR))
+                case Flowed(request=request, kv_tokens=kv, gap=gap) if request == name:
+                    found = kv, gap
+                case Finished(request=request) if request == name:
+                    return found
+
+    # ------------------------------------------------------------------------------------- facts
+
+    async def _ask(self, prompt_tokens: int, output_tokens: int) -> str:
+        name = self._cluster.ask(prompt_tokens, output_tokens)
+        while True:
+            event = await self._next()
+            if isinstance(event, Arrived) and event.request == name:
+                return name
+
+    async def _next(self) -> Event:
+        """The next fact, booked."""
+        event = await anext(self._events)
+        match event:
+            case Stepped(instance=instance) if instance == HERE:
+                self._context = sum(self._residents.values())
+                for name in self._residents.keys() - set(event.missed):
+                    self._residents[name] += 1
+            case Finished(request=request):
+                self._residents.pop(request, None)
+            case Lost(instance=instance, why=why):
+                raise LostError(f"instance {instance} ended while it was measured: {why}")
+        return event
+
+
+def medians(rows: Iterable[StepRow]) -> list[StepRow]:
+    """Rows with the same work as one: the median of their seconds, and of the KV that grew meanwhile."""
+    alike: dict[tuple[int, float, int], list[StepRow]] = defaultdict(list)
+    for row in rows:
+        alike[row.prefill_tokens, row.attention, row.decodes].append(row)
+    return [
+        StepRow(*work, round(median(r.kv_tokens for r in same)), median(r.seconds for r in same))
+        for work, same in alike.items()
+    ]

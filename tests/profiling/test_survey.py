@@ -1,0 +1,133 @@
+"""The measurement finds the step model of a simulated cluster again, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from taichi_serve.cluster.simulated.agenda import Due
+from taichi_serve.cluster.simulated.cluster import SimulatedCluster
+from taichi_serve.cluster.simulated.job import Call
+from taichi_serve.cluster.simulated.link import Link
+from taichi_serve.cluster.simulated.step import EngineShape
+from taichi_serve.latency.identity import Identity
+from taichi_serve.latency.model import Roofline
+from taichi_serve.latency.profile import StepRow, load, save
+from taichi_serve.messages import Command, Event, Lost
+from taichi_serve.profiling.draft import Draft
+from taichi_serve.profiling.grid import Grid, Limits
+from taichi_serve.profiling.prober import LostError, Prober, medians
+from taichi_serve.profiling.survey import Survey, line, profile_of
+from taichi_serve.sliders import Kind, Sliders
+
+TRUTH = Roofline(launch=0.002, mixed=0.001, token=1e-4, attention=2e-9, decode=5e-5, kv=1.2e-7, knee=192)
+ENGINE = Identity("tiny", "none", 2048, {}, {})
+LIMITS = Limits(kv_capacity=100_000, sequence=8192, step=2304, sequences=128)
+GRID = Grid(chunks=(64, 256, 1024), decodes=(0, 4, 16), contexts=(128, 2048), moves=(128, 1024), repeats=3)
+CHUNKS = {Kind.P_HEAVY: 1024, Kind.D_HEAVY: 64}
+
+
+class Simulated:
+    """Two engines in miniature that can be asked, with a link of 5 ms and 1 GB/s."""
+
+    def __init__(self) -> None:
+        shape = EngineShape(LIMITS.kv_capacity)
+        link = Link(bytes_per_token=2048, bandwidth=1e9, latency=0.005)
+        self.cluster = SimulatedCluster(Sliders(1, 1, 1024, 64), [TRUTH], shape, link, [])
+        self.asked = 0
+
+    def events(self) -> AsyncIterator[Event]:
+        return self.cluster.events()
+
+    def send(self, command: Command) -> None:
+        self.cluster.send(command)
+
+    def ask(self, prompt_tokens: int, output_tokens: int) -> str:
+        agenda, name = self.cluster.agenda, f"p{self.asked}"
+        self.asked += 1
+        agenda.push(agenda.now, Due.ARRIVAL, Call(agenda.now, prompt_tokens, output_tokens, name))
+        return name
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Somebody pressed Ctrl-C."""
+
+
+async def test_step_model_and_link_of_a_simulated_cluster_are_found_again(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "p.part", ENGINE)
+    survey = Survey(GRID, LIMITS, draft, CHUNKS)
+    done: list[None] = []
+    await survey.run(Prober(Simulated()), lambda: done.append(None))
+    assert len(done) == survey.known == 3 * 5 + 2 * 4
+    profile = profile_of(draft, LIMITS.kv_capacity)
+    assert profile.fit.error_p95 < 0.001
+    for name in ("launch", "mixed", "token", "attention", "decode", "kv", "knee"):
+        assert getattr(profile.fit, name) == pytest.approx(getattr(TRUTH, name), rel=0.01), name
+    for source in Kind:
+        for target in Kind:
+            link = profile.transfer(source, target)
+            assert link is not None
+            assert link.latency == pytest.approx(0.005, abs=0.003)  # and the rest of a step on the target
+            assert link.bytes_per_second == pytest.approx(1e9, rel=0.1)
+    save(profile, tmp_path / "p.json")
+    assert load(tmp_path / "p.json") == profile
+
+
+async def test_who_is_interrupted_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "p.part"
+    whole = Draft(tmp_path / "whole.part", ENGINE)
+    await Survey(GRID, LIMITS, whole, CHUNKS).run(Prober(Simulated()), lambda: None)
+
+    left = 7
+
+    def interrupt() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        await Survey(GRID, LIMITS, Draft(path, ENGINE), CHUNKS).run(Prober(Simulated()), interrupt)
+    draft = Draft(path, ENGINE)
+    survey = Survey(GRID, LIMITS, draft, CHUNKS)
+    assert survey.known == 7
+    done: list[None] = []
+    await survey.run(Prober(Simulated()), lambda: done.append(None))
+    assert len(done) == len(survey.cells) + len(survey.hops) - 7
+    assert draft.cells.keys() == whole.cells.keys()
+    assert draft.moves.keys() == whole.moves.keys()
+
+
+async def test_one_instance_is_measured_without_moves(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "p.part", ENGINE)
+    survey = Survey(GRID, LIMITS, draft, None)
+    assert survey.hops == []
+    await survey.run(Prober(Simulated()), lambda: None)
+    assert profile_of(draft, LIMITS.kv_capacity).transfers == []
+
+
+async def test_an_instance_that_ends_is_an_error_that_names_it(tmp_path: Path) -> None:
+    simulated = Simulated()
+    simulated.cluster.agenda.push(0.5, Due.FACT, Lost(0.5, "i0", "exit code -9"))
+    survey = Survey(GRID, LIMITS, Draft(tmp_path / "p.part", ENGINE), CHUNKS)
+    with pytest.raises(LostError, match="instance i0 ended while it was measured: exit code -9"):
+        await survey.run(Prober(simulated), lambda: None)
+
+
+def test_one_stall_in_a_cell_is_not_seen_in_its_median() -> None:
+    same = [StepRow(64, 2080.0, 4, kv, s) for kv, s in ((100, 0.01), (110, 9.0), (120, 0.012))]
+    other = StepRow(64, 6176.0, 4, 100, 0.013)  # deeper in its prompt
+    assert medians([*same, other]) == [StepRow(64, 2080.0, 4, 110, 0.012), other]
+
+
+def test_line_through_moves_is_latency_and_bandwidth() -> None:
+    # 10 ms + 1 ms for each of 1 MB.
+    assert line([(1e6, 0.011), (3e6, 0.013)]) == pytest.approx((0.010, 1e9))
+
+
+def test_line_is_never_faster_than_light_nor_earlier_than_now() -> None:
+    assert line([(1e6, 0.013), (3e6, 0.011)]) == pytest.approx((0.012, 1e13))  # noise: more took less
+    assert line([(1e6, 0.001), (3e6, 0.009)]) == pytest.approx((0.0, 1e13 / 28e12 * 1e10), rel=1)
+    assert line([(1e6, 0.01)]) == pytest.approx((0.01, 1e13))
