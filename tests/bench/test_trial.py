@@ -1,5 +1,7 @@
 """The search over rates on a fake measurement, and a trial that makes no sense."""
 
+from dataclasses import replace
+
 import pytest
 
 from taichi_serve.bench.bracket import Bracket
@@ -40,6 +42,23 @@ async def test_a_rate_that_was_seen_to_its_end_is_not_run_again():
     found = await climb(Bracket(1.0, tolerance=0.5), fake.run)
     assert len(fake.asked) == 4
     assert found.there.rate == found.rate
+
+
+async def test_a_rate_that_misses_when_it_is_seen_to_its_end_is_not_the_goodput():
+    fake = Fake(cliff=3.0)
+
+    async def run(rate, early):
+        made = await fake.run(rate, early)
+        unlucky = rate > 2.0 and not early  # 2.83 keeps its target only as long as it may end early
+        return replace(made, good=80, bad=20, kept=False) if unlucky else made
+
+    found = await climb(Bracket(1.0, tolerance=0.5), run)
+    assert [(round(rate, 2), early) for rate, early in fake.asked[3:]] == [
+        (2.83, True),
+        (2.83, False),
+        (2.0, False),  # 2.83 is missed now, and 2 within 50 % of it
+    ]
+    assert (found.rate, found.there.good) == (2.0, 95)
 
 
 async def test_where_no_rate_is_kept_the_goodput_is_zero():

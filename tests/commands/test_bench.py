@@ -81,6 +81,15 @@ def test_the_contenders_are_values_of_the_sliders(model):
     )
 
 
+def test_an_api_key_is_not_written_down():
+    flags = ("--port", "1", "--api-key", "secret", "--api-key=secret", "--d-heavy", "2")
+    assert bench.without_key(flags) == ("--port", "1", "--api-key", "***", "--api-key=***", "--d-heavy", "2")
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_measured(model, capsys):
+    assert str(model / "config.json") in told(f"{model} {BASE} --out {model}/config.json", capsys)
+
+
 def sample(number, ttft, tpot, error=None):
     return Sample(0, number, 20, 11, ttft, tpot, error is None and ttft <= 4.0, error)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-from servers import Server
+from servers import ENVIRONMENT, Server, eventually
 
 from taichi_serve.bench.endpoint import meet
 from taichi_serve.bench.openloop import OpenLoop
@@ -35,4 +41,25 @@ async def test_a_decided_run_aborts_what_is_left_of_it(ttft: float, kept: bool, 
     assert (
         run.sent < run.total
     )  # 20 good ones are enough, and 21 bad ones: the second seed is cut, or not begun
+    hybrid.quiet()
+
+
+def test_ctrl_c_aborts_what_is_under_way_and_writes_nothing(hybrid: Server, tmp_path: Path) -> None:
+    words = [hybrid.url, "--workload", "sharegpt", "--scale", "0.5", "--ttft-slo", "60", "--tpot-slo", "10"]
+    words += ["--start", "20", "--requests", "2000", "--out", str(tmp_path / "out")]
+    with (tmp_path / "said").open("wb") as said:
+        bench = subprocess.Popen(
+            [sys.executable, "-m", "taichi_serve.cli", "bench", "goodput", *words],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    eventually(lambda: hybrid.state()["requests"]["live"] > 0, 60, "requests are under way")
+    bench.send_signal(signal.SIGINT)
+    assert bench.wait(30) == 130
+    text = (tmp_path / "said").read_text()
+    assert text.splitlines()[-1] == "bench: stopped; nothing is left running"
+    assert "Traceback" not in text
+    assert not list((tmp_path / "out").iterdir())
     hybrid.quiet()

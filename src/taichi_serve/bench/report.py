@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -113,12 +114,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     trial = results[-1].trial
     for result in results:
         colour = COLOURS.get(result.name, "#8172b3")
-        runs = sorted(result.goodput.runs, key=lambda run: run.rate)
-        shares = [run.least if run.kept else run.most for run in runs]
-        left.plot([run.rate for run in runs], shares, color=colour, label=result.name)
-        for run, share in zip(runs, shares, strict=True):
-            marker = "o" if run.whole else "^" if run.kept else "v"
-            left.plot(run.rate, share, marker=marker, color=colour, markersize=5)
+        _curve(left, result, colour)
         there = result.goodput.there
         if there is not None:
             done = [sample for sample in there.samples if sample.error is None]
@@ -126,10 +122,22 @@ def draw(results: Sequence[Result], path: Path) -> None:
             label = f"{result.name}, {there.rate:.3g} requests/s"
             right.scatter(*times, s=9, alpha=0.6, linewidths=0, color=colour, label=label)
     left.axhline(trial.attainment, color="grey", linestyle=":")
-    left.set(xscale="log", xlabel="requests/s", ylabel="attainment (^ at least, v at most)", ylim=(0, 1.03))
+    left.set(xlabel="requests/s", ylabel="attainment", xlim=(0, None), ylim=(0, 1.03))
     left.legend(fontsize="small")
     limits = trial.slo.ttft, trial.slo.tpot * 1e3
     right.plot([0, limits[0], limits[0]], [limits[1], limits[1], 0], color="grey", linestyle=":", label="SLO")
     right.set(xlabel="TTFT (s)", ylabel="TPOT (ms)", xlim=(0, None), ylim=(0, None))
     right.legend(fontsize="small")
     save(picture, path)
+
+
+def _curve(axis: Any, result: Result, colour: str) -> None:
+    """Whole runs are points; a run that ended early is a bar, for all that its attainment can be."""
+    runs = sorted(result.goodput.runs, key=lambda run: run.rate)
+    whole = [run for run in runs if run.whole]
+    points = [run.rate for run in whole], [run.least for run in whole]
+    axis.plot(*points, marker=".", color=colour, label=result.name)
+    seen = {run.rate for run in whole}
+    for run in runs:
+        if run.rate not in seen:
+            axis.vlines(run.rate, run.least, run.most, color=colour, alpha=0.3)

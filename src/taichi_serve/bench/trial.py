@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -78,14 +77,24 @@ class Goodput:
     there: Run | None
 
 
-async def climb(bracket: Bracket, run: Callable[[float, bool], Awaitable[Run]]) -> Goodput:
-    """Bisect, and then see the rate found to the end: `run` takes a rate and whether it may end early."""
+async def climb(start: Bracket, run: Callable[[float, bool], Awaitable[Run]]) -> Goodput:
+    """Bisect, and see the rate found to its end: `run` takes a rate and whether it may end early.
+
+    A rate that misses the target then, though it kept it before, counts as missed, and the search goes on.
+    """
     runs: list[Run] = []
-    while (rate := bracket.next()) is not None:
-        runs.append(await run(rate, True))
-        bracket = bracket.after(rate, runs[-1].kept)
-    there = next((r for r in runs if math.isclose(r.rate, bracket.low) and r.whole), None)
-    if bracket.low and there is None:
-        there = await run(bracket.low, False)
-        runs.append(there)
-    return Goodput(bracket.low, tuple(runs), there)
+    while True:
+        verdicts = {made.rate: made.kept for made in runs}  # the last one of each rate
+        bracket = start
+        for rate, kept in verdicts.items():
+            bracket = bracket.after(rate, kept)
+        following = bracket.next()
+        if following is not None:
+            runs.append(await run(following, True))
+        elif not bracket.low:
+            return Goodput(0.0, tuple(runs), None)
+        else:
+            there = next((r for r in runs if r.rate == bracket.low and r.whole), None)
+            if there is not None:
+                return Goodput(bracket.low, tuple(runs), there)
+            runs.append(await run(bracket.low, False))

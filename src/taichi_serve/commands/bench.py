@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
     try:
         trial = trial_of(args)
         jobs = jobs_of(args, tuple(argv[cut + 1 :]), trial)
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)  # before hours of measuring, not after them
         interrupts = Interrupts()
         results = [result(args, trial, *job, console, interrupts) for job in jobs.items()]
         report(results, args.out)
@@ -119,7 +121,8 @@ def result(
 ) -> Result:
     """Measure one, or take what an earlier run of the same command left in the folder."""
     path = Path(args.out) / f"{name}.json" if args.out else None
-    if path and flags and (old := read(path)) and old.same(args.target, trial, flags):
+    kept = without_key(flags)
+    if path and flags and (old := read(path)) and old.same(args.target, trial, kept):
         console.print(f"{name}  measured {old.date}, taken from {path}", soft_wrap=True)
         return old
     measured: Measured
@@ -134,7 +137,7 @@ def result(
         name,
         args.target,
         trial,
-        flags,
+        kept,
         found,
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         f"taichi-serve {version('taichi-serve')}, vLLM {server}, Python {platform.python_version()}",
@@ -143,6 +146,14 @@ def result(
     if path:
         write(made, path)
     return made
+
+
+def without_key(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """The flags as they may be written down."""
+    masked = (
+        "***" if before == "--api-key" else word for before, word in zip(("", *flags), flags, strict=False)
+    )
+    return tuple("--api-key=***" if word.startswith("--api-key=") else word for word in masked)
 
 
 def report(results: list[Result], out: str | None) -> None:
