@@ -36,7 +36,7 @@ def free_port() -> int:
 class Subserver:
     """A server of our own on loopback, in a scratch directory that is its TMPDIR and holds its log.
 
-    It is in a process group of its own: a Ctrl-C in the terminal reaches its owner, which decides when it stops.
+    Its process group is its own: Ctrl-C in a terminal reaches its owner, which decides when it stops.
     """
 
     def __init__(self, words: list[str]) -> None:
