@@ -23,7 +23,7 @@ from taichi_serve.bench.replay import Times, calls_of
 from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Link, SimulatedCluster
 from taichi_serve.cluster.simulated.step import Truth
-from taichi_serve.latency.fit import relative_errors
+from taichi_serve.latency.fit import fit, relative_errors
 from taichi_serve.latency.model import Roofline
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.scheduling.policy import Policy
@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--slo", type=float, nargs=2, default=(0.3, 0.02), metavar=("TTFT", "TPOT"))
     args = parser.parse_args()
     recording = Recording.load(args.recording)
-    other = Recording.load(args.fitted_from)
-    model, unseen = other.fitted(), other.samples()
+    unseen = Recording.load(args.fitted_from).samples()
+    model = fit(unseen)
     console = Console()
 
     table = Table("truth", "requests", "TPOT mean", "TTFT p50", "TTFT p90", title=str(args.recording.name))

@@ -18,7 +18,7 @@ from taichi_serve.bench.replay import RecordedSteps, Times, again
 from taichi_serve.cluster.simulated import EngineShape
 from taichi_serve.cluster.simulated.step import Truth
 from taichi_serve.eventlog import Entry, LogError, read
-from taichi_serve.latency.fit import Sample, fit
+from taichi_serve.latency.fit import Sample
 from taichi_serve.latency.model import Batch, Roofline
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Sliders
@@ -117,7 +117,3 @@ class Recording:
         truths = [Listening(RecordedSteps(s for s in steps if s.instance == name)) for name in names]
         again(self.entries, self.sliders, self.shape, truths)
         return [sample for truth in truths for sample in truth.samples]
-
-    def fitted(self) -> Roofline:
-        """The step model that fits these steps best."""
-        return fit(self.samples())

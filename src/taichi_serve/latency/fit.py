@@ -52,15 +52,16 @@ def fit(samples: Sequence[Sample]) -> Roofline:
             f"{len(samples)} steps are too few: the model has {FEATURES} coefficients and a knee"
         )
     seconds = np.array([s.seconds for s in samples])
-    model = _weighted(samples, seconds, 1.0 / seconds)
+    tables = [_features(samples, knee) for knee in KNEES]
+    model = _weighted(tables, seconds, 1.0 / seconds)
     for _ in range(ROUNDS):
-        model = _weighted(samples, seconds, 1.0 / np.array([model.seconds(s.batch) for s in samples]))
+        model = _weighted(tables, seconds, 1.0 / np.array([model.seconds(s.batch) for s in samples]))
     return model
 
 
-def _weighted(samples: Sequence[Sample], seconds: Matrix, weights: Matrix) -> Roofline:
-    """The step model with the least squares of weighted errors."""
-    fitted = [_solve(_features(samples, knee) * weights[:, None], seconds * weights) for knee in KNEES]
+def _weighted(tables: Sequence[Matrix], seconds: Matrix, weights: Matrix) -> Roofline:
+    """The step model with the least squares of weighted errors; `tables` are the features for each knee."""
+    fitted = [_solve(rows * weights[:, None], seconds * weights) for rows in tables]
     best = min(range(len(KNEES)), key=lambda n: fitted[n][0])
     launch, mixed, token, attention, decode, kv = (float(c) for c in fitted[best][1])
     return Roofline(launch, mixed, token, attention, decode, kv, float(KNEES[best]))
