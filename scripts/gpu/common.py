@@ -39,6 +39,13 @@ QWEN_7B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+QWEN_14B = QWEN_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+}
 
 
 ASKED: Counter[int] = Counter()  # what the server said to wishes to move
