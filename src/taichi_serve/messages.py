@@ -86,16 +86,23 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The parts of one move, each the time in seconds at which it ended, on the cluster's clock."""
+    """The parts of one move, each the time in seconds at which it ended, on the cluster's clock; 0 where
+    there was no such part. The gap has three: `left` to `landed` is the move's own, `landed` to `scheduled`
+    the target's step that has to end, `scheduled` to `made` the one it is in."""
 
     left: float  # the source made its last token
     heard: float  # the server has it
     arrived: float  # the target's engine has the request
-    began: float  # it has blocks, and the pull was asked for
-    landed: float  # the last byte is known to be there
+    began: float  # copying what is missing (the tail, where the rest was copied ahead) begins
+    landed: float  # the last byte is there
     scheduled: float  # it is in a step of the target
     made: float  # that step has made its token
     at: float  # the server has it
+    before: float = 0.0  # the target's last step without it was scheduled
+    ahead: float = 0.0  # copying of full blocks began, while the request still ran at the source
+    copied: float = 0.0  # they were there
+    copied_blocks: int = 0  # all that was copied
+    copy_seconds: float = 0.0  # what copying took, ahead and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,17 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """A request that is still being prefilled will decode on `to`, on leg `leg`: its KV may be copied there
+    as it is computed. A hint: where it decodes is decided when its first token is out."""
+
+    request: str
+    leg: int
+    to: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Decode:
     """Begin leg `leg` of a held or stranded request on this instance, with whatever KV can be had."""
 
@@ -267,4 +285,4 @@ class SetChunk:
     chunk: int
 
 
-Command = Prefill | Decode | Flow | Abort | SetChunk
+Command = Prefill | Ahead | Decode | Flow | Abort | SetChunk

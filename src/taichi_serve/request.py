@@ -50,6 +50,8 @@ class Request:
     first_at: float | None = None  # when the user got the first token
     base: int = 0  # output tokens when it joined its instance's tick clock
     joined: int = 0  # the instance's ticks at that moment
+    hand_over: bool = False  # while it prefills: whether its decode is to run elsewhere
+    ahead: str = ""  # where its KV is being copied to meanwhile
     reserved: int = 0  # while moving: KV tokens promised to it at the target
     degraded: bool = False  # moved to a P-heavy instance by Alg. 1, may flow back
     moves: dict[Move, int] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import pytest
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
     Abort,
+    Ahead,
     Arrived,
     Asked,
     Cancelled,
@@ -333,3 +334,46 @@ def test_moves_are_counted_when_they_land_and_when_they_are_refused() -> None:
         else:
             s.on(Flowed(0.2, "a", flow.leg, "i0", 3, 500, 0.02))
     assert (s.counters.moves[Move.OPERATOR], s.counters.refused[Move.OPERATOR]) == (1, 1)
+
+
+# A prompt of 3000 tokens in chunks of 1024 on the P-heavy i0; its decode will run on i1 or i2.
+AHEAD = Policy(ahead=True)
+TWO_DECODERS = Sliders(p_heavy=1, d_heavy=2, p_chunk=1024, d_chunk=0)
+
+
+def test_a_prompt_of_several_chunks_is_told_where_its_kv_may_go_after_the_first_one() -> None:
+    s = scheduler(TWO_DECODERS, AHEAD)
+    s.on(Arrived(0.0, "a", 3000, 50))
+    assert s.on(step(0.1, "i0", kv=1024, prefill=1024)) == [
+        Ahead("a", 1, "i1", "the D-heavy instance with most room")
+    ]
+    assert s.on(step(0.2, "i0", kv=2048, prefill=1024)) == []
+    (decode,) = s.on(Prefilled(0.3, "a", 0, "i0", held=True))
+    assert isinstance(decode, Decode)
+    assert (decode.on, decode.leg) == ("i1", 1)
+
+
+def test_a_decode_goes_where_its_kv_is_even_if_another_has_more_room_by_now() -> None:
+    s = scheduler(TWO_DECODERS, AHEAD)
+    s.on(Arrived(0.0, "a", 3000, 50))
+    s.on(step(0.1, "i0", kv=1024, prefill=1024))
+    s.on(step(0.2, "i1", kv=3100))  # the blocks that were given to it
+    (decode,) = s.on(Prefilled(0.3, "a", 0, "i0", held=True))
+    assert isinstance(decode, Decode)
+    assert (decode.on, decode.why) == ("i1", "a D-heavy instance with room, and most of its KV is there")
+
+
+def test_where_its_kv_was_copied_to_is_full_by_now_it_goes_elsewhere() -> None:
+    s = scheduler(TWO_DECODERS, AHEAD)
+    s.on(Arrived(0.0, "a", 3000, 50))
+    s.on(step(0.1, "i0", kv=1024, prefill=1024))
+    s.on(step(0.2, "i1", kv=9_600))
+    (decode,) = s.on(Prefilled(0.3, "a", 0, "i0", held=True))
+    assert isinstance(decode, Decode)
+    assert decode.on == "i2"
+
+
+def test_a_prompt_of_one_chunk_has_nothing_to_send_ahead() -> None:
+    s = scheduler(TWO_DECODERS, AHEAD)
+    s.on(Arrived(0.0, "a", 1000, 50))
+    assert s.on(step(0.1, "i0", kv=1000, prefill=1000)) == []

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
-from taichi_serve.cluster.vllm.host import DIRECT
+from taichi_serve.cluster.vllm.host import direct
 from taichi_serve.messages import Move, Outcome
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def _kv_paths(engines: list[Engine]) -> dict[str, str]:
     """How KV gets from one instance to another: "i0 -> i1": "direct" (same host) or "nixl"."""
     paths = {}
     for source, reader in permutations(engines, 2):
-        pair = f"{DIRECT}{reader.process.engine_id}--{source.process.engine_id}--*"
-        direct = any(reader.process.log.parent.glob(pair))
-        paths[f"{source.name} -> {reader.name}"] = "direct" if direct else "nixl"
+        ids = reader.process.engine_id, source.process.engine_id
+        found = direct(reader.process.log.parent, *ids)
+        paths[f"{source.name} -> {reader.name}"] = "direct" if found else "nixl"
     return paths
 
 

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
-from taichi_serve.messages import Abort, Command, Decode, Flow, Move, Outcome, Prefill, SetChunk
+from taichi_serve.messages import Abort, Ahead, Command, Decode, Flow, Move, Outcome, Prefill, SetChunk
 from taichi_serve.request import Request
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.prefill import choose_prefill
-from taichi_serve.scheduling.room import room_for
+from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
+
+
+def decoders(instances: list[Instance]) -> list[Instance]:
+    """The D-heavy ones of these."""
+    return [i for i in instances if i.kind is Kind.D_HEAVY]
 
 
 class Dispatcher:
@@ -50,10 +55,10 @@ class Dispatcher:
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
         serving = self.serving()
-        decoders = [i for i in serving if i.kind is Kind.D_HEAVY]
-        placed = choose_prefill(request, now, able, decoders, self.predictor, self.slo, self.policy)
+        placed = choose_prefill(request, now, able, decoders(serving), self.predictor, self.slo, self.policy)
         self.ledger.enqueue(request, placed.instance)
         request.predicted_ttft = placed.ttft
+        request.hand_over, request.ahead = placed.hand_over, ""
         name, forecasts = placed.instance.name, placed.forecasts
         commands.append(Prefill(request.id, request.leg, name, placed.hand_over, forecasts, placed.why))
         return commands
@@ -62,7 +67,24 @@ class Dispatcher:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
         serving = self.serving()
         target, why = choose_start(request, here, serving, self.policy)
+        known = self.ledger.instances.get(request.ahead)
+        # What it takes there is in that instance's own figures already.
+        if known in decoders(serving) and load_after(known, 0, self.policy) <= self.policy.full_mark:
+            target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, serving)
+
+    def copy_ahead(self, here: Instance) -> list[Command]:
+        """Where the prompt that is being computed on `here` will decode, if more chunks of it are to come."""
+        request = self.ledger.oldest(here)
+        if request is None or not request.hand_over or request.ahead:
+            return []
+        if not 0 < here.progress_tokens < request.prompt_tokens:
+            return []
+        target, why = choose_start(request, here, self.serving(), self.policy)
+        if target is here:
+            return []
+        request.ahead = target.name
+        return [Ahead(request.id, request.leg + 1, target.name, why)]
 
     def rescue(self, request: Request, now: float) -> Command:
         """Compute the tokens so far again: where a prompt may be computed, D-heavy ones first."""

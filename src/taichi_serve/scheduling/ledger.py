@@ -50,6 +50,11 @@ class Ledger:
         instance = self.instances[request.instance]
         self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
 
+    def oldest(self, instance: Instance) -> Request | None:
+        """The prompt that an instance is computing, or will compute next."""
+        name = next(iter(self.queues[instance.name]), None)
+        return None if name is None else self.requests[name]
+
     def drop(self, request: Request) -> None:
         """The prompt is not computed any further here. What was computed is that of the oldest prompt."""
         instance = self.instances[request.instance]

@@ -20,6 +20,8 @@ class Policy:
     `max_degrades`  how often one request may be degraded; every degrading may be followed by a backflow.
     `dwell`         seconds a request stays where it is between two moves of Algorithm 1.
     `growth`        tokens that every resident is expected to grow by while one move is under way.
+    `ahead`         whether the KV of a long prompt is copied to where it will decode while later chunks of
+                    it are computed (for clusters that can; simulated links do not).
     `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
     """
 
@@ -31,6 +33,7 @@ class Policy:
     max_degrades: int = 2
     dwell: float = 0.25
     growth: int = 8
+    ahead: bool = False
     scan: int = 8
 
     def __post_init__(self) -> None:

@@ -170,7 +170,8 @@ class GlobalScheduler:
             return empty(self._dispatcher, instance, event.at)
         if instance.kind is Kind.D_HEAVY:
             return self._degrade(instance, event.at) if self.policy.degrades else []
-        return self._backflow(instance, event.at)
+        ahead = self._dispatcher.copy_ahead(instance) if self.policy.ahead and event.prefill_tokens else []
+        return [*ahead, *self._backflow(instance, event.at)]
 
     def _degrade(self, source: Instance, now: float) -> list[Command]:
         if source.kv_tokens - source.leaving_tokens <= self.policy.watermark * source.kv_capacity:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,14 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
+from taichi_serve.cluster.vllm.ahead import ROOM
 from taichi_serve.cluster.vllm.cluster import FRESH, VllmCluster
-from taichi_serve.cluster.vllm.flow import KEY, LEFT
+from taichi_serve.cluster.vllm.copier import Copied, Drop, Dropped, Failed, More, Order
+from taichi_serve.cluster.vllm.extra import KEY, LEFT
 from taichi_serve.cluster.vllm.instance import Engine
 from taichi_serve.messages import (
     Abort,
+    Ahead,
     Arrived,
     Cancelled,
     Decode,
@@ -30,11 +35,18 @@ from taichi_serve.messages import (
     Outcome,
     Prefill,
     Prefilled,
+    Refused,
     SetChunk,
 )
 from taichi_serve.sliders import Kind
 
-KV = {"do_remote_prefill": True, "remote_num_tokens": 3}
+# What an engine says of a leg that left after two tokens: its KV of 4 tokens is in block 7.
+KV = {
+    "do_remote_prefill": True,
+    "remote_num_tokens": 4,
+    "remote_block_ids": ([7],),
+    "remote_request_id": "a",
+}
 
 
 class Told:
@@ -50,6 +62,8 @@ class Told:
         self.aborted: list[str] = []
         self.told: list[tuple[Any, ...]] = []
         self.second = asyncio.Event()  # two legs were added
+        self.pins: list[int] | None = None  # blocks that are full; None: nothing can be copied ahead
+        self._heard = asyncio.Event()
 
     def add(self, request: EngineCoreRequest) -> None:
         self.added.append(request)
@@ -61,16 +75,47 @@ class Told:
 
     def tell(self, method: str, *args: Any) -> None:
         self.told.append((method, *args))
+        self._heard.set()
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        self.tell(method, *args)
+        return self.pins if method == "taichi_pin" else True
+
+    async def hears(self, method: str, *args: Any) -> None:
+        """Wait until it is told this."""
+        while (method, *args) not in self.told:
+            self._heard.clear()
+            await asyncio.wait_for(self._heard.wait(), 10)
+
+
+class Orders(list[Order]):
+    """Copiers that keep what they are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard = asyncio.Event()
+
+    def send(self, order: Order) -> None:
+        self.append(order)
+        self._heard.set()
+
+    async def has(self, order: Order) -> None:
+        """Wait until they are told this."""
+        while order not in self:
+            self._heard.clear()
+            await asyncio.wait_for(self._heard.wait(), 10)
 
 
 class Two:
     """A cluster of i0 and i1, what its users got, and its facts."""
 
-    def __init__(self, move_timeout: float = 10.0) -> None:
+    def __init__(self, directory: Path, move_timeout: float = 10.0) -> None:
         self.clients = Told(), Told()
+        self.orders = Orders(), Orders()
+        processes = [SimpleNamespace(engine_id=f"e{k}", log=directory / f"i{k}.log") for k in range(2)]
         self.engines = [
-            Engine(k, f"i{k}", None, client, Kind.D_HEAVY, 256)  # type: ignore[arg-type]
-            for k, client in enumerate(self.clients)
+            Engine(k, f"i{k}", processes[k], self.clients[k], self.orders[k], Kind.D_HEAVY, 256)  # type: ignore[arg-type]
+            for k in range(2)
         ]
         self.got: list[EngineCoreOutput] = []
         self.cluster = VllmCluster(
@@ -122,9 +167,9 @@ class Two:
 
 
 @pytest.fixture
-async def two() -> AsyncIterator[Two]:
+async def two(tmp_path: Path) -> AsyncIterator[Two]:
     """In a running loop, whose timers deadlines are. When a request is over, nobody remembers it."""
-    here = Two()
+    here = Two(tmp_path)
     yield here
     if not here.cluster.live:
         assert [(e.legs, e.residents) for e in here.engines] == [({}, {})] * 2
@@ -166,9 +211,9 @@ async def test_a_flow_lets_the_token_it_is_on_come_out_and_needs_no_second_word(
     two.say(0, "a", 50)
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
     two.say(0, "a", 51)
+    await two.clients[0].hears("taichi_leave", ["a"])
     two.leave(0, "a", 52)
     two.say(1, "a#1", 53)
-    assert ("taichi_leave", ["a"]) in two.clients[0].told
     assert two.tokens == [50, 51, 52, 53]
     assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
 
@@ -206,8 +251,10 @@ async def test_kv_that_cannot_be_had_in_time_is_computed_again(two: Two, why: st
     assert ("taichi_release", ["a"]) in two.clients[0].told
 
 
-async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_under_another_id() -> None:
-    two = Two(move_timeout=0.0)
+async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_under_another_id(
+    tmp_path: Path,
+) -> None:
+    two = Two(tmp_path, move_timeout=0.0)
     two.ask()
     two.prefilled_and_held()
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
@@ -314,3 +361,125 @@ async def test_a_chunk_reaches_its_engine(two: Two) -> None:
     two.cluster.send(SetChunk("i1", Kind.P_HEAVY, 512))
     assert two.clients[1].told == [("taichi_chunk", 512)]
     assert (two.engines[1].kind, two.engines[1].chunk) == (Kind.P_HEAVY, 512)
+
+
+# ------------------------------------------------------------------------------------- moves copied ahead
+
+
+async def copied_ahead(two: Two) -> None:
+    """Request `a` decodes on i0 and is to go to i1, which has copied what is full of it."""
+    two.clients[0].pins = []
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    await two.orders[1].has(More("a#1", "e0", []))
+    two.cluster.aheads.hear(Copied("a#1", 0, False, 0, 0.0, 1.0, 1.5))
+
+
+def direct_pair(tmp_path: Path) -> None:
+    """e1 reads the memory of e0."""
+    (tmp_path / "direct-e1--e0--0").touch()
+
+
+async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_only_what_came_since(
+    two: Two, tmp_path: Path
+) -> None:
+    direct_pair(tmp_path)
+    await copied_ahead(two)
+    early = two.clients[1].added[0]
+    assert (early.request_id, early.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+    assert early.sampling_params.extra_args[KEY]["ahead"] == ROOM
+    await two.clients[0].hears("taichi_leave", ["a"])
+    two.leave(0, "a", 51)
+    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+    await two.clients[1].hears("taichi_arrive", "a#1", [51])
+    two.cluster.aheads.hear(Copied("a#1", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.clients[0].hears("taichi_unpin", "a")
+    two.say(1, "a#1", 52)
+    assert two.tokens == [50, 51, 52]
+    assert len(two.clients[1].added) == 1
+    assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
+
+
+async def test_over_the_network_a_request_arrives_when_its_last_block_has(two: Two) -> None:
+    await copied_ahead(two)
+    two.leave(0, "a", 51)
+    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+    assert ("taichi_arrive", "a#1", [51]) not in two.clients[1].told
+    two.cluster.aheads.hear(Copied("a#1", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.clients[1].hears("taichi_arrive", "a#1", [51])
+
+
+async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> None:
+    two.clients[0].pins = []
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    await two.orders[1].has(More("a#1", "e0", []))
+    two.cluster.aheads.hear(Failed("a#1", "no such process"))
+    refused = two.facts()[-1]
+    assert isinstance(refused, Refused)
+    assert (refused.leg, refused.why, refused.output_tokens) == (1, "no such process", 1)
+    assert two.clients[1].aborted == ["a#1"]
+    assert ("taichi_leave", ["a"]) not in two.clients[0].told
+    two.say(0, "a", 51)
+    assert two.tokens == [50, 51]
+
+
+async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two) -> None:
+    await copied_ahead(two)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    assert two.clients[1].aborted == ["a#1"]
+    assert Drop("a#1") in two.orders[1]
+    assert ("taichi_unpin", "a") not in two.clients[0].told
+    two.cluster.aheads.hear(Dropped("a#1"))
+    assert ("taichi_unpin", "a") in two.clients[0].told
+
+
+async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
+    await copied_ahead(two)
+    two.leave(0, "a", 51)
+    two.cluster.aheads.hear(Failed("a#1", "no such process"))
+    assert two.clients[1].aborted == ["a#1"]
+    again = two.clients[1].added[-1]
+    assert (again.request_id, again.prompt_token_ids) == ("a#1~", [1, 2, 3, 50, 51])
+
+
+async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: Two) -> None:
+    await copied_ahead(two)
+    two.cluster.lose(two.engines[1], "exit code -9")
+    assert ("taichi_unpin", "a") in two.clients[0].told
+    two.say(0, "a", 51)
+    two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
+    assert isinstance(two.facts()[-1], Refused)
+    two.say(0, "a", 52)
+    assert two.tokens == [50, 51, 52]
+
+
+async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: Two) -> None:
+    two.clients[0].pins = [7]
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.cluster.send(Ahead("a", 1, "i1"))
+    await two.orders[1].has(More("a#1", "e0", [7]))
+    two.cluster.aheads.hear(Copied("a#1", 1, False, 1, 0.1, 1.0, 1.1))
+    two.clients[0].pins = [7, 8]
+    two.cluster.aheads.stepped(two.engines[0])
+    await two.orders[1].has(More("a#1", "e0", [7, 8]))
+    two.leave(0, "a", 50)
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+
+
+async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> None:
+    two.clients[0].pins = [7]
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.cluster.send(Ahead("a", 1, "i1"))
+    await two.orders[1].has(More("a#1", "e0", [7]))
+    two.leave(0, "a", 50)
+    two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
+    assert two.clients[1].aborted == ["a#1"]
+    assert Drop("a#1") in two.orders[1]

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from taichi_serve.cluster.vllm.flow import KEY
+from taichi_serve.cluster.vllm.extra import KEY
 from taichi_serve.cluster.vllm.leg import Live, engine_id, first_leg, next_leg
 
 

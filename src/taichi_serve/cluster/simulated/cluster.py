@@ -162,7 +162,7 @@ class SimulatedCluster:
     # ---------------------------------------------------------------------------------------------- orders
 
     def send(self, command: Command) -> None:
-        """Take a decision; what cannot be done comes back as a fact."""
+        """Take a decision; what cannot be done comes back as a fact. Links here copy nothing ahead."""
         if isinstance(command, SetChunk):
             self.engines[command.instance].chunk = command.chunk
             return
@@ -175,7 +175,7 @@ class SimulatedCluster:
             self._decode(job, command)
         elif isinstance(command, Flow):
             self._flow(job, command)
-        else:
+        elif isinstance(command, Abort):
             self._abort(job, command)
 
     def _prefill(self, job: Job, command: Prefill) -> None:

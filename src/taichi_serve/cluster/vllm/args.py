@@ -153,7 +153,9 @@ def policy(args: argparse.Namespace) -> Policy:
             f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above "
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
-    return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
+    return Policy(
+        watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin, ahead=True
+    )
 
 
 def profile(args: argparse.Namespace) -> Profile | None:
@@ -169,7 +171,7 @@ def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmC
     args = parse(argv)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.kv_transfer_config = transfer_config(engine_id, "" if args.kv_over == "nixl" else directory)
+    engine_args.kv_transfer_config = transfer_config(engine_id, directory, args.kv_over == "auto")
     chosen = sliders(args)
     if engine_args.max_num_batched_tokens is None:
         seqs = engine_args.max_num_seqs or 256

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
+from taichi_serve.cluster.vllm import facts
+from taichi_serve.cluster.vllm.ahead import Aheads
 from taichi_serve.cluster.vllm.exact import bound_by
-from taichi_serve.cluster.vllm.flow import KEY, LEFT, MovedIn
+from taichi_serve.cluster.vllm.extra import LEFT
+from taichi_serve.cluster.vllm.host import direct
 from taichi_serve.cluster.vllm.kv import LEASE
 from taichi_serve.cluster.vllm.leg import Going, Held, Live, engine_id, first_leg, next_leg
 from taichi_serve.messages import (
     Abort,
+    Ahead,
     Arrived,
     Cancelled,
     Command,
@@ -22,16 +26,12 @@ from taichi_serve.messages import (
     Event,
     Finished,
     Flow,
-    Flowed,
     Lost,
     Move,
     Outcome,
     Prefill,
-    Prefilled,
     Refused,
     SetChunk,
-    Stepped,
-    Timeline,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 # A leg is only sent to pull KV while most of the source's lease is left; later it is computed again.
 FRESH = LEASE / 2
-
-NOTHING = (0, 0, 0.0, 0.0, 0.0, 0.0)  # of a MovedIn that the target did not report
 
 
 class VllmCluster:
@@ -62,6 +60,7 @@ class VllmCluster:
         self._move_timeout = move_timeout
         self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.aheads = Aheads(self._stay, self._recompute, self._direct)
 
     # ------------------------------------------------------------------------------------------ the port
 
@@ -81,6 +80,8 @@ class VllmCluster:
         match command:
             case Prefill(on=on, leg=leg, hand_over=hand_over):
                 self._prefill(live, leg, self._index[on], hand_over)
+            case Ahead(to=to, leg=leg):
+                self._ahead(live, Going(leg, self._index[to], Move.HAND_OVER))
             case Decode(on=on, leg=leg, move=move):
                 self._decode(live, Going(leg, self._index[on], move))
             case Flow(to=to, leg=leg, move=move):
@@ -150,15 +151,36 @@ class VllmCluster:
         else:
             self._add(live, first_leg(live, hand_over))
 
+    def _ahead(self, live: Live, going: Going) -> None:
+        """Copy what a prefill has computed so far to where its decode will be."""
+        if live.instance >= 0 and live.awaiting:
+            source, target = self.engines[live.instance], self.engines[going.to]
+            self.aheads.begin(live, going, source, target, leave=False)
+
     def _flow(self, live: Live, going: Going) -> None:
         if live.instance < 0 or live.going is not None:
             return  # between two legs: the fact that ends this will bring a new decision
         live.going = going
-        self.engines[live.instance].leave(live.engine_request)
+        source, target = self.engines[live.instance], self.engines[going.to]
+        if not self.aheads.begin(live, going, source, target, leave=True):
+            source.leave(live.engine_request)
 
     def _decode(self, live: Live, going: Going) -> None:
         """Begin the next leg with the KV that is held, if it can still be had in time."""
+        if live.instance >= 0:  # its move was given up with the instance it was to go to: it still runs here
+            live.going = None
+            if live.instance == going.to:
+                self._stay(live, going.leg, "it still runs there")
+            else:
+                self._flow(live, going)
+            return
         held, live.held = live.held, None
+        if self.aheads.left(live, going, held):
+            self._begin(live, going.leg, going.to)
+            live.reader = held
+            self.engines[going.to].adopt(live)
+            self._await(live)
+            return
         if held is not None and (held.instance == going.to or not self._usable(held)):
             self._release(held)  # back on the same instance, its prefix cache still has the blocks
             held = None
@@ -166,8 +188,20 @@ class VllmCluster:
         live.reader = held
         self._add(live, next_leg(live, held.params if held else None))
         if held is not None:
-            loop = asyncio.get_running_loop()
-            live.deadline = loop.call_later(self._move_timeout, self._recompute, live, live.leg)
+            self._await(live)
+
+    def _await(self, live: Live) -> None:
+        loop = asyncio.get_running_loop()
+        live.deadline = loop.call_later(self._move_timeout, self._recompute, live, live.leg)
+
+    def _direct(self, source: Engine, reader: Engine) -> bool:
+        ids = reader.process.engine_id, source.process.engine_id
+        return direct(source.process.log.parent, *ids)
+
+    def _stay(self, live: Live, leg: int, why: str) -> None:
+        """A move did not happen; the request goes on where it is."""
+        live.going = None
+        self._events.put_nowait(Refused(time.monotonic(), live.id, leg, why, len(live.tokens)))
 
     def _usable(self, held: Held) -> bool:
         return self.engines[held.instance].alive and time.monotonic() - held.at < FRESH
@@ -191,7 +225,9 @@ class VllmCluster:
             return
         engine = self.engines[live.instance]
         engine.drop(live)
-        live.deadline = live.reader = None  # the source frees its blocks when the pull or the lease ends
+        self.aheads.cancel(live)
+        live.cancel_deadline()
+        live.reader = None  # the source frees its blocks when the pull or the lease ends
         live.engine_request = f"{live.engine_request}~"
         engine.recomputed_late += 1
         request = next_leg(live, None)
@@ -208,6 +244,7 @@ class VllmCluster:
         if self.live.pop(live.id, None) is None:
             return
         live.cancel_deadline()
+        self.aheads.cancel(live)
         if live.instance >= 0:
             self.engines[live.instance].drop(live)
         if live.held is not None:
@@ -230,7 +267,10 @@ class VllmCluster:
         """The outputs of one step: facts first, then the users' tokens."""
         now = time.monotonic()
         engine.heard_at = now
-        self._stepped(engine, outputs, now)
+        if (step := facts.stepped(engine, outputs, now)) is not None:
+            self._events.put_nowait(step)
+            if step.prefill_tokens:
+                self.aheads.stepped(engine)
         kept: list[EngineCoreOutput] = []
         for output in outputs.outputs:
             live = engine.legs.get(output.request_id)
@@ -245,34 +285,6 @@ class VllmCluster:
         outputs.engine_index = engine.index
         if kept or outputs.scheduler_stats is not None:
             self._deliver(outputs)
-
-    def _stepped(self, engine: Engine, outputs: EngineCoreOutputs, now: float) -> None:
-        stats = outputs.scheduler_stats
-        record = stats.kv_connector_stats.pop(KEY, None) if stats and stats.kv_connector_stats else None
-        if record is None or stats is None:
-            return
-        stats.kv_connector_stats = stats.kv_connector_stats or None
-        engine.made_at, seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in = record
-        engine.kv_tokens, engine.running, engine.waiting = (
-            kv_tokens,
-            stats.num_running_reqs,
-            stats.num_waiting_reqs,
-        )
-        if not (prefill_tokens or decodes):
-            return
-        missed = engine.residents.keys() - {output.request_id for output in outputs.outputs}
-        self._events.put_nowait(
-            Stepped(
-                at=now,
-                instance=engine.name,
-                seconds=seconds,
-                prefill_tokens=prefill_tokens,
-                decodes=decodes,
-                kv_tokens=kv_tokens,
-                waiting=engine.waiting,
-                missed=tuple(engine.residents[i] for i in missed),
-            )
-        )
 
     def _take(self, engine: Engine, live: Live, output: EngineCoreOutput, now: float) -> None:
         """One output of one request; what only this system knows is taken out of it."""
@@ -302,24 +314,9 @@ class VllmCluster:
         engine.settle(live)
         if live.warm is not None:
             return
-        now, cached = live.last_at, 0
-        if output.prefill_stats is not None:
-            cached = int(output.prefill_stats.num_cached_tokens)
-        if len(live.tokens) == len(output.new_token_ids):
-            self._events.put_nowait(Prefilled(now, live.id, live.leg, engine.name, cached, held))
-            return
-        moved_in = MovedIn(*engine.moved_in.get(live.engine_request, NOTHING))
-        timeline = None
-        if moved_in.scheduled:
-            *_, arrived, began, landed, scheduled = moved_in
-            timeline = Timeline(
-                live.left_at, now - gap, arrived, began, landed, scheduled, engine.made_at, now
-            )
-        flowed = Flowed(
-            now, live.id, live.leg, engine.name, len(live.tokens), int(moved_in.pulled), gap,
-            int(moved_in.reused), timeline,
-        )  # fmt: skip
-        self._events.put_nowait(flowed)
+        self._events.put_nowait(facts.began(engine, live, output, gap, held))
+        if live.leg:
+            live.ahead = None
 
     def _left(self, engine: Engine, live: Live, params: dict[str, Any] | None, now: float) -> None:
         """The leg is over and its KV is pinned: go where it was told to, or wait for a Decode."""
@@ -335,6 +332,7 @@ class VllmCluster:
     def _over(self, engine: Engine, live: Live, outcome: Outcome) -> None:
         engine.forget(live)
         live.cancel_deadline()
+        self.aheads.cancel(live)
         del self.live[live.id]
         self._finished(live, outcome)
 
@@ -345,6 +343,7 @@ class VllmCluster:
         if not engine.alive:
             return
         engine.alive = False
+        self.aheads.lost(engine)
         stranded = list(engine.legs.values())
         engine.legs.clear()
         engine.residents.clear()
@@ -357,7 +356,3 @@ class VllmCluster:
         for live in stranded:
             if live.going is not None and live.id in self.live:
                 self._decode(live, live.going)
-
-    def refuse(self, live: Live, leg: int, why: str) -> None:
-        """A move did not happen; the request goes on where it is."""
-        self._events.put_nowait(Refused(time.monotonic(), live.id, leg, why))

@@ -15,23 +15,26 @@ from taichi_serve.cluster.vllm.host import Rows
 HANDLE_BYTES = 64
 LAZY_PEER_ACCESS = 1
 WORD = 8  # rows of KV are always multiples of eight bytes
-BLOCK = 1024
+BLOCK = 2048
+# Programs of one copy, each of which takes many rows: a few SMs move tens of GB/s, and the steps keep the
+# rest.
+PROGRAMS = 16
 
 
 class _Handle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
 
 
-@triton.jit
-def _copy_rows(targets, sources, words, block: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["rows"])
+def _copy_rows(targets, sources, rows, words, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Row i: `words` 64-bit words from address sources[i] to address targets[i]."""
-    row = tl.program_id(0)
-    target = tl.load(targets + row).to(tl.pointer_type(tl.int64))
-    source = tl.load(sources + row).to(tl.pointer_type(tl.int64))
-    for start in range(0, words, block):
-        offsets = start + tl.arange(0, block)
-        mask = offsets < words
-        tl.store(target + offsets, tl.load(source + offsets, mask=mask), mask=mask)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        target = tl.load(targets + row).to(tl.pointer_type(tl.int64))
+        source = tl.load(sources + row).to(tl.pointer_type(tl.int64))
+        for start in range(0, words, block):
+            offsets = start + tl.arange(0, block)
+            mask = offsets < words
+            tl.store(target + offsets, tl.load(source + offsets, mask=mask), mask=mask)
 
 
 class EventCopy:
@@ -51,7 +54,8 @@ class CudaMemory:
 
     def __init__(self) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # of reads that a step waits for
+        self._beside = torch.cuda.Stream()  # of those that run beside the steps
         self._open: dict[tuple[int, str], int] = {}  # (process, handle) -> where it is mapped here
 
     def _call(self, name: str, *args: Any) -> None:
@@ -101,18 +105,21 @@ class CudaMemory:
     def copy(
         self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool
     ) -> EventCopy:
-        """One kernel for each length of row, on the side stream; with `in_step` the step waits for it."""
+        """One kernel for each length of row, on a side stream; with `in_step` the step waits for it."""
         keep: list[torch.Tensor] = []
-        with torch.cuda.stream(self._stream):
+        stream = self._stream if in_step else self._beside
+        with torch.cuda.stream(stream):
             for length in np.unique(target[:, 1]):
                 same = target[:, 1] == length
                 addresses = np.stack([target[same, 0], source[same]]).view(np.int64)
-                pinned = torch.from_numpy(addresses).pin_memory()
-                there = pinned.to("cuda", non_blocking=True)
-                _copy_rows[(there.shape[1],)](there[0], there[1], int(length) // WORD, block=BLOCK)
-                keep += [pinned, there]
+                # Not pinned: a fresh pinned allocation waits for the whole device.
+                there = torch.from_numpy(addresses).to("cuda")
+                rows = there.shape[1]
+                grid = (rows if in_step else min(rows, PROGRAMS),)
+                _copy_rows[grid](there[0], there[1], rows, int(length) // WORD, block=BLOCK)
+                keep.append(there)
             event = torch.cuda.Event()
-            event.record(self._stream)
+            event.record(stream)
         if in_step:
             torch.cuda.current_stream().wait_event(event)
         return EventCopy(event, tuple(keep))

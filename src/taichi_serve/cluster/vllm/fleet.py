@@ -18,6 +18,7 @@ from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.copier import Word
 from taichi_serve.cluster.vllm.instance import Engine, environments, start_engines
 from taichi_serve.cluster.vllm.warm import warm
 
@@ -102,7 +103,11 @@ async def _start(
 
     kinds = [(kind, sliders.chunk(kind)) for kind in sliders.kinds()]
     configs = [deepcopy(config) for _ in kinds]
-    engines += await start_engines(configs, argv, settings, kinds, directory, receive, say)
+
+    def hear(word: Word) -> None:
+        holder[0].aheads.hear(word)
+
+    engines += await start_engines(configs, argv, settings, kinds, directory, receive, hear, say)
     cluster = VllmCluster(engines, deliver, args.move_timeout)
     holder.append(cluster)
     loop = asyncio.get_running_loop()
@@ -130,3 +135,4 @@ async def _stop(engines: list[Engine]) -> None:
     await asyncio.gather(*(asyncio.to_thread(engine.process.stop, STOP_SECONDS) for engine in engines))
     for engine in engines:
         engine.client.close()
+        engine.copiers.close()

@@ -1,8 +1,9 @@
 """The scheduler inside every engine core, loaded by vLLM through `scheduler_cls`.
 
-It adds four things to vLLM's own: a chunk that can change between two steps and does not count decodes;
-decodes, and among them those that just moved in, always before prefills; a request that leaves after the
-token it is on; and one small record of each step for the outside.
+It adds to vLLM's own: a chunk that can change between two steps and does not count decodes; decodes, and
+among them those that just moved in, always before prefills; a request that leaves after the token it is on,
+whose full blocks can be read before it does; one that has its blocks here before it comes; and a small record
+of each step.
 """
 
 from __future__ import annotations
@@ -18,30 +19,18 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
+from taichi_serve.cluster.vllm.extra import KEY, LEFT, MovedIn, extra
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.kv import FlowConnectorScheduler
+from taichi_serve.cluster.vllm.pins import Pins
+from taichi_serve.cluster.vllm.resumed import as_output, go_on, keep_room
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
 
-# The stop reason of a leg that ended because the request goes on elsewhere. Users never see it.
-LEFT = "taichi:left"
-# Key of our entry in SamplingParams.extra_args, and in SchedulerStats.kv_connector_stats.
-KEY = "taichi"
 # A chunk of 0 keeps new prompts away by policy; what was preempted or lost its KV must still be computed.
 RECOVERY_CHUNK = 128
-
-
-class MovedIn(NamedTuple):
-    """What became of a request that moved in, known when it is scheduled. Times are time.monotonic()."""
-
-    reused: int  # tokens it need not compute: pulled, or still cached here
-    pulled: int  # of these, from the instance before
-    arrived: float  # it came here
-    began: float  # its blocks were given and the pull was asked for
-    landed: float  # the last byte was known to be here
-    scheduled: float  # it went into a step
 
 
 class Step(NamedTuple):
@@ -51,12 +40,6 @@ class Step(NamedTuple):
     prefill_tokens: int
     decodes: int
     moved_in: dict[str, list[float]]  # engine id: see MovedIn
-
-
-def extra(request: Request) -> dict[str, Any]:
-    """Our own entry in the request's sampling parameters: `hand_over`, or `moved` and `output`."""
-    params = request.sampling_params
-    return (params.extra_args or {}).get(KEY) or {} if params is not None else {}
 
 
 class FlowScheduler(AsyncScheduler):
@@ -77,6 +60,8 @@ class FlowScheduler(AsyncScheduler):
         self._landed: dict[str, float] = {}  # and when their KV was here
         self._step: Step | None = None
         self._stepped_at = 0.0
+        self._before = 0.0  # when the last step with anything in it was scheduled
+        self._pins = Pins(self.kv_cache_manager, self.block_size)
 
     # ------------------------------------------------------------------------------ who is in the step
 
@@ -86,16 +71,24 @@ class FlowScheduler(AsyncScheduler):
         self.running.sort(key=_is_prefill)
         decodes = sum(not r.is_prefill_chunk for r in self.running)
         chunk = self.chunk or RECOVERY_CHUNK
-        budget = chunk + decodes + len(self.kv_holding_waiting)
+        moving_in = sum(not self._blocked(request) for request in self.kv_holding_waiting)
+        budget = chunk + decodes + moving_in
         self.max_num_scheduled_tokens = min(budget, self.scheduler_config.max_num_batched_tokens)
         self.scheduler_config.long_prefill_token_threshold = chunk
         at = time.monotonic()
-        with self._room_for_moving_in(chunk):
+        with self._room_for_moving_in(chunk) if moving_in else contextlib.nullcontext():
             output = super().schedule(throttle_prefills)
         single = list(output.num_scheduled_tokens.values()).count(1)
         moved_in = self._moved_in(output, at) if output.scheduled_new_reqs else {}
+        self._before = at if output.total_num_scheduled_tokens else self._before
         self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single, moved_in))
         return output
+
+    def _blocked(self, request: Request) -> bool:
+        """Whether it waits for KV that is not here yet."""
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return request.request_id not in self.finished_recving_kv_req_ids
+        return "ahead" in extra(request) and not request.num_computed_tokens
 
     @contextlib.contextmanager
     def _room_for_moving_in(self, chunk: int) -> Iterator[None]:
@@ -104,9 +97,6 @@ class FlowScheduler(AsyncScheduler):
         Prefills that run already get `chunk` together, those behind sit this step out; and when they take
         all of it, no new one is admitted on the tokens that are left over.
         """
-        if not self.kv_holding_waiting:
-            yield
-            return
         taken, behind = 0, []
         for request in [r for r in self.running if r.is_prefill_chunk]:
             if taken >= chunk:
@@ -132,7 +122,10 @@ class FlowScheduler(AsyncScheduler):
             pulled, began = self._connector_scheduler.pulled.pop(new.req_id, (0, arrived))
             reused = new.num_computed_tokens
             landed = self._landed.pop(new.req_id, began)
-            moved_in[new.req_id] = [reused, min(pulled, reused), arrived, began, landed, now]
+            self._connector_scheduler.scheduled(new.req_id)
+            moved_in[new.req_id] = list(
+                MovedIn(reused, min(pulled, reused), arrived, began, landed, self._before, now)
+            )
         return moved_in
 
     def _update_from_kv_xfer_finished(self, kv_connector_output: Any) -> None:
@@ -149,6 +142,8 @@ class FlowScheduler(AsyncScheduler):
             self._arrived[request.request_id] = time.monotonic()
         if output and self.use_v2_model_runner:
             as_output(request, output)
+        if room := extra(request).get("ahead"):
+            keep_room(request, room)
         super().add_request(request)
 
     def _enqueue_waiting_request(self, request: Request) -> None:
@@ -158,7 +153,31 @@ class FlowScheduler(AsyncScheduler):
         else:
             super()._enqueue_waiting_request(request)
 
+    def arrive(self, request_id: str, tokens: list[int]) -> bool:
+        """A request whose blocks were copied ahead has left its source with these `tokens` since: it is in
+        the next step. False where it never got its blocks, or is not here."""
+        request, now = self.requests.get(request_id), time.monotonic()
+        if request is None or request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return False
+        go_on(request, tokens, self.use_v2_model_runner)
+        if not self._connector_scheduler.arrive(request, now):
+            return False
+        request.num_computed_tokens = request.num_tokens - 1
+        self._arrived[request_id] = now
+        self.finished_recving_kv_req_ids.add(request_id)
+        return True
+
     # ---------------------------------------------------------------------------------------- who leaves
+
+    def pin(self, request_id: str) -> list[int] | None:
+        """Blocks of a request that runs here which are full and will stay until `unpin`; None where it does
+        not run, or its KV is of several kinds."""
+        request = self.requests.get(request_id)
+        return self._pins.pin(request) if request is not None and not request.is_finished() else None
+
+    def unpin(self, request_id: str) -> None:
+        """Nobody reads the pinned blocks of a request any more."""
+        self._pins.unpin(request_id)
 
     def leave(self, request_ids: list[str]) -> None:
         """These requests stop after the token they are on; ids that are not here are dropped."""
@@ -222,25 +241,6 @@ def _is_prefill(request: Request) -> bool:
     return bool(request.is_prefill_chunk)
 
 
-def as_output(request: Request, count: int) -> None:
-    """Turn the last `count` prompt tokens of a new request back into the output they are.
-
-    vLLM's V2 model runner takes such a request as it takes one that resumes after a preemption, so seeds
-    and penalties see what they would have seen without the move. The V1 runner cannot.
-    """
-    params = request.sampling_params
-    assert params is not None and params.max_tokens is not None and request.prompt_token_ids is not None
-    tokens = request.prompt_token_ids[-count:]
-    request.prompt_token_ids = request.prompt_token_ids[:-count]
-    request.num_prompt_tokens -= count
-    del request._all_token_ids[-count:]
-    request.append_output_token_ids(tokens)
-    request.prefill_stats = None  # its prefill was counted elsewhere
-    params.max_tokens += count
-    params.min_tokens += extra(request)["min_tokens_done"]
-    request.max_tokens = params.max_tokens
-
-
 # --------------------------------------------------------- what the outside may call on the engine core
 
 
@@ -258,6 +258,21 @@ def taichi_release(core: EngineCore, request_ids: list[str]) -> None:
     _scheduler(core).release(request_ids)
 
 
+def taichi_pin(core: EngineCore, request_id: str) -> list[int] | None:
+    """Utility call: see FlowScheduler.pin."""
+    return _scheduler(core).pin(request_id)
+
+
+def taichi_unpin(core: EngineCore, request_id: str) -> None:
+    """Utility call: see FlowScheduler.unpin."""
+    _scheduler(core).unpin(request_id)
+
+
+def taichi_arrive(core: EngineCore, request_id: str, tokens: list[int]) -> bool:
+    """Utility call: see FlowScheduler.arrive."""
+    return _scheduler(core).arrive(request_id, tokens)
+
+
 def taichi_chunk(core: EngineCore, chunk: int) -> None:
     """Utility call: at most `chunk` prompt tokens in each step from the next one on."""
     _scheduler(core).chunk = chunk
@@ -269,5 +284,13 @@ def taichi_settle(core: EngineCore) -> None:
 
 
 # A utility call names a method of EngineCore; vLLM has no other way in (contract: tests/contract).
-for _function in (taichi_leave, taichi_release, taichi_chunk, taichi_settle):
+for _function in (
+    taichi_arrive,
+    taichi_chunk,
+    taichi_leave,
+    taichi_pin,
+    taichi_release,
+    taichi_settle,
+    taichi_unpin,
+):
     setattr(EngineCore, _function.__name__, _function)

@@ -12,13 +12,12 @@ given to instances of the same server. A source frees its blocks when the reader
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +30,12 @@ log = logging.getLogger("vllm.taichi.host")
 
 Rows = NDArray[np.uint64]  # (n, 3): address, bytes, device
 DIRECT = "direct-"  # how the markers of pairs that read directly begin
-IOV_MAX = 1024
 EARLY_SECONDS = 10.0  # how long a word about an unknown request is kept
+
+
+def direct(directory: Path, reader: str, source: str, ranks: int = 1) -> bool:
+    """Whether every rank of the engine `reader` reads the memory of `source` itself."""
+    return len(list(directory.glob(f"{DIRECT}{reader}--{source}--*"))) >= ranks
 
 
 class Memory(Protocol):
@@ -94,16 +97,40 @@ class Transfer:
     took: float = 0.0
 
 
-class HostAgent:
-    """A NIXL agent that keeps transfers between instances of one host to itself."""
+class Locked:
+    """A NIXL agent for more than one thread: its calls come one after the other."""
 
-    def __init__(self, nixl: Any, directory: Path, memory: Memory, engine_id: str, rank: int) -> None:
+    def __init__(self, nixl: Any) -> None:
         self._nixl = nixl
+        self._lock = threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._nixl, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            with self._lock:
+                return found(*args, **options)
+
+        self.__dict__[name] = call
+        return call
+
+
+class HostAgent:
+    """A NIXL agent that keeps transfers between instances of one host to itself; without `memory` it keeps
+    none.
+
+    Two threads use it: that of the steps, and the one that copies beside them (copier.py).
+    """
+
+    def __init__(self, nixl: Any, directory: Path, memory: Memory | None, engine_id: str, rank: int) -> None:
+        self._nixl = Locked(nixl)
         self._directory = directory
         self._memory = memory
         self._engine_id = engine_id
         self._rank = rank
-        self._in_step = False
+        self._thread = threading.local()
         self.knows: Callable[[str], bool] = lambda request: True
         self._early: list[tuple[float, str, bytes]] = []
         self._peers: dict[str, dict[str, Any]] = {}
@@ -137,6 +164,8 @@ class HostAgent:
     def register_memory(self, descs: Any, **options: Any) -> Any:
         """Register with NIXL, and leave word for our own instances."""
         registered = self._nixl.register_memory(descs, **options)
+        if self._memory is None:
+            return registered
         word = {
             "pid": os.getpid(),
             "engine_id": self._engine_id,
@@ -152,13 +181,13 @@ class HostAgent:
         name = self._nixl.add_remote_agent(metadata)
         name = name.decode() if isinstance(name, bytes) else str(name)
         path = self._file(name)
-        if path.exists():
+        if self._memory is not None and path.exists():
             self._peers[name] = json.loads(path.read_text())
         return name
 
     def remove_remote_agent(self, agent: str) -> Any:
         """Forget a peer and let go of its memory."""
-        if (peer := self._peers.pop(agent, None)) is not None:
+        if (peer := self._peers.pop(agent, None)) is not None and self._memory is not None:
             self._marker(peer).unlink(missing_ok=True)
             self._memory.leave(peer)
         return self._nixl.remove_remote_agent(agent)
@@ -180,7 +209,7 @@ class HostAgent:
         """Prepare a list; a peer's memory is reached here, once."""
         prepared = Prepared(agent, descs.rows, self._nixl.prep_xfer_dlist(agent, descs.nixl))
         peer = self._peers.get(agent)
-        if peer is not None:
+        if peer is not None and self._memory is not None:
             try:
                 prepared.addresses = self._memory.reach(peer, descs.rows)
                 self._marker(peer).touch()
@@ -198,11 +227,11 @@ class HostAgent:
     @contextlib.contextmanager
     def within_step(self) -> Iterator[None]:
         """Reads begun in here are there before the step's own work."""
-        self._in_step = True
+        self._thread.in_step = True
         try:
             yield
         finally:
-            self._in_step = False
+            self._thread.in_step = False
 
     def make_prepped_xfer(
         self, way: str, local: Prepared, local_ids: Any, remote: Prepared, remote_ids: Any, **options: Any
@@ -220,8 +249,9 @@ class HostAgent:
         if not isinstance(handle, Transfer):
             return str(self._nixl.transfer(handle))
         handle.began = time.perf_counter()
-        peer = self._peers[handle.peer]
-        handle.copy = self._memory.copy(peer, handle.rows, handle.source, self._in_step)
+        assert self._memory is not None  # it gave the addresses
+        in_step = getattr(self._thread, "in_step", False)
+        handle.copy = self._memory.copy(self._peers[handle.peer], handle.rows, handle.source, in_step)
         return "PROC"
 
     def check_xfer_state(self, handle: Any) -> str:
@@ -236,7 +266,8 @@ class HostAgent:
             log.warning("KV of %s could not be read: %s", handle.peer, wrong)
             return "ERR"
         handle.took = time.perf_counter() - handle.began
-        self._nixl.send_notif(handle.peer, notif_msg=handle.note)
+        if handle.note:
+            self._nixl.send_notif(handle.peer, notif_msg=handle.note)
         return "DONE"
 
     def get_xfer_telemetry(self, handle: Any) -> Any:
@@ -254,66 +285,3 @@ class HostAgent:
         """Nothing of ours outlives its copy."""
         if not isinstance(handle, Transfer):
             self._nixl.release_xfer_handle(handle)
-
-
-# -------------------------------------------------------------------------------------- memory on the CPU
-
-
-class ThreadCopy:
-    """A copy in a thread; ctypes lets go of the interpreter while the kernel copies."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def done(self) -> bool:
-        """Raises what the thread raised."""
-        if not self._future.done():
-            return False
-        self._future.result()
-        return True
-
-
-class CpuMemory:
-    """Another process's memory, read with process_vm_readv (Linux, same user)."""
-
-    def __init__(self) -> None:
-        vector: list[Any] = [ctypes.c_void_p, ctypes.c_ulong]
-        self._read = ctypes.CDLL(None, use_errno=True).process_vm_readv
-        self._read.restype = ctypes.c_ssize_t
-        self._read.argtypes = [ctypes.c_int, *vector, *vector, ctypes.c_ulong]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
-
-    def offer(self, ranges: Rows) -> list[dict[str, Any]]:
-        """Addresses are enough: the kernel checks who reads."""
-        return [{"address": int(a), "size": int(n)} for a, n, _ in ranges]
-
-    def reach(self, peer: dict[str, Any], rows: Rows) -> NDArray[np.uint64]:
-        """The peer's own addresses, once the kernel has let us read one row."""
-        probe = np.empty(int(rows[0, 1]), dtype=np.uint8)
-        target = np.array([[probe.ctypes.data, probe.nbytes, 0]], dtype=np.uint64)
-        self._copy(peer["pid"], target, rows[:1, 0])
-        return np.ascontiguousarray(rows[:, 0])
-
-    def copy(
-        self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool
-    ) -> ThreadCopy:
-        """One copy after the other, in a thread; waited for when the step needs it."""
-        future = self._thread.submit(self._copy, peer["pid"], target, source)
-        if in_step:
-            future.result()
-        return ThreadCopy(future)
-
-    def leave(self, peer: dict[str, Any]) -> None:
-        """Nothing is mapped."""
-
-    def _copy(self, pid: int, target: Rows, source: NDArray[np.uint64]) -> None:
-        here = np.ascontiguousarray(target[:, :2])
-        there = np.column_stack([source, target[:, 1]])
-        for at in range(0, len(here), IOV_MAX):
-            mine, theirs = here[at : at + IOV_MAX], np.ascontiguousarray(there[at : at + IOV_MAX])
-            wanted = int(mine[:, 1].sum())
-            count = len(mine)
-            got = self._read(pid, mine.ctypes.data, count, theirs.ctypes.data, count, 0)
-            if got != wanted:
-                number = ctypes.get_errno()
-                raise OSError(number, f"read {got} of {wanted} bytes: {os.strerror(number)}")

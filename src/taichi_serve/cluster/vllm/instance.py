@@ -14,6 +14,8 @@ from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_open_port
 from vllm.v1.engine import EngineCoreRequest
 
+from taichi_serve.cluster.vllm.copier import Word
+from taichi_serve.cluster.vllm.copiers import Copiers
 from taichi_serve.cluster.vllm.engine_client import InstanceClient, Outputs
 from taichi_serve.cluster.vllm.leg import Live
 from taichi_serve.cluster.vllm.process import EngineProcess, StartError
@@ -29,6 +31,7 @@ class Engine:
     name: str
     process: EngineProcess
     client: InstanceClient
+    copiers: Copiers
     kind: Kind
     chunk: int
     legs: dict[str, Live] = field(default_factory=dict)
@@ -60,6 +63,12 @@ class Engine:
         if not self.client.dead:
             self.client.add(request)
 
+    def adopt(self, live: Live) -> None:
+        """A leg is here already: it was sent when its KV began to be copied."""
+        if not self.legs:
+            self.heard_at = time.monotonic()
+        self.legs[live.engine_request] = live
+
     def settle(self, live: Live) -> None:
         """The leg's first token is out: it is a resident decode now."""
         self.residents[live.engine_request] = live.id
@@ -85,6 +94,7 @@ class Engine:
 
 
 Receive = Callable[[Engine, Outputs], None]
+Hear = Callable[[Word], None]
 
 
 async def start_engines(
@@ -94,6 +104,7 @@ async def start_engines(
     kinds: list[tuple[Kind, int]],
     directory: Path,
     receive: Receive,
+    hear: Hear,
     say: Callable[[str], None],
 ) -> list[Engine]:
     """Start every instance side by side and wait until all are up; one line a second says what is awaited.
@@ -118,7 +129,7 @@ async def start_engines(
                 names = ", ".join(sorted(waiting[task] for task in pending))
                 say(f"waiting for {names} to load the model ({time.monotonic() - began:.0f} s)")
         return [
-            _engine(i, process, config, kind, chunk, receive)
+            _engine(i, process, config, kind, chunk, receive, hear)
             for i, (process, config, (kind, chunk)) in enumerate(zip(processes, configs, kinds, strict=True))
         ]
     except BaseException:
@@ -129,11 +140,19 @@ async def start_engines(
 
 
 def _engine(
-    index: int, process: EngineProcess, config: VllmConfig, kind: Kind, chunk: int, receive: Receive
+    index: int,
+    process: EngineProcess,
+    config: VllmConfig,
+    kind: Kind,
+    chunk: int,
+    receive: Receive,
+    hear: Hear,
 ) -> Engine:
     holder: list[Engine] = []
     client = InstanceClient(config, process, lambda outputs: receive(holder[0], outputs))
-    engine = Engine(index, process.name, process, client, kind, chunk)
+    ranks = config.parallel_config.world_size
+    copiers = Copiers(process.log.parent, process.engine_id, ranks, hear)
+    engine = Engine(index, process.name, process, client, copiers, kind, chunk)
     holder.append(engine)
     client.tell("taichi_chunk", chunk)
     return engine

@@ -1,6 +1,7 @@
 """How the KV of a request gets from one vLLM instance to another: NIXL, with exact block arithmetic.
 
-Between instances on one host the bytes do not take NIXL's way (host.py).
+Between instances on one host the bytes do not take NIXL's way (host.py). Most of them come before the request
+does, copied beside the steps (copier.py).
 
 A request leaves an instance after token T (prompt and output counted together). The KV of its first T - 1
 tokens is final there; token T is the one the next instance computes, which yields token T + 1. The stock
@@ -13,9 +14,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
@@ -24,13 +28,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.platforms import current_platform
 
-from taichi_serve.cluster.vllm.host import DIRECT, CpuMemory, HostAgent, Memory
+from taichi_serve.cluster.vllm.copier import Copier, Given, Return
+from taichi_serve.cluster.vllm.extra import extra
+from taichi_serve.cluster.vllm.host import HostAgent, Memory, direct
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorMetadata,
+        KVConnectorTransferResults,
+    )
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -40,13 +50,16 @@ LEASE = 30
 # Microseconds that NIXL's progress thread sleeps for at most when nothing happens; an event wakes it at once.
 PROGRESS_DELAY = 10_000
 
+# Seconds that a step waits at most for the last blocks of a leg; they are on their way before it begins.
+TAIL_SECONDS = 1.0
+
 TransferParams = dict[str, Any]
 
 
-def transfer_config(engine_id: str, directory: str) -> KVTransferConfig:
+def transfer_config(engine_id: str, directory: str, direct: bool = True) -> KVTransferConfig:
     """vLLM's KV transfer settings for one instance. A failed load is recomputed, never an error to the user.
 
-    `directory` is where the instances of one server find each other's memory (host.py); without one
+    `directory` is where the instances of one server find each other (host.py, copier.py); without `direct`
     everything goes over NIXL.
     """
     return KVTransferConfig(
@@ -55,7 +68,11 @@ def transfer_config(engine_id: str, directory: str) -> KVTransferConfig:
         kv_role="kv_both",
         engine_id=engine_id,
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config={"kv_lease_duration": LEASE, "taichi_directory": directory},
+        kv_connector_extra_config={
+            "kv_lease_duration": LEASE,
+            "taichi_directory": directory,
+            "taichi_direct": direct,
+        },
     )
 
 
@@ -68,14 +85,25 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self.pulled: dict[str, tuple[int, float]] = {}
         directory = self.vllm_config.kv_transfer_config.get_from_extra_config("taichi_directory", "")
         self._directory = Path(directory) if directory else None
-        self._in_step: dict[str, int] = {}  # to be read within their step: tokens that are here already
+        self._known: dict[str, int] = {}  # requests about to be read for: tokens that are here already
         self._direct: set[str] = set()  # engines whose memory every rank here reads directly
+        self._ahead: dict[
+            str, Given
+        ] = {}  # legs whose KV is copied beside the steps, until they are scheduled
+        self._orders: list[Given | Return] = []  # for the workers, with the next step
+        self._awaited: list[
+            tuple[str, list[int]]
+        ] = []  # legs whose last block must be here when the next step begins
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step.
 
-        What a peer on this host holds is read at the beginning of the very step that needs it.
+        What a peer on this host holds is read at the beginning of the very step that needs it. A leg that is
+        copied ahead gets all of its blocks now.
         """
+        if "ahead" in extra(request):
+            self._known[request.request_id] = num_computed_tokens
+            return request.num_tokens - num_computed_tokens, True
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return 0, False
@@ -83,23 +111,31 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         missing = max(0, final - num_computed_tokens)
         in_step = missing > 0 and self._is_direct(params["remote_engine_id"])
         if in_step:
-            self._in_step[request.request_id] = num_computed_tokens
+            self._known[request.request_id] = num_computed_tokens
         return missing, missing > 0 and not in_step
 
     def _is_direct(self, engine_id: str) -> bool:
         if len(self.kv_cache_config.kv_cache_groups) > 1:
             return False  # a failed read could not be told apart by block
-        if engine_id not in self._direct and self._directory is not None:
-            ranks = self._directory.glob(f"{DIRECT}{self.engine_id}--{engine_id}--*")
-            if len(list(ranks)) >= self.transfer_tp_size:
-                self._direct.add(engine_id)
+        if engine_id in self._direct:
+            return True
+        ids = self.engine_id, engine_id
+        if self._directory is not None and direct(self._directory, *ids, self.transfer_tp_size):
+            self._direct.add(engine_id)
         return engine_id in self._direct
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Have the missing blocks read, and remember how much that is."""
-        known = self._in_step.pop(request.request_id, None)
+        known = self._known.pop(request.request_id, None)
+        if "ahead" in extra(request):
+            if known is not None:
+                first = known // self.block_size
+                given = Given(request.request_id, list(blocks.get_block_ids()[0]), first)
+                self._ahead[request.request_id] = given
+                self._orders.append(given)
+            return
         if num_external_tokens:
             self.pulled[request.request_id] = num_external_tokens, time.monotonic()
         if known is None or not num_external_tokens:
@@ -116,12 +152,38 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         request.kv_transfer_params["do_remote_prefill"] = False
         self._stop_heartbeat(request.request_id)
 
+    def arrive(self, request: Request, began: float) -> bool:
+        """The source made the last token of a leg that was copied ahead: its last blocks will be here for the
+        next step. False where none were given to it."""
+        given = self._ahead.get(request.request_id)
+        if given is None:
+            return False
+        pulled = request.num_tokens - 1 - given.first * self.block_size
+        self.pulled[request.request_id] = max(0, pulled), began
+        self._awaited.append((request.request_id, given.blocks))
+        return True
+
+    def scheduled(self, request_id: str) -> None:
+        """A leg that was copied ahead is in a step: from here on it is like any other."""
+        self._ahead.pop(request_id, None)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """vLLM's own, with the orders for the threads that copy beside the steps."""
+        meta = super().build_connector_meta(scheduler_output)
+        meta.taichi = self._orders, self._awaited
+        self._orders, self._awaited = [], []
+        return meta
+
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, TransferParams | None]:
-        """Pin the blocks of a request that leaves; free those of every other one at once."""
+        """Pin the blocks of a request that leaves; free those of every other one at once, but for those that
+        somebody still writes into."""
+        if self._ahead.pop(request.request_id, None) is not None:
+            self._orders.append(Return(request.request_id))
+            return True, None
         self.pulled.pop(request.request_id, None)
-        self._in_step.pop(request.request_id, None)
+        self._known.pop(request.request_id, None)
         leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         pinned, params = super().request_finished(request, block_ids)
         if not (leaves and pinned and params):
@@ -176,15 +238,68 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         # vLLM binds this thread, which also runs the model, to the last core: the same for every instance.
         os.sched_setaffinity(0, cores)
-        directory = self.kv_transfer_config.get_from_extra_config("taichi_directory", "")
+        settings = self.kv_transfer_config.get_from_extra_config
         self._host: HostAgent | None = None
+        self._copier: Copier | None = None
         self._in_step: set[str] = set()  # requests whose KV is read within the step they are in
-        if directory and (memory := _memory()) is not None:
+        if directory := settings("taichi_directory", ""):
+            memory = _memory() if settings("taichi_direct", True) else None
             me = (engine_id, self.tp_rank)
             self.nixl_wrapper = self._host = HostAgent(self.nixl_wrapper, Path(directory), memory, *me)
             self._host.knows = lambda request: (
                 request in self._reqs_to_send or request in self._reqs_to_process
             )
+            self._copier = Copier(Path(directory), *me, self)
+
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
+        """vLLM's own, with orders to the thread that copies beside the steps. A leg whose last block should
+        be here by now is waited for; what is missing of it is computed again."""
+        super().start_load_kv(metadata)
+        orders, awaited = getattr(metadata, "taichi", ((), ()))
+        if self._copier is None:
+            return
+        if orders:
+            self._copier.order(*orders)
+        for leg, blocks in awaited:
+            if (here := self._copier.wait(leg, TAIL_SECONDS)) is not None:
+                self._invalid_block_ids.put(set(blocks[here:]))
+
+    def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
+        """Read blocks of a peer from whatever thread; see copier.Reader. The peer is told `note`
+        afterwards."""
+        plan, info = self.tp_mappings[source], self.transfer_topo.get_engine_info(source)
+        (rank,) = plan.all_source_ranks
+        word = f"{note}:{plan.local_consumers}".encode() if note else b""
+        if not local:
+            self.nixl_wrapper.send_notif(self._remote_agents[source][0, rank], notif_msg=word)
+            return lambda: True
+        there = self._rows(source, remote, info.remote_physical_blocks_per_logical)
+        here = self._rows(self.engine_id, local, self._physical_blocks_per_logical_kv_block)
+        agent = self.nixl_wrapper
+        mine, theirs = self.src_xfer_handles_by_block_size[info.remote_block_size], self.dst_xfer_side_handles
+        handle = agent.make_prepped_xfer("READ", mine, here, theirs[source][rank], there, notif_msg=word)
+        agent.transfer(handle)
+
+        def over() -> bool:
+            state = agent.check_xfer_state(handle)
+            if state == "PROC":
+                return False
+            agent.release_xfer_handle(handle)
+            if state != "DONE":
+                raise OSError(f"the transfer ended as {state}")
+            return True
+
+        return over
+
+    def _rows(self, engine: str, blocks: list[int], ratio: int) -> NDArray[np.int64]:
+        """The descriptors of these blocks in an engine's prepared list."""
+        rows: NDArray[np.int64] = self._compute_desc_ids(
+            block_ids=self._logical_to_kernel_block_ids([blocks], ratio),
+            dst_num_blocks=self.dst_num_blocks[engine],
+            block_size_ratio=None,
+            physical_blocks_per_logical=ratio,
+        )
+        return rows
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         """Read now, within the step, what the scheduler counts on; everything else as vLLM does."""
@@ -206,11 +321,15 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         results.finished_recving -= over
         results.failed_recving -= over
         self._in_step -= over
+        if self._copier is not None:
+            results.finished_recving |= self._copier.returned()
         return results
 
 
 def _memory() -> Memory | None:
     if current_platform.is_cpu():
+        from taichi_serve.cluster.vllm.process_memory import CpuMemory
+
         return CpuMemory()
     if current_platform.is_cuda():
         from taichi_serve.cluster.vllm.cuda_ipc import CudaMemory

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import copy
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from taichi_serve.cluster.vllm.flow import KEY
+from taichi_serve.cluster.vllm.extra import KEY
 from taichi_serve.cluster.vllm.kv import TransferParams
 from taichi_serve.messages import Move
+
+if TYPE_CHECKING:
+    from taichi_serve.cluster.vllm.ahead import Ahead
 
 
 @dataclass(slots=True)
@@ -49,6 +53,7 @@ class Live:
     last_at: float = 0.0  # when its last token came
     left_at: float = 0.0  # when the engine before had made its last token, by that engine's word
     deadline: asyncio.TimerHandle | None = None
+    ahead: Ahead | None = None  # the next leg, while its KV is copied; this one's, until its first token
     warm: asyncio.Future[int] | None = None  # set on a warm-up request: the user never sees it
 
     @property
@@ -74,14 +79,19 @@ def first_leg(live: Live, hand_over: bool) -> EngineCoreRequest:
     return request
 
 
-def next_leg(live: Live, kv: TransferParams | None) -> EngineCoreRequest:
-    """The engine request that goes on after the tokens so far, with the KV to pull if there is any."""
+def next_leg(live: Live, kv: TransferParams | None, name: str = "", room: int = 0) -> EngineCoreRequest:
+    """The engine request that goes on after the tokens so far, with the KV to pull if there is any; or with
+    `room` for tokens that are still to come, if its KV is copied ahead. It is called `name`, by default as
+    its leg."""
     request = copy.copy(live.request)
-    request.request_id = engine_id(live)
+    request.request_id = name or engine_id(live)
     request.prompt_token_ids = [*(live.request.prompt_token_ids or ()), *live.tokens]
     done = len(live.tokens)
     mandatory = min(done, _params(live).min_tokens)
-    extra: dict[str, object] = {KEY: {"moved": True, "output": done, "min_tokens_done": mandatory}}
+    ours: dict[str, object] = {"moved": True, "output": done, "min_tokens_done": mandatory}
+    if room:
+        ours["ahead"] = room
+    extra: dict[str, object] = {KEY: ours}
     if kv is not None:
         extra["kv_transfer_params"] = dict(kv)
     params = _with_extra(_params(live), extra)
@@ -94,7 +104,12 @@ def next_leg(live: Live, kv: TransferParams | None) -> EngineCoreRequest:
 
 def engine_id(live: Live) -> str:
     """The id of this leg in its engine: a request that comes back must not meet its own old blocks."""
-    return f"{live.id}#{live.leg}" if live.leg else live.id
+    return leg_id(live, live.leg)
+
+
+def leg_id(live: Live, leg: int) -> str:
+    """The same of any leg."""
+    return f"{live.id}#{leg}" if leg else live.id
 
 
 def _params(live: Live) -> SamplingParams:

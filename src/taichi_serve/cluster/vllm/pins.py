@@ -1,0 +1,43 @@
+"""Blocks that somebody reads while their request still runs: they stay, whatever becomes of the request.
+
+A full block never changes. Pinned, it is not given to anybody else either, even if its request is preempted,
+ends or is aborted meanwhile; so a reader cannot meet another request's KV.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+
+class Pins:
+    """The pinned blocks of every request that is copied ahead."""
+
+    def __init__(self, manager: KVCacheManager, block_size: int) -> None:
+        self._manager = manager
+        self._block_size = block_size
+        self._blocks: dict[str, dict[int, KVCacheBlock]] = {}
+
+    def pin(self, request: Request) -> list[int] | None:
+        """Pin what is full by now; the ids of all full blocks. None where the model keeps several kinds of
+        KV."""
+        groups = self._manager.get_blocks(request.request_id).blocks
+        if len(groups) != 1:
+            return None
+        # Steps that are under way have been counted already, and may not have written their KV yet.
+        final = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1)
+        full = {block.block_id: block for block in groups[0][: max(0, final) // self._block_size]}
+        pinned = self._blocks.setdefault(request.request_id, {})
+        fresh = {number: block for number, block in full.items() if number not in pinned}
+        self._manager.block_pool.touch(list(fresh.values()))
+        pinned |= fresh
+        return list(full)
+
+    def unpin(self, request_id: str) -> None:
+        """Nobody reads them any more."""
+        if blocks := self._blocks.pop(request_id, None):
+            self._manager.block_pool.free_blocks(reversed(blocks.values()))
