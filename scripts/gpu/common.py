@@ -48,7 +48,23 @@ QWEN_14B = QWEN_7B | {
 }
 
 
+FOUR = ["--p-heavy", "1", "--d-heavy", "3", "--devices", "0;0;0;0"]
+DECODERS = ["i1", "i2", "i3"]
 ASKED: Counter[int] = Counter()  # what the server said to wishes to move
+
+
+def fast_start(share: str = "0.2") -> list[str]:
+    """Flags with which several instances start quickly on one GPU and run without eager launches."""
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 264, 272, 288, 320, 384, 512]
+    compilation = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sizes}
+    # Instances on one GPU see each other's memory: they are told what is theirs.
+    return ["--gpu-memory-utilization", share, "--compilation-config", json.dumps(compilation)]
+
+
+def state(url: str) -> dict[str, Any]:
+    """GET /taichi/state."""
+    data: dict[str, Any] = httpx.get(f"{url}/taichi/state").json()
+    return data
 
 
 def shape(tokenizer_of: Path, config: dict[str, Any], target: Path) -> Path:
@@ -114,6 +130,33 @@ def bodies(count: int, low: int, high: int, outputs: tuple[int, int], seed: int 
     ]
 
 
+class Mover:
+    """For `stream`: moves a request when it has got to each of these tokens, always to the next of
+    `targets`."""
+
+    def __init__(self, client: httpx.AsyncClient, steps: list[int], targets: list[str], number: int) -> None:
+        self._client = client
+        self._steps = steps
+        self._targets = targets
+        self._turn = 1 + number % (len(targets) - 1)  # not all of them go the same way round
+        self._at = ""
+
+    async def __call__(self, answer: Answer) -> None:
+        if not self._steps or len(answer.tokens) < self._steps[0]:
+            return
+        if not self._at:
+            view = (await self._client.get(f"/taichi/requests/{answer.id}")).json()["requests"][0]
+            self._at = view["legs"][-1]["instance"]
+        here = self._targets.index(self._at) if self._at in self._targets else 0
+        to = self._targets[(here + self._turn) % len(self._targets)]
+        asked = await self._client.post(f"/taichi/requests/{answer.id}/flow", json={"to": to})
+        ASKED[asked.status_code] += 1
+        if asked.status_code == 202:
+            self._at = to
+        if asked.status_code == 202 or "bound" in asked.text:
+            self._steps.pop(0)
+
+
 async def run(
     url: str,
     jobs: list[dict[str, Any]],
@@ -121,41 +164,28 @@ async def run(
     targets: list[str],
     window: tuple[float, float] = (0.0, 0.67),
 ) -> list[Answer]:
-    """All jobs at once; each is moved `moves` times at random steps within a share of its output, always to
-    another of `targets`."""
+    """All jobs at once; each is moved `moves` times at random steps within a share of its output."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         rng = random.Random(0)
 
-        async def one(job: dict[str, Any]) -> Answer:
+        async def one(job: dict[str, Any], number: int) -> Answer:
             first, last = (int(share * job["max_tokens"]) for share in window)
             steps = sorted(rng.sample(range(max(2, first), last), moves))
+            mover = Mover(client, steps, targets, number) if moves else None
+            return await stream(client, "/v1/completions", job, mover)
 
-            async def on_tokens(answer: Answer) -> None:
-                if steps and len(answer.tokens) >= steps[0] and await move(client, answer.id, targets):
-                    steps.pop(0)
-
-            return await stream(client, "/v1/completions", job, on_tokens if moves else None)
-
-        return await asyncio.gather(*(one(job) for job in jobs))
+        return await asyncio.gather(*(one(job, number) for number, job in enumerate(jobs)))
 
 
-async def move(client: httpx.AsyncClient, request: str, targets: list[str]) -> bool:
-    """Ask for one move to another instance; False while the request is still moving."""
-    view = (await client.get(f"/taichi/requests/{request}")).json()["requests"][0]
-    here = view["legs"][-1]["instance"]
-    target = random.choice([name for name in targets if name != here])
-    answer = await client.post(f"/taichi/requests/{request}/flow", json={"to": target})
-    ASKED[answer.status_code] += 1
-    return answer.status_code == 202 or "bound" in answer.text
-
-
-def legs(url: str, answers: list[Answer]) -> list[dict[str, Any]]:
-    """Every leg that began with a move, as the server recorded it."""
+def legs(url: str, answers: list[Answer], kind: str = "") -> list[dict[str, Any]]:
+    """Every leg that began with a move, or with one of this kind, as the server recorded it."""
     found = []
     for answer in answers:
         for view in httpx.get(f"{url}/taichi/requests/{answer.id}").json()["requests"]:
-            found += [leg for leg in view["legs"] if leg["gap"] is not None]
+            why = {row["leg"]: row["move"] for row in view["log"] if row["type"] in ("Flow", "Decode")}
+            legs = [leg for leg in view["legs"] if leg["gap"] is not None]
+            found += [leg for leg in legs if kind in ("", why.get(leg["leg"]))]
     return found
 
 

@@ -10,30 +10,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
-from common import ASKED, QWEN_7B, bodies, legs, out_directory, parts, quantiles, run, server, shape, tail
+from common import (
+    ASKED,
+    DECODERS,
+    FOUR,
+    QWEN_7B,
+    bodies,
+    fast_start,
+    legs,
+    out_directory,
+    parts,
+    quantiles,
+    run,
+    server,
+    shape,
+    state,
+    tail,
+)
 
 from taichi_serve.bench.client import Answer
 from taichi_serve.tiny import cached_tiny_model
 
-FOUR = ["--p-heavy", "1", "--d-heavy", "3", "--devices", "0;0;0;0"]
-DECODERS = ["i1", "i2", "i3"]
 ANY, LATE = (0.0, 0.67), (0.4, 0.95)  # shares of an output in which moves are asked for
-# Instances on one GPU see each other's memory: they are told what is theirs.
-SHARED = ["--gpu-memory-utilization", "0.2"]
-FAST_START = [*SHARED, "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
 
 
 def same(a: list[Answer], b: list[Answer]) -> str:
     """How many pairs have the same tokens and the same text."""
     equal = sum(x.tokens == y.tokens and x.text == y.text and y.ok for x, y in zip(a, b, strict=True))
     return f"{equal} of {len(a)}"
-
-
-def state(url: str) -> dict[str, Any]:
-    """GET /taichi/state."""
-    data: dict[str, Any] = httpx.get(f"{url}/taichi/state").json()
-    return data
 
 
 def identity(url: str) -> None:
@@ -93,7 +97,7 @@ def small(out: Path, tiny: Path) -> None:
     """Identity, with a small model in float32."""
     flags = [
         *FOUR,
-        *FAST_START,
+        *fast_start(),
         "--max-model-len",
         "4096",
         "--kv-cache-memory-bytes",
@@ -108,7 +112,7 @@ def small(out: Path, tiny: Path) -> None:
 def large(out: Path, tiny: Path, path: str) -> None:
     """Cost, at 7B size."""
     model = shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
-    flags = [*FOUR, *FAST_START, "--max-model-len", "16384", "--kv-cache-memory-bytes", "6G"]
+    flags = [*FOUR, *fast_start(), "--max-model-len", "16384", "--kv-cache-memory-bytes", "6G"]
     flags += ["--load-format", "dummy", "--p-chunk", "4096", "--kv-over", path]
     # One process answers for all instances: chunks of a few tokens keep it from being what is measured.
     flags += ["--stream-interval", "8"]

@@ -373,8 +373,8 @@ async def copied_ahead(two: Two) -> None:
     two.cluster.send(Prefill("a", 0, "i0"))
     two.say(0, "a", 50)
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
-    await two.orders[1].has(More("a#1", "e0", []))
-    two.cluster.aheads.hear(Copied("a#1", 0, False, 0, 0.0, 1.0, 1.5))
+    await two.orders[1].has(More("a#1+", "e0", []))
+    two.cluster.aheads.hear(Copied("a#1+", 0, False, 0, 0.0, 1.0, 1.5))
 
 
 def direct_pair(tmp_path: Path) -> None:
@@ -388,15 +388,15 @@ async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_
     direct_pair(tmp_path)
     await copied_ahead(two)
     early = two.clients[1].added[0]
-    assert (early.request_id, early.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+    assert (early.request_id, early.prompt_token_ids) == ("a#1+", [1, 2, 3, 50])
     assert early.sampling_params.extra_args[KEY]["ahead"] == ROOM
     await two.clients[0].hears("taichi_leave", ["a"])
     two.leave(0, "a", 51)
-    await two.orders[1].has(More("a#1", "e0", [7], "a"))
-    await two.clients[1].hears("taichi_arrive", "a#1", [51])
-    two.cluster.aheads.hear(Copied("a#1", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
+    await two.clients[1].hears("taichi_arrive", "a#1+", [51])
+    two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
     await two.clients[0].hears("taichi_unpin", "a")
-    two.say(1, "a#1", 52)
+    two.say(1, "a#1+", 52)
     assert two.tokens == [50, 51, 52]
     assert len(two.clients[1].added) == 1
     assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
@@ -405,10 +405,10 @@ async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_
 async def test_over_the_network_a_request_arrives_when_its_last_block_has(two: Two) -> None:
     await copied_ahead(two)
     two.leave(0, "a", 51)
-    await two.orders[1].has(More("a#1", "e0", [7], "a"))
-    assert ("taichi_arrive", "a#1", [51]) not in two.clients[1].told
-    two.cluster.aheads.hear(Copied("a#1", 1, True, 1, 0.5, 2.0, 2.5))
-    await two.clients[1].hears("taichi_arrive", "a#1", [51])
+    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
+    assert ("taichi_arrive", "a#1+", [51]) not in two.clients[1].told
+    two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.clients[1].hears("taichi_arrive", "a#1+", [51])
 
 
 async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> None:
@@ -417,12 +417,12 @@ async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> Non
     two.cluster.send(Prefill("a", 0, "i0"))
     two.say(0, "a", 50)
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
-    await two.orders[1].has(More("a#1", "e0", []))
-    two.cluster.aheads.hear(Failed("a#1", "no such process"))
+    await two.orders[1].has(More("a#1+", "e0", []))
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
     refused = two.facts()[-1]
     assert isinstance(refused, Refused)
     assert (refused.leg, refused.why, refused.output_tokens) == (1, "no such process", 1)
-    assert two.clients[1].aborted == ["a#1"]
+    assert two.clients[1].aborted == ["a#1+"]
     assert ("taichi_leave", ["a"]) not in two.clients[0].told
     two.say(0, "a", 51)
     assert two.tokens == [50, 51]
@@ -431,20 +431,20 @@ async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> Non
 async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two) -> None:
     await copied_ahead(two)
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
-    assert two.clients[1].aborted == ["a#1"]
-    assert Drop("a#1") in two.orders[1]
+    assert two.clients[1].aborted == ["a#1+"]
+    assert Drop("a#1+") in two.orders[1]
     assert ("taichi_unpin", "a") not in two.clients[0].told
-    two.cluster.aheads.hear(Dropped("a#1"))
+    two.cluster.aheads.hear(Dropped("a#1+"))
     assert ("taichi_unpin", "a") in two.clients[0].told
 
 
 async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
     await copied_ahead(two)
     two.leave(0, "a", 51)
-    two.cluster.aheads.hear(Failed("a#1", "no such process"))
-    assert two.clients[1].aborted == ["a#1"]
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    assert two.clients[1].aborted == ["a#1+"]
     again = two.clients[1].added[-1]
-    assert (again.request_id, again.prompt_token_ids) == ("a#1~", [1, 2, 3, 50, 51])
+    assert (again.request_id, again.prompt_token_ids) == ("a#1+~", [1, 2, 3, 50, 51])
 
 
 async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: Two) -> None:
@@ -463,14 +463,14 @@ async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: T
     two.ask()
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
     two.cluster.send(Ahead("a", 1, "i1"))
-    await two.orders[1].has(More("a#1", "e0", [7]))
-    two.cluster.aheads.hear(Copied("a#1", 1, False, 1, 0.1, 1.0, 1.1))
+    await two.orders[1].has(More("a#1+", "e0", [7]))
+    two.cluster.aheads.hear(Copied("a#1+", 1, False, 1, 0.1, 1.0, 1.1))
     two.clients[0].pins = [7, 8]
     two.cluster.aheads.stepped(two.engines[0])
-    await two.orders[1].has(More("a#1", "e0", [7, 8]))
+    await two.orders[1].has(More("a#1+", "e0", [7, 8]))
     two.leave(0, "a", 50)
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
-    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
 
 
 async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> None:
@@ -478,8 +478,8 @@ async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> Non
     two.ask()
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
     two.cluster.send(Ahead("a", 1, "i1"))
-    await two.orders[1].has(More("a#1", "e0", [7]))
+    await two.orders[1].has(More("a#1+", "e0", [7]))
     two.leave(0, "a", 50)
     two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
-    assert two.clients[1].aborted == ["a#1"]
-    assert Drop("a#1") in two.orders[1]
+    assert two.clients[1].aborted == ["a#1+"]
+    assert Drop("a#1+") in two.orders[1]

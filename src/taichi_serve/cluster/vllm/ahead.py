@@ -25,7 +25,7 @@ from typing import Any
 
 from taichi_serve.cluster.vllm.copier import Copied, Drop, Dropped, Failed, More, Word
 from taichi_serve.cluster.vllm.instance import Engine
-from taichi_serve.cluster.vllm.leg import Going, Held, Live, leg_id, next_leg
+from taichi_serve.cluster.vllm.leg import Going, Held, Live, ahead_id, next_leg
 
 # Tokens that the target keeps room for beyond those it knows of: what the request makes until it leaves.
 ROOM = 32
@@ -84,7 +84,7 @@ class Aheads:
         if live.ahead is not None:
             self.cancel(live)
         ahead = Ahead(live, going, source, target, live.engine_request, leave)
-        ahead.request = leg_id(live, going.leg)
+        ahead.request = ahead_id(live, going.leg)
         live.ahead = self._by_request[ahead.request] = ahead
         if leave:
             ahead.late = asyncio.get_running_loop().call_later(PATIENCE, self._late, ahead)

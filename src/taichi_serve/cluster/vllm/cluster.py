@@ -175,9 +175,9 @@ class VllmCluster:
                 self._flow(live, going)
             return
         held, live.held = live.held, None
-        if self.aheads.left(live, going, held):
+        if (ahead := self.aheads.left(live, going, held)) is not None:
             self._begin(live, going.leg, going.to)
-            live.reader = held
+            live.engine_request, live.reader = ahead.request, held
             self.engines[going.to].adopt(live)
             self._await(live)
             return

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+# Seconds after which a thread that waits for the interpreter gets it. Where kernels are launched from Python
+# the steps hold it nearly all the time, and words to and from the engine would wait for 5 ms, several times
+# each.
+SWITCH_INTERVAL = 0.0005
 
 
 def die_with_parent(parent: int) -> None:
@@ -29,6 +33,7 @@ def main(path: str) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
     spec: dict[str, Any] = json.loads(Path(path).read_text())
     die_with_parent(spec["parent"])
+    sys.setswitchinterval(SWITCH_INTERVAL)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in our directory it goes with the others.

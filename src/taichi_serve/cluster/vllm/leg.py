@@ -104,12 +104,13 @@ def next_leg(live: Live, kv: TransferParams | None, name: str = "", room: int = 
 
 def engine_id(live: Live) -> str:
     """The id of this leg in its engine: a request that comes back must not meet its own old blocks."""
-    return leg_id(live, live.leg)
+    return f"{live.id}#{live.leg}" if live.leg else live.id
 
 
-def leg_id(live: Live, leg: int) -> str:
-    """The same of any leg."""
-    return f"{live.id}#{leg}" if leg else live.id
+def ahead_id(live: Live, leg: int) -> str:
+    """The id of a leg that is copied ahead: where that comes to nothing, the leg begins anew under its
+    own."""
+    return f"{live.id}#{leg}+"
 
 
 def _params(live: Live) -> SamplingParams:

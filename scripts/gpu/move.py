@@ -1,0 +1,215 @@
+"""What a move costs at 7B size: four instances on one GPU, one P-heavy and three D-heavy.
+
+A gap has three parts: from the last token at the source to the last byte at the target (ours), from there to
+the start of the target's next step (whatever step it is in must end), and that step. Printed are all of them,
+how often a request was in the first step that began after its last byte, and what moves cost everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from common import (
+    DECODERS,
+    FOUR,
+    QWEN_7B,
+    Mover,
+    bodies,
+    fast_start,
+    legs,
+    out_directory,
+    server,
+    shape,
+    state,
+    tail,
+)
+
+from taichi_serve.bench.client import Answer, stream
+from taichi_serve.tiny import cached_tiny_model
+
+REHEARSAL = bool(
+    os.environ.get("TAICHI_REHEARSAL")
+)  # the same on a CPU with a tiny model: figures mean nothing
+SIZES = (200, 700, 1400) if REHEARSAL else (1000, 4000, 8000)
+SIZE = SIZES[1]
+IDLE = 4 if REHEARSAL else 16  # requests of each size, two moves each
+LOADED = 6 if REHEARSAL else 100  # requests under load, two moves each
+AT_ONCE = 2 if REHEARSAL else 5  # of these
+BYSTANDERS = 2 if REHEARSAL else 12
+STREAMS = 4 if REHEARSAL else 32
+OUTPUT = 120 if REHEARSAL else 240
+PATH = "/v1/completions"
+
+
+def share(values: Sequence[float], q: float) -> float:
+    """Quantile by rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def line(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, p90, p99 and largest in milliseconds, printed and kept."""
+    if not values:
+        print(f"    {name:<26} none")
+        return {}
+    row = {"n": len(values), **{f"p{round(100 * q)}": 1e3 * share(values, q) for q in (0.5, 0.9, 0.99, 1.0)}}
+    print(f"    {name:<26} " + " / ".join(f"{value:.1f}" for key, value in row.items() if key != "n") + " ms")
+    return row
+
+
+def report(name: str, moved: list[dict[str, Any]], block_bytes: int) -> dict[str, Any]:
+    """The parts of these moves."""
+    moved = [leg for leg in moved if leg["timeline"] and leg["timeline"]["landed"]]
+    if not moved:
+        print(f"  {name}: none")
+        return {"moves": 0}
+    times = [leg["timeline"] for leg in moved]
+    tokens = statistics.median(m["kv_tokens"] for m in moved)
+    print(f"  {name}: {len(moved)} moves, median of {tokens:.0f} tokens")
+    parts: dict[str, Callable[[dict[str, float]], float]] = {
+        "ours": lambda t: t["landed"] - t["left"],
+        "  until the server hears": lambda t: t["heard"] - t["left"],
+        "  until the tail is begun": lambda t: t["began"] - t["heard"],
+        "  copying the tail": lambda t: t["landed"] - t["began"],
+        "target's step to end": lambda t: max(0.0, t["scheduled"] - t["landed"]),
+        "its own step": lambda t: t["made"] - t["scheduled"],
+        "until the server has it": lambda t: t["at"] - t["made"],
+    }
+    rows = {part.strip(): line(part, [of(t) for t in times]) for part, of in parts.items()}
+    rows["gap"] = line("gap", [leg["gap"] for leg in moved])
+    ahead = [t for t in times if t["ahead"]]
+    first = sum(t["before"] <= t["landed"] for t in times) / len(times)
+    seconds = max(1e-9, sum(t["copy_seconds"] for t in ahead))
+    speed = sum(t["copied_blocks"] for t in ahead) * block_bytes / seconds
+    print(f"    copied ahead {len(ahead)} of {len(times)}, at {speed / 1e9:.1f} GB/s")
+    print(f"    in the first step after the last byte: {first:.1%}")
+    return {**rows, "moves": len(times), "ahead": len(ahead), "first": first, "bytes_per_second": speed}
+
+
+async def moved(
+    client: httpx.AsyncClient, jobs: list[dict[str, Any]], moves: int, at_once: int
+) -> list[Answer]:
+    """So many of these at a time; each is moved `moves` times, every time to an instance it has not been
+    on."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(job: dict[str, Any], number: int) -> Answer:
+        steps = [20 + 60 * k for k in range(moves)]
+        async with gate:
+            return await stream(client, PATH, job, Mover(client, steps, DECODERS, number) if moves else None)
+
+    return await asyncio.gather(*(one(job, number) for number, job in enumerate(jobs)))
+
+
+async def beside(client: httpx.AsyncClient, moves: int, seed: int) -> tuple[list[Answer], list[Answer]]:
+    """Requests of the middle size, moved or not, while bystanders decode: (those, the bystanders)."""
+    over = asyncio.Event()
+
+    async def bystander(number: int) -> Answer:
+        chance = random.Random(1000 * seed + number)
+        job = bodies(1, SIZE // 2, SIZE, (10_000, 10_000), chance.randrange(1 << 30))[0]
+        job["max_tokens"] = 4 * OUTPUT if REHEARSAL else 6000
+
+        async def until_over(answer: Answer) -> None:
+            if over.is_set():
+                raise httpx.ReadError("it has been watched long enough")
+
+        return await stream(client, PATH, job, until_over)
+
+    watched = [asyncio.create_task(bystander(number)) for number in range(BYSTANDERS)]
+    jobs = bodies(LOADED, SIZE, SIZE, (OUTPUT, OUTPUT), seed)
+    answers = await moved(client, jobs, moves, AT_ONCE)
+    over.set()
+    return answers, await asyncio.gather(*watched)
+
+
+def tpot(answers: list[Answer], skip: int = 64) -> list[float]:
+    """Seconds per token of each stream, once it is well under way."""
+    found = []
+    for answer in answers:
+        later = [(at, count) for at, count in zip(answer.times, answer.counts, strict=True)][skip // 4 :]
+        if len(later) > 4:
+            found.append((later[-1][0] - later[0][0]) / sum(count for _, count in later[1:]))
+    return found
+
+
+async def every_one(client: httpx.AsyncClient, moves: int, seed: int) -> list[Answer]:
+    """Many streams at once, each moved `moves` times among the D-heavy instances."""
+    jobs = bodies(STREAMS, SIZE, SIZE, (2 * OUTPUT, 2 * OUTPUT), seed)
+
+    async def one(job: dict[str, Any], number: int) -> Answer:
+        chance = random.Random(number)
+        steps = sorted(chance.sample(range(OUTPUT // 2, 2 * OUTPUT - 20), moves)) if moves else []
+        return await stream(client, PATH, job, Mover(client, steps, DECODERS, number) if moves else None)
+
+    return await asyncio.gather(*(one(job, number) for number, job in enumerate(jobs)))
+
+
+async def measure(url: str, block_bytes: int) -> dict[str, Any]:
+    """Everything, one after the other."""
+    rows: dict[str, Any] = {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        await moved(
+            client, bodies(4, SIZE, SIZE, (OUTPUT, OUTPUT), seed=1), 2, 2
+        )  # whatever is compiled once
+        for size in SIZES:
+            answers = await moved(client, bodies(IDLE, size, size, (OUTPUT, OUTPUT), seed=size), 2, 1)
+            rows[f"idle {size}"] = report(f"idle, {size} tokens", legs(url, answers, "operator"), block_bytes)
+        for seed, name, moves in ((5, "still", 0), (6, "moving", 2), (7, "still again", 0)):
+            answers, watched = await beside(client, moves, seed)
+            rows[name] = {"tpot of bystanders": line(f"{name}: TPOT of bystanders", tpot(watched))}
+            rows[name]["tpot"] = line(f"{name}: TPOT of the others", [a.tpot for a in answers])
+            if moves:
+                rows[name] |= report("under load", legs(url, answers, "operator"), block_bytes)
+                rows["hand-over"] = report("hand-overs", legs(url, answers, "hand-over"), block_bytes)
+        for seed, name, moves in ((8, "32 still", 0), (9, "32 moving", 7), (10, "32 still again", 0)):
+            answers = await every_one(client, moves, seed)
+            rows[name] = {
+                "ok": sum(a.ok for a in answers),
+                "tpot": line(f"{name}: TPOT", [a.tpot for a in answers]),
+            }
+            rows[name]["ttft"] = line(f"{name}: TTFT", [a.ttft for a in answers])
+            if moves:
+                rows[name] |= report("each moved 7 times", legs(url, answers, "operator"), block_bytes)
+    return rows
+
+
+def main() -> None:
+    """The measurements; their rows go to move.json."""
+    out, tiny = out_directory(), cached_tiny_model()
+    model = tiny if REHEARSAL else shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
+    flags = [
+        *FOUR[: 4 if REHEARSAL else None],
+        "--max-model-len",
+        "16384" if not REHEARSAL else "8192",
+        "--p-chunk",
+        "2048",
+        "--d-chunk",
+        "256",
+    ]
+    flags += ["--enforce-eager"] if REHEARSAL else [*fast_start(), "--load-format", "dummy"]
+    flags += [] if REHEARSAL else ["--kv-cache-memory-bytes", "6G", "--stream-interval", "4"]
+    layers, heads = QWEN_7B["num_hidden_layers"], QWEN_7B["num_key_value_heads"]
+    block_bytes = 16 * 2 * 2 * layers * heads * QWEN_7B["hidden_size"] // QWEN_7B["num_attention_heads"]
+    with server(model, 8203, out / "move.log", *flags) as url:
+        try:
+            rows = asyncio.run(measure(url, block_bytes))
+        except BaseException:
+            tail(out / "move.log")
+            raise
+        print("moves:", state(url)["moves"])
+        print("KV:", sorted(set(state(url)["kv_paths"].values())))
+    (out / "move.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
