@@ -20,7 +20,7 @@ Entry = tuple[Event, tuple[Command, ...]]
 
 EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in get_args(Command)}
-NO_TIMELINE = {field.name: 0.0 for field in fields(Timeline)}
+NO_TIMELINE = {field.name: 0.0 for field in fields(Timeline) if field.default is MISSING}
 
 
 class LogError(ValueError):

@@ -78,6 +78,7 @@ def test_what_a_newer_server_adds_is_shown_and_what_it_does_not_know_is_named() 
                 "why": "KV",
                 "outlooks": [{"instance": "i0", "tpot": 0.02, "load": 0.5, "fits": True}],
             },
+            {"type": "Ahead", "to": "i1", "leg": 1, "why": "most room"},
             {"type": "Refused", "at": 2.0, "why": "no room"},
             {"type": "Rebooted", "at": 3.0, "why": "somebody tripped over it"},
         ],
@@ -85,6 +86,7 @@ def test_what_a_newer_server_adds_is_shown_and_what_it_does_not_know_is_named() 
     assert list(explain.lines(record)) == [
         (None, "-> degrade to i0", "KV"),
         (None, "   * i0", "TPOT 20.0 ms, KV 50.0% once it is there"),
+        (None, "-> copy its KV ahead to i1", "most room"),
         (1.0, "move refused", "no room"),
         (2.0, "rebooted", "somebody tripped over it"),
     ]

@@ -64,6 +64,13 @@ def test_what_was_copied_ahead_lies_before_zero_and_the_parts_after_it_add_up_to
     ]
 
 
+def test_the_wait_begins_when_the_tail_is_there_though_the_engine_has_yet_to_take_the_request_in() -> None:
+    times = clock(COPIED_AHEAD | {"landed": 0.9, "arrived": 4.5})
+    assert ("target", "waits for the running step to end", 0.9, 5) in shown(times)
+    lost = times | {"began": 0.0, "landed": 0.0}  # the tail never came
+    assert ("target", "waits for the running step to end", 4.5, 5) in shown(lost)
+
+
 def test_a_copy_after_arrival_divides_the_wait_in_two() -> None:
     assert shown(clock(PULLED)) == [
         ("server", "heard by the server", 0, 0.5),

@@ -175,6 +175,10 @@ def _prefilled(entry: Record) -> Words:
     return [(f"first token from {entry['instance']}", f"{entry['cached']} prompt tokens were cached; {how}")]
 
 
+def _ahead(entry: Record) -> Words:
+    return [(f"-> copy its KV ahead to {entry['to']}", entry["why"])]
+
+
 def _move(entry: Record) -> Words:
     target = entry.get("to") or entry["on"]
     rows = [(f"-> {entry['move']} to {target}", entry["why"])]
@@ -213,6 +217,7 @@ WORDS = {
     "Arrived": _arrived,
     "Prefill": _prefill,
     "Prefilled": _prefilled,
+    "Ahead": _ahead,
     "Decode": _move,
     "Flow": _move,
     "Flowed": _flowed,

@@ -44,6 +44,7 @@ class Moved:
     bars: tuple[Bar, ...]
 
 
+WAIT = "waits for the running step to end"
 # The rows, from top to bottom, and their colours.
 SOURCE, SERVER, TARGET = "source", "server", "target"
 COLOURS = {SOURCE: "#dd8452", SERVER: "#8172b3", TARGET: "#4c72b0"}
@@ -71,24 +72,25 @@ def moves(record: dict[str, Any]) -> list[Moved]:
 def bars(times: dict[str, float]) -> Iterator[Bar]:
     """The parts of one move. A part whose beginning or end is 0.0 or missing did not take place.
 
-    What the target waits for beside the copy is the end of the step that runs there: when the request
-    comes, and again when its KV has landed.
+    What the target waits for beside the copy is the end of the step that runs there: once the tail of what
+    was copied ahead has landed; else when the request comes, and again when its KV has landed.
     """
     since = times.get("left") or times["heard"]
     copy = "copy of the tail" if times.get("ahead") else "copy"
+    there = "landed" if times.get("ahead") and times.get("landed") else "arrived"
     spans = [
         (SERVER, "heard by the server", "left", "heard"),
         (TARGET, "copied ahead", "ahead", "copied"),
         (SERVER, "sent to the target", "heard", "arrived"),
         (TARGET, copy, "began", "landed"),
-        (TARGET, "waits for the running step to end", "arrived", "scheduled"),
+        (TARGET, WAIT, there, "scheduled"),
         (TARGET, "step", "scheduled", "made"),
         (SERVER, "heard by the server", "made", "at"),
     ]
     copying = times.get("began", 0.0), times.get("landed", 0.0)
     for row, name, start, end in spans:
         span = times.get(start, 0.0), times.get(end, 0.0)
-        for first, last in without(span, copying) if start == "arrived" else [span]:
+        for first, last in without(span, copying) if name == WAIT else [span]:
             if 0.0 < first < last:
                 yield Bar(row, name, first - since, last - since)
 
