@@ -36,7 +36,7 @@ test: check ## the whole test suite: check, then the tests that start real vLLM 
 demo: $(READY) ## two vLLM instances on the CPU, a server, and 40 requests that flow between them
 	$(BIN)/taichi demo
 
-bench: $(READY) ## what deciding and simulating cost (pytest-benchmark); serving: benchmarks/overhead.py, moves.py
+bench: $(READY) ## what deciding and simulating cost (pytest-benchmark); serving: benchmarks/overhead.py, moves.py, leaks.py
 	$(BIN)/pytest benchmarks -s
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/compile.sh
 	PYTHONPATH=build/compiled $(BIN)/pytest benchmarks/test_simulating.py -s

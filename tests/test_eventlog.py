@@ -10,7 +10,6 @@ import pytest
 
 from taichi_serve.cluster.base import Recorded, drive
 from taichi_serve.eventlog import LogError, Logged, decode, encode, read, replay
-from taichi_serve.explain import explain
 from taichi_serve.latency.model import Roofline
 from taichi_serve.latency.predict import Learned
 from taichi_serve.latency.profile import Transfer
@@ -119,14 +118,20 @@ async def test_logged_scheduler_writes_what_it_decides_and_replays_to_the_same()
     assert [number for number, _, _ in replay(other, entries)] == [1]
 
 
-def test_explanation_shows_every_instance_that_could_have_been_taken() -> None:
-    path = next(p for p in GOLDEN if p.stem == "hybrid")
-    entries = list(read(path.read_text().splitlines(keepends=True)[1:]))
-    flowed = next(c.request for _, commands in entries for c in commands if isinstance(c, Flow))
-    text = explain(flowed, entries)
-    assert text.startswith(f"request {flowed}\n  seconds  what")
-    assert "-> prefill on " in text
-    assert "-> degrade to " in text
-    assert "TTFT " in text
-    assert "TPOT " in text
-    assert explain("nobody", entries) == ""
+def test_only_the_lines_about_one_request_are_looked_at_and_still_counted() -> None:
+    lines = [encode(Finished(0.0, name, 1), []) + "\n" for name in ("a", 'b"', "c")]
+    torn = ["{\n", *lines]
+    assert [event for event, _ in read(torn, about='b"')] == [Finished(0.0, 'b"', 1)]
+    with pytest.raises(LogError, match=r"^line 2: "):
+        list(read([lines[0], "{ 'a' \n"], about="a"))
+
+
+def test_a_move_that_an_older_server_logged_has_zero_for_the_parts_it_did_not_know() -> None:
+    line = (
+        '{"on": ["Flowed", {"at": 2.0, "request": "a", "leg": 1, "instance": "i1", "output_tokens": 2,'
+        ' "kv_tokens": 9, "gap": 0.5, "timeline": {"heard": 1.5, "at": 2.0}}], "do": []}'
+    )
+    event, _ = decode(line)
+    assert isinstance(event, Flowed)
+    assert event.timeline is not None
+    assert (event.timeline.heard, event.timeline.scheduled, event.timeline.at) == (1.5, 0.0, 2.0)

@@ -14,7 +14,7 @@ USAGE = """usage: taichi COMMAND ...
   serve MODEL   serve a model on several vLLM instances (taichi serve --help=TaiChi)
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
   bench goodput the highest request rate at which a real server keeps its SLOs
-  explain ID    where a request of a running server went, and why
+  explain ID    where a request went, and why: of a running server, or out of an event log
   profile MODEL measure real instances: what predictions of a server can start from
   simulate      one configuration on a virtual cluster: goodput, TTFT, TPOT
   search        the best sliders for a workload and an SLO

@@ -14,12 +14,13 @@ from typing import IO, Any, get_args
 import msgspec
 
 from taichi_serve.cluster.base import Scheduler
-from taichi_serve.messages import Command, Event
+from taichi_serve.messages import Command, Event, Timeline
 
 Entry = tuple[Event, tuple[Command, ...]]
 
 EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in get_args(Command)}
+NO_TIMELINE = {field.name: 0.0 for field in fields(Timeline) if field.default is MISSING}
 
 
 class LogError(ValueError):
@@ -43,10 +44,16 @@ def decode(line: str) -> Entry:
     return event, commands
 
 
-def read(lines: Iterable[str]) -> Iterator[Entry]:
-    """Every line of a log; a torn last one (the writer was killed) ends it, another bad one is an error."""
+def read(lines: Iterable[str], about: str = "") -> Iterator[Entry]:
+    """Every line of a log; a torn last one (the writer was killed) ends it, another bad one is an error.
+
+    With `about` only the lines that have this text in them are looked at: a day's log is long.
+    """
+    text = msgspec.json.encode(about).decode()[1:-1]
     pending: LogError | None = None
     for number, line in enumerate(lines, start=1):
+        if text not in line:
+            continue
         if pending is not None:
             raise pending
         try:
@@ -94,4 +101,6 @@ def _typed(raw: Any, kinds: dict[str, Any]) -> Any:
     kind = kinds[name]
     if unknown := set(values) - {field.name for field in fields(kind)}:
         raise ValueError(f"{name} has no field {min(unknown)!r}")
+    if timeline := values.get("timeline"):  # an older log knows fewer parts of a move
+        values = {**values, "timeline": {**NO_TIMELINE, **timeline}}
     return msgspec.convert(values, kind)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from taichi_serve.frontend import record
-from taichi_serve.frontend.record import Recorder, legs
+from taichi_serve.frontend.record import Recorder, legs, view
 from taichi_serve.latency.predict import Average, Learned
 from taichi_serve.messages import (
     Arrived,
@@ -23,6 +23,7 @@ from taichi_serve.messages import (
     Outcome,
     Prefill,
     Prefilled,
+    Refused,
     Stepped,
 )
 from taichi_serve.scheduling.policy import Policy
@@ -85,6 +86,19 @@ def test_a_request_is_found_by_the_id_that_its_user_knows() -> None:
     assert here.find("cmpl-b") == ["0_cmpl-b-0-7f", "1_cmpl-b-0-7f"]  # n = 2: two choices
     assert here.find("cmpl-a-0-7f") == ["cmpl-a-0-7f"]
     assert here.find("cmpl-c") == []
+
+
+def test_a_move_that_did_not_happen_is_remembered_too() -> None:
+    here = recorder()
+    here.on(Arrived(0.0, "a", 10, 5))
+    here.on(Refused(1.0, "a", 1, "no room"))
+    assert [row["type"] for row in here.view("a")["log"]][-1] == "Refused"
+
+
+def test_a_history_without_its_beginning_counts_time_from_its_first_fact() -> None:
+    begun = [Flow("a", 2, "i0", Move.DEGRADE), Flowed(7.5, "a", 2, "i0", 9, 300, 0.1)]
+    assert view("a", begun)["arrived_at"] == 7.5
+    assert view("a", begun[:1])["arrived_at"] == 0.0
 
 
 def test_bound_requests_are_counted_by_their_reason() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ def figure(columns: int) -> tuple[Any, list[Any]]:
 
     made = Figure(figsize=(4.6 * columns, 3.4), layout="constrained")
     return made, list(made.subplots(1, columns, squeeze=False)[0])
+
+
+def stacked(heights: Sequence[float]) -> tuple[Any, list[Any]]:
+    """A figure with panels of these heights (inches) below one another."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(9.2, sum(heights)), layout="constrained")
+    return made, list(made.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
 
 
 def save(made: Any, path: Path) -> None:

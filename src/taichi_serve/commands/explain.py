@@ -1,7 +1,7 @@
-"""`taichi explain ID`: where a request of a running server went, and why, as one readable table.
+"""`taichi explain ID`: where a request went, and why, as one readable table; its moves also as a picture.
 
-It reads GET /taichi/requests/{id}. Fields that a server does not send are left out, so an older or newer one
-can be asked too.
+It reads GET /taichi/requests/{id} of a running server, or the event log of one. Fields that a server does
+not send are left out, so an older or newer one can be asked too.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
-import httpx
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Record = dict[str, Any]
+from taichi_serve.commands import timeline
+from taichi_serve.commands.records import NoAnswerError, Record, asked, logged
+
 Line = tuple[float | None, str, str]  # seconds since arrival, what happened or was decided, why
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which request, and of which server."""
+    """Which request, of which server, and what is wanted of it."""
     parser.add_argument("id", help='the id in the OpenAI response, as in "chatcmpl-..."')
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    where.add_argument("--log", type=Path, metavar="FILE", help="read this event log, and ask no server")
     parser.add_argument(
         "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="(default: $OPENAI_API_KEY)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw a timeline of every move there (.png or .svg)"
     )
 
 
@@ -36,26 +42,43 @@ def main(argv: list[str]) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     errors = Console(stderr=True, highlight=False)
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     try:
-        url = f"{args.url.rstrip('/')}/taichi/requests/{args.id}"
-        answer = httpx.get(url, headers=headers, timeout=10.0)
-        content = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as wrong:
-        errors.print(f"explain: no answer from {args.url}: {wrong}", soft_wrap=True, markup=False)
+        explain(args, Console(highlight=False))
+    except NoAnswerError as wrong:
+        errors.print(f"explain: {wrong}", soft_wrap=True, markup=False)
         return 1
-    if answer.status_code != 200:
-        errors.print(f"explain: {_message(content, answer.status_code)}", soft_wrap=True, markup=False)
-        return 1
-    console = Console(highlight=False)
-    for record in content["requests"]:
-        console.print(render(record))
+    except OSError as wrong:
+        errors.print(f"explain: {wrong.filename}: {wrong.strerror}", soft_wrap=True, markup=False)
+        return 2
+    except ValueError as wrong:
+        errors.print(f"explain: {wrong}", soft_wrap=True, markup=False)
+        return 2
     return 0
 
 
-def _message(content: Any, status: int) -> str:
-    error = content.get("error") if isinstance(content, dict) else None
-    return str(error["message"]) if isinstance(error, dict) and "message" in error else f"HTTP {status}"
+def explain(args: argparse.Namespace, console: Console) -> None:
+    """Draw if that is wanted, and print the tables; ValueError says what is wrong with the input."""
+    if args.plot and args.plot.suffix not in timeline.SUFFIXES:
+        raise ValueError(f"--plot {args.plot}: the name must end in {' or '.join(timeline.SUFFIXES)}")
+    records = logged(args.log, args.id) if args.log else asked(args.url, args.id, args.api_key)
+    drawn = _plot(records, args.id, args.plot) if args.plot else None
+    for record in records:
+        console.print(render(record))
+    if drawn:
+        console.print(drawn, soft_wrap=True, markup=False)
+
+
+def _plot(records: list[Record], name: str, path: Path) -> str:
+    """Draw the moves, and say where they are."""
+    found = [move for record in records for move in timeline.moves(record)]
+    if not found:
+        moved = any(leg["gap"] is not None for record in records for leg in record["legs"])
+        why = "no timeline of its moves was recorded" if moved else "it did not move"
+        raise ValueError(f"nothing to draw of {name}: {why}")
+    shown = found[: timeline.MOST]
+    timeline.draw(shown, f"request {name}", path)
+    first = "" if len(shown) == len(found) else f"the first {len(shown)} of "
+    return f"{path}: {first}{len(found)} move{'s' * (len(found) > 1)}"
 
 
 def render(record: Record) -> RenderableType:
@@ -128,7 +151,10 @@ def _prefill(entry: Record) -> Words:
     rows = [(f"-> prefill on {entry['on']}, {then}", entry.get("why") or _chosen(entry))]
     for forecast in entry["forecasts"]:
         verdict = "feasible" if forecast["feasible"] else "not feasible"
-        verdict = verdict if forecast.get("fits", True) else "no room in its KV"
+        if not forecast.get("fits", True):
+            verdict = "no room in its KV"
+        elif not forecast.get("calm", True):
+            verdict = "its decodes are at their TPOT margin"
         queue = f"{forecast['queued_prefill_tokens']} prompt tokens queued"
         why = f"TTFT {forecast['ttft'] * 1000:.0f} ms, {queue}: {verdict}"
         rows.append((_mark(forecast["instance"], entry["on"]), why))
@@ -149,6 +175,10 @@ def _prefilled(entry: Record) -> Words:
     return [(f"first token from {entry['instance']}", f"{entry['cached']} prompt tokens were cached; {how}")]
 
 
+def _ahead(entry: Record) -> Words:
+    return [(f"-> copy its KV ahead to {entry['to']}", entry["why"])]
+
+
 def _move(entry: Record) -> Words:
     target = entry.get("to") or entry["on"]
     rows = [(f"-> {entry['move']} to {target}", entry["why"])]
@@ -159,8 +189,16 @@ def _move(entry: Record) -> Words:
 
 
 def _flowed(entry: Record) -> Words:
-    came = f"{entry['kv_tokens']} tokens of KV came over, gap {entry['gap'] * 1000:.0f} ms"
-    return [(f"goes on at {entry['instance']}", f"{entry['output_tokens']} tokens out; {came}")]
+    came = f"{entry['kv_tokens']} tokens of KV came over"
+    here = entry.get("reused", 0) - entry["kv_tokens"]
+    if here > 0:
+        came += f", {here} were still here"
+    what = f"{entry['output_tokens']} tokens out; {came}, gap {entry['gap'] * 1000:.0f} ms"
+    return [(f"goes on at {entry['instance']}", what)]
+
+
+def _refused(entry: Record) -> Words:
+    return [("move refused", entry["why"])]
 
 
 def _finished(entry: Record) -> Words:
@@ -179,8 +217,10 @@ WORDS = {
     "Arrived": _arrived,
     "Prefill": _prefill,
     "Prefilled": _prefilled,
+    "Ahead": _ahead,
     "Decode": _move,
     "Flow": _move,
     "Flowed": _flowed,
+    "Refused": _refused,
     "Finished": _finished,
 }

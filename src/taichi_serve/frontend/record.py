@@ -6,7 +6,7 @@ It stands between the facts and the scheduler, sees both sides, and changes noth
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +22,7 @@ from taichi_serve.messages import (
     Move,
     Outcome,
     Prefilled,
+    Refused,
     SetChunk,
     Stepped,
 )
@@ -58,12 +59,11 @@ class Recorder:
             self.steps[event.instance] += 1
             self.prefill_tokens[event.instance] += event.prefill_tokens
         else:
-            self._remember(event)
-        for command in commands:
-            if not isinstance(command, SetChunk):
-                self._history(command.request).append(command)
-                if isinstance(command, Decode | Flow):
-                    self._why[command.request] = command.move
+            self._count(event)
+        for request, part in parts(event, commands):
+            self._history(request).append(part)
+            if isinstance(part, Decode | Flow):
+                self._why[request] = part.move
         if self._write is not None:
             self._write(event, commands)
         return commands
@@ -76,7 +76,7 @@ class Recorder:
                 self.histories.popitem(last=False)
         return history
 
-    def _remember(self, event: Event) -> None:
+    def _count(self, event: Event) -> None:
         match event:
             case Arrived(bound_by=why):
                 self.accepted += 1
@@ -91,21 +91,42 @@ class Recorder:
                 self.gaps.append(gap)
                 self.moved_bytes += kv_tokens * self.bytes_per_token
                 self.recomputes += reused == 0
-        if isinstance(event, Arrived | Prefilled | Flowed | Finished):
-            self._history(event.request).append(event)
 
     def find(self, request_id: str) -> list[str]:
         """The engine requests behind an id of the OpenAI API (one for each prompt and choice)."""
-        if request_id in self.histories:
-            return [request_id]
-        return [key for key in self.histories if key.startswith(f"{request_id}-") or f"_{request_id}-" in key]
+        return find(request_id, self.histories)
 
     def view(self, request: str) -> dict[str, Any]:
-        """One request in words a person can read: its legs, and every fact and decision in order."""
-        history = self.histories[request]
-        arrived = next((e.at for e in history if isinstance(e, Arrived)), 0.0)
-        rows = [{"type": type(e).__name__, **msgspec.to_builtins(e)} for e in history]
-        return {"id": request, "arrived_at": arrived, "legs": legs(history), "log": rows}
+        """One request in words a person can read."""
+        return view(request, self.histories[request])
+
+
+def parts(event: Event, commands: Iterable[Command]) -> Iterator[tuple[str, Event | Command]]:
+    """What of a fact and its decisions belongs to the history of a request, with the request."""
+    if isinstance(event, Arrived | Prefilled | Flowed | Refused | Finished):
+        yield event.request, event
+    for command in commands:
+        if not isinstance(command, SetChunk):
+            yield command.request, command
+
+
+def find(request_id: str, requests: Iterable[str]) -> list[str]:
+    """Those among the engine requests that are behind an id of the OpenAI API."""
+    found = []
+    for name in requests:
+        if name == request_id:
+            return [name]
+        if name.startswith(f"{request_id}-") or f"_{request_id}-" in name:
+            found.append(name)
+    return found
+
+
+def view(request: str, history: History) -> dict[str, Any]:
+    """Where a request was, leg by leg, and every fact and decision in order."""
+    # A history may have lost its beginning: then time begins with the first fact that is there.
+    arrived = next((e.at for e in history if isinstance(e, Event)), 0.0)
+    rows = [{"type": type(e).__name__, **msgspec.to_builtins(e)} for e in history]
+    return {"id": request, "arrived_at": arrived, "legs": legs(history), "log": rows}
 
 
 def legs(history: History) -> list[dict[str, Any]]:
