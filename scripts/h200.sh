@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs one of the GPU checks on a machine with one large GPU, as several small ones under MPS.
-#   scripts/h200.sh smoke [out-dir]   four instances, token identity, TTFT, TPOT and the gap of a move
+#   scripts/h200.sh smoke [out-dir]     four instances, token identity, TTFT, TPOT and the gap of a move
+#   scripts/h200.sh measure [out-dir]   `taichi profile` of a 7B shape on a quarter of the GPU, a 14B one on all of it
 # vLLM and NIXL must be importable. An MPS daemon is started unless one is there already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-check="${1:?which check? smoke}"; shift
+check="${1:?which check? smoke or measure}"; shift
 export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
 if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
   export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps

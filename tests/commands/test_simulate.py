@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from taichi_serve.commands import search, simulate
+from taichi_serve.latency import shipped
+from taichi_serve.latency.profile import Fit, Profile, save
 from taichi_serve.search.sliders import Effort
 
 BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07 --seed 1"
@@ -58,6 +60,17 @@ def test_bad_input_is_one_line_and_status_2(words, line, capsys):
     assert simulate.main(parsed(simulate, f"{ONE} {words}")) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(f"taichi simulate: {line}.*\n", err)
+
+
+def test_a_measured_profile_in_the_folder_is_listed_and_simulated(capsys, tmp_path, monkeypatch):
+    fit = Fit(0.004, 0.001, 1e-5, 0.0, 1e-4, 1e-8, 64, 0.03, 0.1)
+    save(Profile(1, "small", "One GPU", {}, {}, 100_000, 57344, [], fit), tmp_path / "small-gpu.json")
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
+    parser = argparse.ArgumentParser()
+    simulate.add_arguments(parser)
+    assert "small-gpu" in parser.format_help()
+    assert simulate.main(parser.parse_args(f"{ONE} --profile small-gpu --json".split())) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["model"] == "small"
 
 
 def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_path):
