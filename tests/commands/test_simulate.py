@@ -84,7 +84,7 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     monkeypatch.setattr(search, "Effort", lambda seconds, most: Effort(seconds, 60, most, 0.2))
     out = tmp_path / "best.yaml"
     words = f"{BASE} --instances 2 --seconds 1 --most 60 --processes 1"
-    words += " --family aggregation --family disaggregation"
+    words += f" --family aggregation --family disaggregation --tuned {tmp_path}/tuned"
     assert search.main(parsed(search, f"{words} --json --out {out} --plot {tmp_path}")) == 0
     told = json.loads(capsys.readouterr().out)
     rates = [row["goodput"] for row in told["ranked"]]
@@ -92,6 +92,10 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     assert {row["family"] for row in told["ranked"]} == {"aggregation", "disaggregation"}
     assert max(rates) <= told["bound"]
     assert yaml.safe_load(out.read_text()) == told["config"]
+    tuned = {p.stem: yaml.safe_load(p.read_text()) for p in (tmp_path / "tuned").iterdir()}
+    assert set(tuned) == {"aggregation", "disaggregation"}
+    assert told["config"] == tuned[told["ranked"][0]["family"]]
+    assert tuned["aggregation"]["p_heavy"] == 0
     assert (tmp_path / "pareto.svg").exists()
     assert (tmp_path / "attainment.svg").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
@@ -10,12 +11,14 @@ from taichi_serve.search.goodput import Scene
 from taichi_serve.slo import SLO
 
 
-def add_scene(parser: argparse.ArgumentParser) -> None:
-    """Workload, SLO and machine."""
+def add_scene(
+    parser: argparse.ArgumentParser, ttft: Callable[[str], float | None] = float, more: str = ""
+) -> None:
+    """Workload, SLO and machine. `ttft` reads the TTFT SLO, and `more` says what it takes beside seconds."""
     parser.add_argument(
         "--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)"
     )
-    parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")
+    parser.add_argument("--ttft-slo", type=ttft, required=True, metavar="S", help=f"seconds{more}")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
     parser.add_argument(
         "--profile",

@@ -78,6 +78,8 @@ def mixed(p: int, d: int, p_chunk: int, d_chunk: int, policy: Policy) -> Contend
     name = f"{p}P{d}D S_P {p_chunk} S_D {d_chunk} margin {policy.ttft_margin:g}"
     if (policy.watermark, policy.alpha) != (Policy().watermark, Policy().alpha):
         name += f" watermark {policy.watermark:g} alpha {policy.alpha:g}"
+    if policy.tpot_margin != Policy().tpot_margin:
+        name += f" TPOT margin {policy.tpot_margin:g}"
     return Contender(name, Sliders(p, d, p_chunk, d_chunk), policy)
 
 
@@ -100,6 +102,7 @@ def nearby(contender: Contender) -> list[Contender]:
     tried += [(s.p_chunk // 2, s.d_chunk, policy)] if s.p_chunk // 2 >= s.d_chunk else []
     tried += [(s.p_chunk, s.d_chunk, replace(policy, watermark=w)) for w in (0.9, 0.98)]
     tried += [(s.p_chunk, s.d_chunk, replace(policy, alpha=a)) for a in (0.85,)]
+    tried += [(s.p_chunk, s.d_chunk, replace(policy, tpot_margin=m)) for m in (0.65, 1.0)]
     return [contender] + [mixed(s.p_heavy, s.d_heavy, sp, sd, p) for sp, sd, p in tried]
 
 

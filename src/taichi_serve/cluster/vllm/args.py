@@ -58,6 +58,12 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "an instance is feasible when the predicted TTFT is at most this share of the SLO",
     ),
     (
+        "tpot-margin",
+        float,
+        0.8,
+        "prompts keep away from a D-heavy instance whose predicted TPOT is above this share of the SLO",
+    ),
+    (
         "watermark",
         float,
         0.95,
@@ -159,7 +165,7 @@ def policy(args: argparse.Namespace) -> Policy:
             f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above "
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
-    return Policy(watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
+    return Policy(args.degrade_watermark, args.alpha, args.ttft_margin, args.tpot_margin)
 
 
 def profile(args: argparse.Namespace) -> Profile | None:
