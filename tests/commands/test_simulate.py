@@ -29,6 +29,15 @@ def test_simulate_prints_a_table(capsys):
     assert re.search(r"TPOT \(ms\)", out)
 
 
+def test_less_kv_room_than_the_profile_says_is_a_choice(capsys):
+    moves = []
+    for words in ("", "--kv-capacity 20000"):
+        assert simulate.main(parsed(simulate, f"{ONE} --rate 20 --json {words}")) == 0
+        moves.append(json.loads(capsys.readouterr().out)["moves"])
+    assert "degrade" not in moves[0]
+    assert moves[1]["degrade"] > 0
+
+
 def test_simulate_says_the_same_in_json_every_time_and_draws(capsys, tmp_path):
     for _ in range(2):
         assert simulate.main(parsed(simulate, f"{ONE} --json --plot {tmp_path}")) == 0
@@ -51,6 +60,7 @@ BAD = [
     ("--profile nothing", "profile 'nothing' is no file"),
     ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
     ("--watermark 0", "watermark must be a positive number, not 0.0"),
+    ("--kv-capacity 100", "--kv-capacity: must be at least 1024, not 100"),
     ("--cv -1", "the coefficient of variation must be at least 0, not -1.0"),
 ]
 
