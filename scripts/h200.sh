@@ -2,7 +2,7 @@
 # Runs one of the GPU checks on a machine with one large GPU, as several small ones under MPS.
 #   scripts/h200.sh smoke [out-dir]     four instances, token identity, TTFT, TPOT and the gap of a move
 #   scripts/h200.sh move [out-dir]      what a move costs, part by part, and what it costs everybody else
-#   scripts/h200.sh measure [out-dir]   profiles of the 7B shape on a quarter of the GPU, the 14B shape on all of it
+#   scripts/h200.sh measure [out-dir]   `taichi profile` of a 7B shape on a quarter of the GPU, a 14B one on all of it
 # vLLM and NIXL must be importable. An MPS daemon is started unless one is there already.
 set -euo pipefail
 cd "$(dirname "$0")/.."

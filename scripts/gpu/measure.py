@@ -1,9 +1,12 @@
-"""`taichi profile` of the shapes that the shipped profiles are of: the 7B one on a quarter of a GPU, the 14B
-one on a whole one. Two instances share the card, so that moves can be measured; one is idle while the other
-is measured."""
+"""`taichi profile` of two shapes: the 7B one on a quarter of a GPU, the 14B one on a whole one.
+
+A file of it that is copied into src/taichi_serve/latency/profiles is a name for simulate, search and serve.
+Two instances share the card, so that moves can be measured; one is idle while the other is measured.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,37 +14,57 @@ from pathlib import Path
 from common import QWEN_7B, QWEN_14B, out_directory, shape
 
 from taichi_serve.cli import main as taichi
+from taichi_serve.latency.profile import load
 from taichi_serve.tiny import cached_tiny_model
 
-# name: shape, share of the streaming multiprocessors in percent, KV of each instance
-SHAPES = {"7b": (QWEN_7B, "25", "6G"), "14b": (QWEN_14B, "100", "24G")}
-GRID = ["--grid-chunks", "16,64,128,256,512,1024,2048,4096", "--grid-decodes", "0,1,4,16,64,128"]
-GRID += ["--grid-fill", "131072"]
+# name: model and its shape, the profile's name, share of the multiprocessors in percent, KV of each instance
+SHAPES = {
+    "7b": ("Qwen2.5-7B", QWEN_7B, "qwen2.5-7b-quarter-h200-measured", "25", "12G"),
+    "14b": ("Qwen2.5-14B", QWEN_14B, "qwen2.5-14b-tp1-h200-measured", "100", "24G"),
+}
+GRID = ["--grid-chunks", "32,128,256,384,512,1024,2048,4096", "--grid-decodes", "0,1,4,16,64,128"]
+GRID += ["--grid-contexts", "128,4096", "--grid-fill", "131072"]
+# Full graphs for steps with prompts too: launching 28 layers kernel by kernel takes 20 to 30 ms, more than
+# the work of a small chunk. A step runs as large as the next size captured, so the sizes lie close together.
+SIZES = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 288, 16), *range(288, 544, 32), 528, *range(576, 1153, 64)]
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sorted(SIZES)}
 ENGINE = ["--devices", "0;0", "--gpu-memory-utilization", "0.4", "--load-format", "dummy"]
-ENGINE += [
-    "--max-model-len",
-    "16384",
-    "--max-num-batched-tokens",
-    "8192",
-    "--p-chunk",
-    "4096",
-    "--d-chunk",
-    "256",
-]
-ENGINE += ["--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
+ENGINE += ["--max-model-len", "16384", "--max-num-batched-tokens", "8192", "--max-num-seqs", "256"]
+ENGINE += ["--p-chunk", "4096", "--d-chunk", "256", "--compilation-config", json.dumps(GRAPHS)]
+
+
+def row(path: Path, share: str) -> str:
+    """The profile's line in the table of docs/simulation.md."""
+    found = load(path)
+    device = found.device if share == "100" else f"{share} % of {found.device}"
+    versions = ", ".join(
+        f"{name} {found.versions[key]}" for name, key in (("vLLM", "vllm"), ("torch", "torch"))
+    )
+    error = f"{found.fit.error_median:.1%} / {found.fit.error_p95:.1%}"
+    return f"| {path.stem} | {device} | {versions} | {len(found.steps)} | {error} | {found.kv_capacity:,} |"
 
 
 def main() -> int:
     """The shapes named after the directory, one after the other; by default all of them."""
     out, status = out_directory(), 0
     for name in sys.argv[2:] or SHAPES:
-        config, share, memory = SHAPES[name]
+        model, config, profile, share, memory = SHAPES[name]
         os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = share
-        model = shape(cached_tiny_model(), config, Path(f"/tmp/qwen2.5-{name}"))
-        file = str(out / f"qwen2.5-{name}.json")
-        status |= taichi(
-            ["profile", str(model), "-o", file, *GRID, *ENGINE, "--kv-cache-memory-bytes", memory]
-        )
+        directory = shape(cached_tiny_model(), config, Path("/tmp") / model)
+        path = out / f"{profile}.json"
+        words = [
+            "profile",
+            str(directory),
+            "-o",
+            str(path),
+            *GRID,
+            *ENGINE,
+            "--kv-cache-memory-bytes",
+            memory,
+        ]
+        status |= taichi(words)
+        if path.exists():
+            print(row(path, share))
     return status
 
 

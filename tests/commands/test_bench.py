@@ -69,7 +69,8 @@ def test_the_contenders_are_values_of_the_sliders(model):
     parser = bench.argparse.ArgumentParser()
     bench.add_arguments(parser)
     args = parser.parse_args(f"{model} {BASE} --compare aggregation,disaggregation,hybrid".split())
-    assert {name: " ".join(words) for name, words in contenders.contenders(args).items()} == {
+    found = contenders.contenders(args, SLO(4.0, 0.07))
+    assert {name: " ".join(words) for name, words in found.items()} == {
         "aggregation": "--p-heavy 0 --d-heavy 2 --d-chunk 512",
         "disaggregation": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
         "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 256",
@@ -79,6 +80,59 @@ def test_the_contenders_are_values_of_the_sliders(model):
     assert " ".join(jobs["aggregation"]).startswith(
         "--ttft-slo 4.0 --tpot-slo 0.07 --enforce-eager --p-heavy"
     )
+
+
+TUNED = """
+model: tiny
+p_heavy: 1
+d_heavy: 1
+p_chunk: 2048
+d_chunk: 192
+ttft_slo: 4.0
+tpot_slo: 0.07
+ttft_margin: 0.65
+tpot_margin: 1.0
+watermark: 0.98
+alpha: 0.96
+"""
+
+
+def test_tuned_settings_come_from_the_files_of_a_search(model, tmp_path):
+    (tmp_path / "hybrid.yaml").write_text(TUNED)
+    parser = bench.argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
+    assert {name: " ".join(words) for name, words in contenders.contenders(args, SLO(4.0, 0.07)).items()} == {
+        "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 2048 --d-chunk 192 --ttft-margin 0.65 "
+        "--tpot-margin 1.0 --watermark 0.98 --alpha 0.96"
+    }
+
+
+BAD_TUNED = [
+    ("--tuned {here}", "--tuned needs --compare, which says what is to be measured"),
+    (
+        "--tuned {here} --compare aggregation",
+        "--tuned: {here}/aggregation.yaml: cannot be read: No such file",
+    ),
+    (
+        "--tuned {here} --compare hybrid --ttft-slo 3",
+        "--tuned: {here}/hybrid.yaml: was tuned for 4 s and 70 ms, not for 3 s and 70 ms",
+    ),
+    (
+        "--tuned {here} --compare disaggregation",
+        "--tuned: {here}/disaggregation.yaml: is no config of `taichi search`: 'd_chunk'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD_TUNED)
+def test_tuned_settings_that_are_missing_or_for_another_slo_are_named(
+    words, expected, model, tmp_path, capsys
+):
+    (tmp_path / "hybrid.yaml").write_text(TUNED)
+    (tmp_path / "disaggregation.yaml").write_text(TUNED.replace("d_chunk: 192\n", ""))
+    said = told(f"{model} {BASE} {words.format(here=tmp_path)}", capsys)
+    assert said.startswith(f"taichi bench: {expected.format(here=tmp_path)}")
 
 
 def test_an_api_key_is_not_written_down():

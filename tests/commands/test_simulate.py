@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from taichi_serve.commands import search, simulate
+from taichi_serve.latency import shipped
+from taichi_serve.latency.profile import Fit, Profile, save
 from taichi_serve.search.sliders import Effort
 
 BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07 --seed 1"
@@ -25,6 +27,15 @@ def test_simulate_prints_a_table(capsys):
     out = capsys.readouterr().out
     assert "attainment 100.0%" in out
     assert re.search(r"TPOT \(ms\)", out)
+
+
+def test_less_kv_room_than_the_profile_says_is_a_choice(capsys):
+    moves = []
+    for words in ("", "--kv-capacity 20000"):
+        assert simulate.main(parsed(simulate, f"{ONE} --rate 20 --json {words}")) == 0
+        moves.append(json.loads(capsys.readouterr().out)["moves"])
+    assert "degrade" not in moves[0]
+    assert moves[1]["degrade"] > 0
 
 
 def test_simulate_says_the_same_in_json_every_time_and_draws(capsys, tmp_path):
@@ -49,6 +60,7 @@ BAD = [
     ("--profile nothing", "profile 'nothing' is no file"),
     ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
     ("--watermark 0", "watermark must be a positive number, not 0.0"),
+    ("--kv-capacity 100", "--kv-capacity: must be at least 1024, not 100"),
     ("--cv -1", "the coefficient of variation must be at least 0, not -1.0"),
 ]
 
@@ -58,6 +70,17 @@ def test_bad_input_is_one_line_and_status_2(words, line, capsys):
     assert simulate.main(parsed(simulate, f"{ONE} {words}")) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(f"taichi simulate: {line}.*\n", err)
+
+
+def test_a_measured_profile_in_the_folder_is_listed_and_simulated(capsys, tmp_path, monkeypatch):
+    fit = Fit(0.004, 0.001, 1e-5, 0.0, 1e-4, 1e-8, 64, 0.03, 0.1)
+    save(Profile(1, "small", "One GPU", {}, {}, 100_000, 57344, [], fit), tmp_path / "small-gpu.json")
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
+    parser = argparse.ArgumentParser()
+    simulate.add_arguments(parser)
+    assert "small-gpu" in parser.format_help()
+    assert simulate.main(parser.parse_args(f"{ONE} --profile small-gpu --json".split())) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["model"] == "small"
 
 
 def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_path):
@@ -71,7 +94,7 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     monkeypatch.setattr(search, "Effort", lambda seconds, most: Effort(seconds, 60, most, 0.2))
     out = tmp_path / "best.yaml"
     words = f"{BASE} --instances 2 --seconds 1 --most 60 --processes 1"
-    words += " --family aggregation --family disaggregation"
+    words += f" --family aggregation --family disaggregation --tuned {tmp_path}/tuned"
     assert search.main(parsed(search, f"{words} --json --out {out} --plot {tmp_path}")) == 0
     told = json.loads(capsys.readouterr().out)
     rates = [row["goodput"] for row in told["ranked"]]
@@ -79,6 +102,10 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     assert {row["family"] for row in told["ranked"]} == {"aggregation", "disaggregation"}
     assert max(rates) <= told["bound"]
     assert yaml.safe_load(out.read_text()) == told["config"]
+    tuned = {p.stem: yaml.safe_load(p.read_text()) for p in (tmp_path / "tuned").iterdir()}
+    assert set(tuned) == {"aggregation", "disaggregation"}
+    assert told["config"] == tuned[told["ranked"][0]["family"]]
+    assert tuned["aggregation"]["p_heavy"] == 0
     assert (tmp_path / "pareto.svg").exists()
     assert (tmp_path / "attainment.svg").exists()
 

@@ -25,6 +25,7 @@ def test_every_chunk_is_measured_alone_and_beside_every_set_of_decodes() -> None
 def test_decodes_that_do_not_fit_into_the_kv_cache_or_the_step_are_left_out() -> None:
     grid = Grid(chunks=(2048,), decodes=(16, 64, 512), contexts=(128, 1024), fill=1_000_000)
     # 64 decodes with 1024 + 1024 tokens are 131,072: over 90 % of 100,000. 512 are more than 128 sequences.
+    # Two prompts of two chunks take 8192 more.
     assert grid.cells(LIMITS) == [Cell(2048, 16, 128), Cell(2048, 16, 1024), Cell(2048, 64, 128)]
     assert grid.cells(Limits(100_000, 8192, 2060, 128)) == []
 
@@ -43,6 +44,17 @@ def test_contexts_beyond_the_longest_sequence_become_the_longest_once() -> None:
 def test_a_prompt_takes_four_chunks_but_stays_within_the_sequence() -> None:
     assert [passes(chunk, LIMITS) for chunk in (64, 1024, 2048)] == [4, 4, 2]
     assert passes(2048, Limits(100_000, 4096, 2304, 128)) == 1
+    assert passes(1024, Limits(6000, 4096, 2304, 128)) == 2  # two prompts hold KV at the same time
+
+
+def test_a_chunk_of_which_no_two_fit_a_sequence_is_left_out() -> None:
+    grid = Grid(chunks=(512, 2048), decodes=(0,))
+    assert grid.cells(Limits(100_000, 4096, 2304, 128)) == [Cell(512, 0, 0)]
+
+
+def test_two_sequences_of_a_step_are_left_for_the_prompts() -> None:
+    grid = Grid(chunks=(64,), decodes=(63, 62), contexts=(128,))
+    assert grid.cells(Limits(100_000, 4096, 2304, sequences=64)) == [Cell(64, 62, 128)]
 
 
 def test_moves_are_measured_between_every_two_kinds() -> None:

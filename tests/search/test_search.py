@@ -8,6 +8,7 @@ from taichi_serve.bench.workload import LogNormal, Synthetic, Workload
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.shipped import Machine, machine
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.search.balance import LEAST, LEVEL, MOST, alone, balance
 from taichi_serve.search.bound import Mean, bound, least_seconds
 from taichi_serve.search.goodput import Contender, Scene, attain, goodput
 from taichi_serve.search.report import config
@@ -60,6 +61,28 @@ def test_a_slower_truth_than_believed_costs_attainment():
     assert slower.attainment < attain(SCENE, AGGREGATION, rate, 300, 1).attainment
 
 
+def test_a_balanced_slo_is_the_tightest_ttft_at_which_disaggregation_is_as_good():
+    # Disaggregation prefills on one of two instances, 9 prompts of 0.11 s a second: above that its queue
+    # grows, and of 100 requests the more are good the longer they may wait.
+    effort = Effort(seconds=10, least=100, most=100, tolerance=0.02)
+    found = balance(SCENE, 2, 3, effort, processes=1)
+    assert found.level
+    assert LEAST * alone(SCENE) < found.ttft < MOST * alone(SCENE)
+    tighter = replace(SCENE, slo=SLO(found.ttft / 1.2, SCENE.slo.tpot))
+    firsts = best(search(tighter, 2, 3, ("aggregation", "disaggregation"), effort, 1))
+    assert firsts["disaggregation"].rate < LEVEL * firsts["aggregation"].rate
+
+
+def test_a_prompt_alone_takes_one_step_of_its_length():
+    assert alone(SCENE) == pytest.approx(0.01 + 1000 * 0.0001)
+
+
+def test_where_one_family_is_ahead_throughout_no_slo_is_balanced():
+    # 128 tokens take 23 ms: with 20 ms a token hardly a prompt may be beside decodes.
+    with pytest.raises(ValueError, match=r"no TTFT SLO is balanced: at 0.44 s disaggregation is ahead"):
+        balance(replace(SCENE, slo=SLO(1.0, 0.02)), 2, 3, Effort(10, 100, 100, 0.1), processes=1)
+
+
 def test_the_search_tunes_every_family():
     found = search(SCENE, 2, 3, effort=Effort(seconds=5, least=80, most=100, tolerance=0.1), processes=1)
     assert set(best(found)) == set(FAMILIES)
@@ -85,7 +108,7 @@ def test_every_contender_has_legal_sliders_for_any_number_of_instances():
 
 def test_the_config_has_the_keys_that_serve_takes():
     sliders = ["p_heavy", "d_heavy", "p_chunk", "d_chunk"]
-    policy = ["ttft_margin", "watermark", "alpha"]
+    policy = ["ttft_margin", "tpot_margin", "watermark", "alpha"]
     assert list(config(SCENE, AGGREGATION)) == ["model", *sliders, "ttft_slo", "tpot_slo", *policy]
 
 

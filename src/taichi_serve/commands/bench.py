@@ -107,8 +107,11 @@ def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> d
             raise ValueError(f"{args.target}: no model: it has no config.json")
     slos = ("--ttft-slo", str(trial.slo.ttft), "--tpot-slo", str(trial.slo.tpot))
     if not args.compare:
+        if args.tuned:
+            raise ValueError("--tuned needs --compare, which says what is to be measured")
         return {"server": (*slos, *flags)}
-    return {name: (*slos, *flags, *words) for name, words in contenders.contenders(args).items()}
+    compared = contenders.contenders(args, trial.slo)
+    return {name: (*slos, *flags, *words) for name, words in compared.items()}
 
 
 def result(

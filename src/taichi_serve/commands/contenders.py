@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+import yaml
+
+from taichi_serve.slo import SLO
 
 NAMES = ("aggregation", "disaggregation", "hybrid")
+# What `taichi search --tuned` decides; the model and the SLOs in its files are the measurement's own.
+TUNED = ("p_heavy", "d_heavy", "p_chunk", "d_chunk", "ttft_margin", "tpot_margin", "watermark", "alpha")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which ones, and their sliders."""
     parser.add_argument("--compare", metavar="NAMES", help=f"some of {','.join(NAMES)}: one after the other")
+    parser.add_argument(
+        "--tuned", type=Path, metavar="DIR", help="their settings as `taichi search --tuned DIR` found them"
+    )
     parser.add_argument("--instances", type=int, default=2, metavar="N", help="(default: 2)")
     parser.add_argument(
         "--chunk", type=int, default=512, metavar="TOKENS", help="of aggregation (default: 512)"
@@ -20,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def contenders(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+def contenders(args: argparse.Namespace, slo: SLO) -> dict[str, tuple[str, ...]]:
     """The words for each name asked for, in that order; ValueError says what is wrong."""
     asked = args.compare.split(",")
     for name in asked:
         if name not in NAMES:
             raise ValueError(f"--compare: {name!r} is none of {', '.join(NAMES)}")
+    if args.tuned is not None:
+        return {name: _tuned(args.tuned / f"{name}.yaml", slo) for name in asked}
     if args.instances < 2:
         raise ValueError(f"--instances: must be at least 2, not {args.instances}")
     return {name: tuple(_words(name, args).split()) for name in asked}
@@ -43,3 +55,21 @@ def _words(name: str, args: argparse.Namespace) -> str:
         if name == "disaggregation"
         else f"{split} --d-chunk {args.d_chunk}"
     )
+
+
+def _tuned(path: Path, slo: SLO) -> tuple[str, ...]:
+    """The settings in a file of `taichi search`, which must have looked for this SLO."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        limits = SLO(found["ttft_slo"], found["tpot_slo"])
+        words = [word for key in TUNED for word in (f"--{key.replace('_', '-')}", str(found[key]))]
+    except OSError as wrong:
+        raise ValueError(f"--tuned: {path}: cannot be read: {wrong.strerror}") from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as wrong:
+        raise ValueError(f"--tuned: {path}: is no config of `taichi search`: {wrong}") from None
+    if limits != slo:
+        raise ValueError(
+            f"--tuned: {path}: was tuned for {limits.ttft:g} s and {limits.tpot * 1e3:g} ms, not for "
+            f"{slo.ttft:g} s and {slo.tpot * 1e3:g} ms"
+        )
+    return tuple(words)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
@@ -10,12 +12,14 @@ from taichi_serve.search.goodput import Scene
 from taichi_serve.slo import SLO
 
 
-def add_scene(parser: argparse.ArgumentParser) -> None:
-    """Workload, SLO and machine."""
+def add_scene(
+    parser: argparse.ArgumentParser, ttft: Callable[[str], float | None] = float, more: str = ""
+) -> None:
+    """Workload, SLO and machine. `ttft` reads the TTFT SLO, and `more` says what it takes beside seconds."""
     parser.add_argument(
         "--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)"
     )
-    parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")
+    parser.add_argument("--ttft-slo", type=ttft, required=True, metavar="S", help=f"seconds{more}")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
     parser.add_argument(
         "--profile",
@@ -30,6 +34,9 @@ def add_scene(parser: argparse.ArgumentParser) -> None:
         "--bandwidth", type=float, default=50e9, metavar="B/S", help="of KV out of an instance"
     )
     parser.add_argument("--link-latency", type=float, default=0.005, metavar="S", help="of a KV transfer")
+    parser.add_argument(
+        "--kv-capacity", type=int, metavar="TOKENS", help="of an instance (default: what the profile says)"
+    )
     parser.add_argument("--max-running", type=int, default=256, metavar="N", help="requests in one step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -41,6 +48,10 @@ def scene_of(args: argparse.Namespace) -> Scene:
     found = machine(args.profile, args.device, args.tensor_parallel)
     if args.model and args.model != found.model:
         raise ValueError(f"profile {found.name} is for {found.model}, not for {args.model}")
+    if args.kv_capacity is not None:
+        if args.kv_capacity < 1024:
+            raise ValueError(f"--kv-capacity: must be at least 1024, not {args.kv_capacity}")
+        found = replace(found, kv_capacity=args.kv_capacity)
     if args.max_running < 1:
         raise ValueError(f"--max-running: must be at least 1, not {args.max_running}")
     if not (args.bandwidth > 0 and args.link_latency >= 0):

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from rich.console import Console
 from rich.table import Table
 
 from taichi_serve.commands.scene import add_scene, scene_of
+from taichi_serve.search.balance import balance
 from taichi_serve.search.bound import bound
 from taichi_serve.search.goodput import Scene, attain
 from taichi_serve.search.report import config, draw_curves, draw_pareto, found_row
-from taichi_serve.search.sliders import FAMILIES, Effort, Found, best, search
+from taichi_serve.search.sliders import FAMILIES, Effort, Found, Tell, best, search
+from taichi_serve.slo import SLO
 
+BALANCED = "balanced"
 CURVE = (0.6, 0.75, 0.85, 0.92, 0.97, 1.0, 1.03, 1.08, 1.15)  # of the best goodput
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `taichi search`."""
-    add_scene(parser)
+    more = f", or {BALANCED}: where aggregation and disaggregation, each tuned, have the same goodput"
+    add_scene(parser, _ttft, more)
     parser.add_argument("--instances", type=int, default=8, metavar="N")
     parser.add_argument(
         "--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)"
@@ -36,6 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="write the best as a config for `taichi serve --config`"
     )
+    parser.add_argument(
+        "--tuned",
+        metavar="DIR",
+        help="write the best of each family to DIR/FAMILY.yaml, for `taichi bench goodput --tuned DIR`",
+    )
+
+
+def _ttft(word: str) -> float | None:
+    """Seconds; None where it is to be found."""
+    return None if word == BALANCED else float(word)
+
+
+def _scene(args: argparse.Namespace, console: Console, tell: Tell) -> Scene:
+    """What the options describe, with the TTFT SLO that was asked for or the balanced one."""
+    if args.ttft_slo is not None:
+        return scene_of(args)
+    scene = scene_of(argparse.Namespace(**{**vars(args), "ttft_slo": 1.0}))  # whatever: it is replaced
+    found = balance(scene, args.instances, args.seed, processes=args.processes, tell=tell)
+    console.print(
+        f"balanced at a TTFT SLO of {found.ttft:g} s: aggregation {found.aggregation:.3g}, disaggregation "
+        f"{found.disaggregation:.3g} requests/s",
+        soft_wrap=True,
+    )
+    return replace(scene, slo=SLO(found.ttft, scene.slo.tpot))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,18 +76,15 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--instances: must be at least 2, not {args.instances}")
         if args.most < 1:
             raise ValueError(f"--most: must be at least 1, not {args.most}")
-        scene = scene_of(args)
         effort = Effort(seconds=args.seconds, most=args.most)
         with console.status("searching") as status:
-            found = search(
-                scene,
-                args.instances,
-                args.seed,
-                args.family or tuple(FAMILIES),
-                effort,
-                args.processes,
-                lambda text: status.update(f"{time.perf_counter() - began:.0f} s  {text}"),
-            )
+
+            def tell(text: str) -> None:
+                status.update(f"{time.perf_counter() - began:.0f} s  {text}")
+
+            scene = _scene(args, console, tell)
+            families = args.family or tuple(FAMILIES)
+            found = search(scene, args.instances, args.seed, families, effort, args.processes, tell)
     except ValueError as error:
         print(f"taichi search: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -71,9 +97,18 @@ def main(args: argparse.Namespace) -> int:
         _show(found, limit, scene, time.perf_counter() - began)
     if args.out:
         Path(args.out).write_text(settings)
+    if args.tuned:
+        _write_tuned(found, scene, Path(args.tuned))
     if args.plot:
         _draw(found, scene, Path(args.plot), effort.requests(limit), args.seed)
     return 0
+
+
+def _write_tuned(found: list[Found], scene: Scene, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for family, entry in best(found).items():
+        text = yaml.safe_dump(config(scene, entry.contender), sort_keys=False)
+        (folder / f"{family}.yaml").write_text(text)
 
 
 def _show(found: list[Found], limit: float, scene: Scene, took: float) -> None:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--p-chunk", type=int, required=True, metavar="TOKENS", help="prompt tokens a step")
     parser.add_argument("--d-chunk", type=int, required=True, metavar="TOKENS", help="0: no prefill there")
     parser.add_argument("--ttft-margin", type=float, default=Policy().ttft_margin, metavar="SHARE")
+    parser.add_argument("--tpot-margin", type=float, default=Policy().tpot_margin, metavar="SHARE")
     parser.add_argument("--watermark", type=float, default=Policy().watermark, metavar="SHARE")
     parser.add_argument("--alpha", type=float, default=Policy().alpha, metavar="SHARE")
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--requests: must be at least 1, not {args.requests}")
         scene = scene_of(args)
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
-        policy = Policy(watermark=args.watermark, alpha=args.alpha, ttft_margin=args.ttft_margin)
+        policy = Policy(args.watermark, args.alpha, args.ttft_margin, args.tpot_margin)
         began = time.perf_counter()
         tally = attain(scene, Contender("simulate", sliders, policy), args.rate, args.requests, args.seed)
         took = time.perf_counter() - began

@@ -1,8 +1,10 @@
 """A machine to simulate: step times, KV room and limits, from a shipped profile, a measured one, or a
 config.json.
 
-The shipped ones are coefficients fitted to public kernel tables (scripts/compose_profiles.py); each file
-names its sources and its error on held-out rows.
+Shipped are files of two sorts. Composed ones are coefficients fitted to public kernel tables
+(scripts/compose_profiles.py); each names its sources and its error on held-out rows. Measured ones are files
+of `taichi profile` as they are, and a server can start its predictions from them too. A file put into the
+folder is a name from then on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.device import DEVICES, kv_capacity, read_config, roofline
 from taichi_serve.latency.fit import Sample, fit
 from taichi_serve.latency.model import Batch, Roofline
-from taichi_serve.latency.profile import load
+from taichi_serve.latency.profile import Profile, ProfileError, load
 
 SHIPPED = Path(__file__).parent / "profiles"
 
@@ -54,34 +56,60 @@ def names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
+def measured_names() -> list[str]:
+    """Those of them that `taichi profile` wrote."""
+    return [name for name in names() if _is_measured(SHIPPED / f"{name}.json")]
+
+
 def machine(profile: str, device: str = "A100", tensor_parallel: int = 1) -> Machine:
     """A shipped name, the path of a `taichi profile` file, or of a config.json (then `device` counts).
 
     Raises ValueError naming the file and the field.
     """
-    path = SHIPPED / f"{profile}.json"
-    if path.is_file() and "/" not in profile:
-        return _shipped(path)
-    path = Path(profile)
+    shipped = _shipped(profile)
+    if shipped is not None and not _is_measured(shipped):
+        return _composed(shipped)
+    path = shipped or Path(profile)
     if not path.is_file():
         raise ValueError(f"profile {profile!r} is no file, and none of {', '.join(names())}")
     if path.name == "config.json":
         return _described(path, device, tensor_parallel)
-    found = load(path)
+    return _measured(load(path), path.stem)
+
+
+def measured(profile: str) -> Profile:
+    """The `taichi profile` of a shipped name or a path; raises ProfileError naming file and field."""
+    shipped = _shipped(profile)
+    if shipped is not None and not _is_measured(shipped):
+        known = ", ".join(measured_names()) or "none is shipped"
+        raise ProfileError(f"{profile}: composed from kernel tables, no measurement (those: {known})")
+    return load(shipped or Path(profile))
+
+
+def _shipped(profile: str) -> Path | None:
+    """The file of a shipped name."""
+    path = SHIPPED / f"{profile}.json"
+    return path if "/" not in profile and path.is_file() else None
+
+
+def _is_measured(path: Path) -> bool:
+    return "schema" in json.loads(path.read_text())
+
+
+def _measured(found: Profile, name: str) -> Machine:
     limit = found.settings.get("max_model_len", found.kv_capacity)
-    limit = limit if isinstance(limit, int) else found.kv_capacity
     return Machine(
-        path.stem,
+        name,
         found.model,
         found.device,
         found.fit.model(),
         found.kv_capacity,
         found.bytes_per_token,
-        limit,
+        limit if isinstance(limit, int) else found.kv_capacity,
     )
 
 
-def _shipped(path: Path) -> Machine:
+def _composed(path: Path) -> Machine:
     body: dict[str, Any] = json.loads(path.read_text())
     curve = StepCurve(
         tuple((float(t), float(s)) for t, s in body["knots"]),

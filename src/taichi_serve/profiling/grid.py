@@ -1,7 +1,7 @@
 """Which steps are measured: prompts of every chunk, in several chunks each, beside decodes that stay.
 
-A cell is one chunk beside one set of decodes. Its prompt takes `passes` chunks, so one prompt gives a step
-without context and some with more and more of it; between the prompts come steps with decodes only.
+A cell is one chunk beside one set of decodes. Its prompts take `passes` chunks, so each gives a step without
+context and some with more and more of it; after the prompts come steps with decodes only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import product
 from taichi_serve.sliders import Kind
 
 PASSES = 4  # chunks of one prompt: attention of the last one is over three times its own length before it
+FEWEST = 2  # with less, the next prompt but one could not come before the one that is computed ends
+TOGETHER = 2  # prompts that hold KV at the same time: one is computed, the one before is about to be freed
 OUTPUT = 1024  # tokens that a decode of a set can make before it has to be set up again
 KEEP_FREE = 0.1  # share of the KV cache that no set of decodes takes: nobody is preempted
 
@@ -74,7 +76,7 @@ class Grid:
             Cell(chunk, decodes, context)
             for decodes, context in self._beside(limits)
             for chunk in self.chunks
-            if chunk + decodes <= limits.step and passes(chunk, limits) > 0
+            if chunk + decodes <= limits.step and passes(chunk, limits) >= FEWEST
         ]
 
     def hops(self, limits: Limits) -> list[Hop]:
@@ -87,16 +89,19 @@ class Grid:
         if 0 in self.decodes:
             yield 0, 0
         contexts = _clipped(self.contexts, limits.sequence - room(limits) - 1)
-        room_for_all = limits.kv_capacity * (1 - KEEP_FREE) - max(self.chunks) * PASSES
+        prompts = TOGETHER * max(chunk * passes(chunk, limits) for chunk in self.chunks)
+        room_for_all = limits.kv_capacity * (1 - KEEP_FREE) - prompts
         for decodes, context in product(self.decodes, contexts):
-            fits = decodes * (context + room(limits)) <= room_for_all and decodes < limits.sequences
+            fits = decodes * (context + room(limits)) <= room_for_all
+            fits = fits and decodes + TOGETHER <= limits.sequences
             if decodes and fits and decodes * context <= max(self.fill, context):
                 yield decodes, context
 
 
 def passes(chunk: int, limits: Limits) -> int:
     """Chunks of one prompt of a cell."""
-    return min(PASSES, (limits.sequence - 1) // chunk, max(2, 4096 // chunk))
+    held = min(limits.sequence - 1, limits.kv_capacity // TOGETHER)
+    return min(PASSES, held // chunk, max(FEWEST, 4096 // chunk))
 
 
 def room(limits: Limits) -> int:

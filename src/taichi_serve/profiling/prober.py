@@ -1,4 +1,4 @@
-"""Requests of our own on a running cluster, one prompt at a time, and the steps that they make.
+"""Requests of our own on a running cluster, prompts back to back, and the steps that they make.
 
 It stands where a scheduler stands: facts come in, commands go out. It knows what is in every step, because
 nobody else sends anything; what a step did not hold as planned is not counted.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import islice
 from statistics import median
 from typing import Protocol
 
 from taichi_serve.cluster.base import Cluster
-from taichi_serve.latency.model import prompt_attention
 from taichi_serve.latency.profile import StepRow
 from taichi_serve.messages import (
     Abort,
@@ -29,12 +29,13 @@ from taichi_serve.messages import (
     SetChunk,
     Stepped,
 )
+from taichi_serve.profiling.chain import Chain
 from taichi_serve.profiling.grid import Cell, Hop
 from taichi_serve.sliders import Kind
 
 HERE, THERE = "i0", "i1"
 SETTLE = 8  # prompt tokens of a request that only waits until an order before it was heard
-PLAIN = 3  # steps with decodes only that are measured after each prompt
+PLAIN = 3  # steps with decodes only that are measured for each prompt
 BEFORE_A_MOVE = 4  # tokens: a move is one of a running decode
 
 
@@ -93,45 +94,34 @@ class Prober:
     async def chunk(self, tokens: int, kind: Kind = Kind.P_HEAVY, on: str = HERE) -> None:
         """So many prompt tokens a step from now on."""
         self._cluster.send(SetChunk(on, kind, tokens))
-        await self._prompt(SETTLE, on)
-
-    async def measure(self, cell: Cell, passes: int, repeats: int) -> list[StepRow]:
-        """The steps of a cell; its decodes must stand."""
-        await self.chunk(cell.chunk)
-        rows: list[StepRow] = []
-        for _ in range(repeats):
-            rows += await self._prompt(passes * cell.chunk, HERE)
-            if cell.decodes:
-                rows += await self._plain()
-        planned = (0, cell.chunk)
-        return medians(r for r in rows if r.decodes == cell.decodes and r.prefill_tokens in planned)
-
-    async def _prompt(self, tokens: int, on: str) -> list[StepRow]:
-        """The steps in which a prompt is computed, or none if it was not computed as planned."""
-        name = await self._ask(tokens, 1)
+        name = await self._ask(SETTLE, 1)
         self._cluster.send(Prefill(name, 0, on))
-        rows: list[StepRow] = []
-        depth = 0
         while True:
             event = await self._next()
-            if isinstance(event, Stepped) and event.instance == on and event.prefill_tokens:
-                pairs = depth * event.prefill_tokens + prompt_attention(event.prefill_tokens)
-                rows.append(self._row(event, float(pairs)))
-                depth += event.prefill_tokens
-            elif isinstance(event, Finished) and event.request == name:
-                return rows if depth == tokens else []
+            if isinstance(event, Finished) and event.request == name:
+                return
 
-    async def _plain(self) -> list[StepRow]:
-        """Steps with decodes only. The first is left out: the prompt before it is cleaned away in it."""
-        rows: list[StepRow] = []
-        while self._residents and len(rows) <= PLAIN:
+    async def measure(self, cell: Cell, passes: int, repeats: int) -> list[StepRow]:
+        """The steps of a cell, each `repeats` times; its decodes must stand."""
+        await self.chunk(cell.chunk)
+        chain = Chain(cell, passes, repeats + 1)  # one more: the first and the last step do not count
+        names = [await self._ask(chain.prompt_tokens, 1) for _ in range(chain.prompts)]
+        ahead = iter(names)
+        # Never more than two at a time. Until its output is taken, a prompt that is through looks like a
+        # decode to the engine's scheduler: a third would get the token that is left over for it, and chunks
+        # would no longer be whole.
+        for name in islice(ahead, 2):
+            self._cluster.send(Prefill(name, 0, HERE))
+        waiting, plain = set(names), repeats * PLAIN + 2  # two: here too the ends do not count
+        while waiting or (self._residents and chain.plain < plain):
             event = await self._next()
-            if isinstance(event, Stepped) and event.instance == HERE and not event.prefill_tokens:
-                rows.append(self._row(event, 0.0))
-        return rows[1:]
-
-    def _row(self, step: Stepped, pairs: float) -> StepRow:
-        return StepRow(step.prefill_tokens, pairs, step.decodes, self._context, step.seconds)
+            if isinstance(event, Stepped) and event.instance == HERE:
+                chain.saw(event, self._context)
+            elif isinstance(event, Finished) and event.request in waiting:
+                waiting.discard(event.request)
+                for name in islice(ahead, 1):
+                    self._cluster.send(Prefill(name, 0, HERE))
+        return medians(chain.rows())
 
     # ------------------------------------------------------------------------------------- moves
 
@@ -182,11 +172,11 @@ class Prober:
 
 
 def medians(rows: Iterable[StepRow]) -> list[StepRow]:
-    """Rows with the same work as one: the median of their seconds, and of the KV that grew meanwhile."""
+    """Rows with the same work as one: the median of their seconds, to 0.1 us, and of the KV that grew."""
     alike: dict[tuple[int, float, int], list[StepRow]] = defaultdict(list)
     for row in rows:
         alike[row.prefill_tokens, row.attention, row.decodes].append(row)
     return [
-        StepRow(*work, round(median(r.kv_tokens for r in same)), median(r.seconds for r in same))
+        StepRow(*work, round(median(r.kv_tokens for r in same)), round(median(r.seconds for r in same), 7))
         for work, same in alike.items()
     ]

@@ -50,8 +50,8 @@ class Survey:
 
     async def _cell(self, prober: Prober, cell: Cell) -> None:
         count, repeats = passes(cell.chunk, self._limits), self._grid.repeats
-        # Twice the steps that are planned: decodes do not wait for us between two prompts.
-        steps = 2 * repeats * (count + 1 + PLAIN)
+        # Twice the steps that are planned: decodes do not wait for us between two cells.
+        steps = 2 * (repeats + 1) * (count + PLAIN)
         if not prober.stands(cell.decodes, cell.context, room(self._limits) - steps):
             largest = max(c.chunk for c in self.cells if c.decodes == cell.decodes)
             await prober.stand(cell.decodes, cell.context, room(self._limits), largest)

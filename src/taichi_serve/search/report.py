@@ -48,6 +48,7 @@ def config(scene: Scene, contender: Contender) -> dict[str, Any]:
         "ttft_slo": scene.slo.ttft,
         "tpot_slo": scene.slo.tpot,
         "ttft_margin": policy.ttft_margin,
+        "tpot_margin": policy.tpot_margin,
         "watermark": policy.watermark,
         "alpha": policy.alpha,
     }

@@ -23,6 +23,8 @@ from taichi_serve.search.goodput import TARGET, Contender, Goodput, Scene, attai
 from taichi_serve.sliders import Sliders
 
 CHUNKS = (128, 192, 256, 384, 512, 768, 1024, 2048)
+# Low ones too: where KV is ample, degrading is all that lets P-heavy instances share in decoding.
+WATERMARKS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 FINALISTS = 3
 LADDER = (0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.98)  # of the bound: the rates of the heats
 FIRST_HEAT, LONGER = (
@@ -78,6 +80,8 @@ def mixed(p: int, d: int, p_chunk: int, d_chunk: int, policy: Policy) -> Contend
     name = f"{p}P{d}D S_P {p_chunk} S_D {d_chunk} margin {policy.ttft_margin:g}"
     if (policy.watermark, policy.alpha) != (Policy().watermark, Policy().alpha):
         name += f" watermark {policy.watermark:g} alpha {policy.alpha:g}"
+    if policy.tpot_margin != Policy().tpot_margin:
+        name += f" TPOT margin {policy.tpot_margin:g}"
     return Contender(name, Sliders(p, d, p_chunk, d_chunk), policy)
 
 
@@ -98,8 +102,9 @@ def nearby(contender: Contender) -> list[Contender]:
     tried = [(s.p_chunk, s.d_chunk, replace(policy, ttft_margin=m)) for m in (0.3, 0.4, 0.65, 0.8, 1.0)]
     tried += [(s.p_chunk, c, policy) for c in (s.d_chunk * 3 // 4, s.d_chunk * 3 // 2) if c <= s.p_chunk]
     tried += [(s.p_chunk // 2, s.d_chunk, policy)] if s.p_chunk // 2 >= s.d_chunk else []
-    tried += [(s.p_chunk, s.d_chunk, replace(policy, watermark=w)) for w in (0.9, 0.98)]
+    tried += [(s.p_chunk, s.d_chunk, replace(policy, watermark=w)) for w in WATERMARKS]
     tried += [(s.p_chunk, s.d_chunk, replace(policy, alpha=a)) for a in (0.85,)]
+    tried += [(s.p_chunk, s.d_chunk, replace(policy, tpot_margin=m)) for m in (0.65, 1.0)]
     return [contender] + [mixed(s.p_heavy, s.d_heavy, sp, sd, p) for sp, sd, p in tried]
 
 

@@ -26,11 +26,13 @@ def test_our_flags_set_sliders_slos_and_policy() -> None:
     words = (
         "--p-heavy 2 --d-heavy 3 --p-chunk 2048 --d-chunk 128 --ttft-slo 6 --tpot-slo 0.1 --ttft-margin 0.3"
     )
+    words += " --tpot-margin 0.9"
     args = flags.parse([MODEL, *words.split(), "--watermark", "0.9", "--alpha", "0.8"])
     assert flags.sliders(args) == Sliders(2, 3, 2048, 128)
     assert flags.slo(args) == SLO(6.0, 0.1)
     policy = flags.policy(args)
     assert (policy.watermark, policy.alpha, policy.ttft_margin) == (0.9, 0.8, 0.3)
+    assert policy.tpot_margin == 0.9
 
 
 def test_our_watermark_does_not_reach_vllms_flag_of_that_name() -> None:

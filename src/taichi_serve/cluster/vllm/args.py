@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -17,7 +16,8 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm.kv import transfer_config
-from taichi_serve.latency.profile import Profile, load
+from taichi_serve.latency.profile import Profile
+from taichi_serve.latency.shipped import measured, measured_names
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -58,6 +58,12 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "an instance is feasible when the predicted TTFT is at most this share of the SLO",
     ),
     (
+        "tpot-margin",
+        float,
+        0.8,
+        "prompts keep away from a D-heavy instance whose predicted TPOT is above this share of the SLO",
+    ),
+    (
         "watermark",
         float,
         0.95,
@@ -72,7 +78,13 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "seconds an instance with work may be silent before it counts as lost",
     ),
     ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
-    ("profile", str, None, "file of `taichi profile` that predictions start from, instead of learning"),
+    (
+        "profile",
+        str,
+        None,
+        "what predictions start from instead of learning: a file of `taichi profile`, or a shipped one of "
+        "these: " + (", ".join(measured_names()) or "none yet"),
+    ),
 )
 
 
@@ -153,14 +165,13 @@ def policy(args: argparse.Namespace) -> Policy:
             f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above "
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
-    return Policy(
-        watermark=args.degrade_watermark, alpha=args.alpha, ttft_margin=args.ttft_margin, ahead=True
-    )
+    margins = args.ttft_margin, args.tpot_margin
+    return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True)
 
 
 def profile(args: argparse.Namespace) -> Profile | None:
     """The profile that a parsed command line names; raises ProfileError naming the file and the field."""
-    return None if args.profile is None else load(Path(args.profile))
+    return None if args.profile is None else measured(args.profile)
 
 
 def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmConfig:
