@@ -27,8 +27,9 @@ from taichi_serve.messages import Command, Event, Finished, Prefilled, Stepped
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.bound import bound
+from taichi_serve.search.families import FAMILIES, end_of
 from taichi_serve.search.goodput import Contender, Scene
-from taichi_serve.search.sliders import FAMILIES, Effort, Found, best, search, workers
+from taichi_serve.search.sliders import Effort, Found, best, search, workers
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -96,17 +97,20 @@ def tuned(sc: Scene, instances: int, effort: Effort, seeds: int, processes: int 
     firsts: dict[str, Found] = best(found)
     longest = min(8192, sc.machine.max_model_len)
     orca = Contender(f"whole prompts ({longest})", Sliders(0, instances, 0, longest), Policy(ttft_margin=1.0))
-    literal = replace(firsts["hybrid"].contender, policy=Policy(ttft_margin=1.0))
-    literal = replace(literal, name=f"literal (margin 1): {literal.name}")
+    hybrid = firsts["hybrid"].contender
+    literal = replace(hybrid, policy=replace(hybrid.policy, ttft_margin=1.0, tpot_margin=10.0))
+    literal = replace(literal, name=f"literal (no margins): {hybrid.name}")
     cases = [(f.contender, f.rate) for f in firsts.values()]
     cases += [(orca, top * 0.6), (literal, firsts["hybrid"].rate)]
     with workers(sc, processes) as crew:
         rates = seeded(crew, cases, effort.requests(top), seeds, top, effort.tolerance)
     names = [*firsts, "whole prompts", "literal"]
-    rows = {
+    rows: dict[str, Json] = {
         name: {"contender": case[0].name, "goodput": spread(mine), "rates": mine}
         for name, case, mine in zip(names, cases, rates, strict=True)
     }
+    tally = firsts["hybrid"].tally
+    rows["hybrid"] |= {"end": end_of(hybrid), "moves": tally.moves if tally else {}}
     return {"bound": top, "requests": effort.requests(top), "rows": rows}
 
 

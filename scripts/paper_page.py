@@ -61,6 +61,15 @@ def page_table2(kept: Json) -> str:
     return table(head, rows)
 
 
+def noted(row: Json) -> str:
+    """What won; a hybrid that is an end of the sliders, or behaved like one, is called so."""
+    label = str(row["contender"]).removeprefix("aggregation ")
+    if row.get("end"):
+        return f"= {row['end']} {label}"
+    alone = "moves" in row and " S_D 0 " in label and not row["moves"].get("degrade")
+    return f"{label}; nobody degraded" if alone else label
+
+
 def page_goodput(kept: Json) -> str:
     """Goodput of every family, tuned."""
     rows = []
@@ -69,8 +78,7 @@ def page_goodput(kept: Json) -> str:
         base = max(("aggregation", "disaggregation"), key=lambda name: mine[name]["goodput"][0])
         cells = []
         for name in ("aggregation", "whole prompts", "disaggregation", "literal", "hybrid"):
-            label = mine[name]["contender"].removeprefix("aggregation ")
-            note = f" ({label})" if name not in ("literal", "whole prompts") else ""
+            note = f" ({noted(mine[name])})" if name not in ("literal", "whole prompts") else ""
             cells.append(rate(mine[name]["goodput"]) + note)
         lead = paired(mine["hybrid"]["rates"], mine[base]["rates"])
         slo = f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms"

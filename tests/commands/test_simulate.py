@@ -91,7 +91,7 @@ def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_pat
 
 
 def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "Effort", lambda seconds, most: Effort(seconds, 60, most, 0.2))
+    monkeypatch.setattr(search, "Effort", lambda seconds, most, knobs: Effort(seconds, 60, most, 0.2))
     out = tmp_path / "best.yaml"
     words = f"{BASE} --instances 2 --seconds 1 --most 60 --processes 1"
     words += f" --family aggregation --family disaggregation --tuned {tmp_path}/tuned"

@@ -10,9 +10,10 @@ from taichi_serve.latency.shipped import Machine, machine
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.search.balance import LEAST, LEVEL, MOST, alone, balance
 from taichi_serve.search.bound import Mean, bound, least_seconds
+from taichi_serve.search.families import FAMILIES
 from taichi_serve.search.goodput import Contender, Scene, attain, goodput
 from taichi_serve.search.report import config
-from taichi_serve.search.sliders import FAMILIES, Effort, best, search
+from taichi_serve.search.sliders import Effort, Found, best, search, with_ends
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -97,13 +98,33 @@ def test_two_processes_find_the_same_table_as_one():
     assert one
 
 
-def test_every_contender_has_legal_sliders_for_any_number_of_instances():
-    for instances in (2, 3, 8, 64):
-        for family in FAMILIES.values():
-            field = family(instances, 4096)
-            assert field
-            assert all(c.sliders.instances == instances for c in field)
-            assert len({c.name for c in field}) == len(field)
+@pytest.mark.parametrize("tpot", [0.0135, 0.05])
+def test_a_tuned_hybrid_is_not_behind_a_tuned_baseline(tpot):
+    # A decode alone takes 10.1 ms and a chunk of 32 adds 3.2: at 13.5 ms it is best to keep prompts away.
+    scene = replace(SCENE, slo=SLO(1.0, tpot))
+    effort = Effort(seconds=5, least=100, most=100, tolerance=0.02)
+    first = best(search(scene, 3, 3, effort=effort, processes=1))
+    assert first["hybrid"].rate >= max(first["aggregation"].rate, first["disaggregation"].rate)
+
+
+def test_where_an_end_of_the_sliders_is_the_best_hybrid_the_table_says_so():
+    aggregation, disaggregation = (FAMILIES[name](2, 4096)[0] for name in ("aggregation", "disaggregation"))
+    between = Contender("1P1D S_P 4096 S_D 64 margin 0.5", Sliders(1, 1, 4096, 64))
+    found = [
+        Found("aggregation", aggregation, 3.0, 0.3, None),
+        Found("disaggregation", disaggregation, 5.0, 0.5, None),
+        Found("hybrid", between, 4.0, 0.4, None),
+    ]
+    first = best(sorted(with_ends(found), key=lambda f: -f.rate))["hybrid"]
+    assert (first.rate, first.end, first.label) == (5.0, "disaggregation", "hybrid = disaggregation: 1P1D")
+    assert found[1].label == "disaggregation: 1P1D"
+    assert found[2].label == "hybrid: 1P1D S_P 4096 S_D 64 margin 0.5"
+
+
+def test_a_hybrid_that_leads_needs_no_end_of_the_sliders():
+    between = Contender("1P1D S_P 4096 S_D 64 margin 0.5", Sliders(1, 1, 4096, 64))
+    found = [Found("aggregation", AGGREGATION, 3.0, 0.3, None), Found("hybrid", between, 3.0, 0.3, None)]
+    assert with_ends(found) == found
 
 
 def test_the_config_has_the_keys_that_serve_takes():

@@ -18,9 +18,10 @@ from rich.table import Table
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.search.balance import balance
 from taichi_serve.search.bound import bound
+from taichi_serve.search.families import FAMILIES
 from taichi_serve.search.goodput import Scene, attain
 from taichi_serve.search.report import config, draw_curves, draw_pareto, found_row
-from taichi_serve.search.sliders import FAMILIES, Effort, Found, Tell, best, search
+from taichi_serve.search.sliders import Effort, Found, Tell, best, search
 from taichi_serve.slo import SLO
 
 BALANCED = "balanced"
@@ -76,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--instances: must be at least 2, not {args.instances}")
         if args.most < 1:
             raise ValueError(f"--most: must be at least 1, not {args.most}")
-        effort = Effort(seconds=args.seconds, most=args.most)
+        effort = Effort(seconds=args.seconds, most=args.most, knobs=True)
         with console.status("searching") as status:
 
             def tell(text: str) -> None:
@@ -122,7 +123,7 @@ def _show(found: list[Found], limit: float, scene: Scene, took: float) -> None:
     for entry in found:
         row: dict[str, Any] = found_row(entry)
         table.add_row(
-            f"{entry.family}: {entry.contender.name}",
+            entry.label,
             f"{entry.rate:.3g}",
             f"{entry.share:.0%}",
             f"{row['ttft_p90']:.2f} s" if entry.tally else "-",
@@ -139,9 +140,8 @@ def _draw(found: list[Found], scene: Scene, folder: Path, requests: int, seed: i
     draw_pareto(found, scene, folder / "pareto.svg")
     top = found[0].rate
     curves = {}
-    for family, entry in best(found).items():
+    for entry in best(found).values():
         rates = [top * share for share in CURVE]
         points = [attain(scene, entry.contender, rate, requests, seed).attainment for rate in rates]
-        name = entry.contender.name if family in entry.contender.name else f"{family} {entry.contender.name}"
-        curves[name] = list(zip(rates, points, strict=True))
+        curves[entry.label] = list(zip(rates, points, strict=True))
     draw_curves(curves, folder / "attainment.svg", scene.workload.name)

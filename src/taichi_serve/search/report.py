@@ -60,6 +60,7 @@ def found_row(found: Found) -> dict[str, Any]:
     return {
         "family": found.family,
         "contender": found.contender.name,
+        "end": found.end,
         "goodput": found.rate,
         "share_of_bound": found.share,
         "ttft_p90": tally.ttft.quantile(0.9) if tally else None,
@@ -87,7 +88,7 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path,
     """Attainment against rate; `curves` maps a name to points (requests/s, share)."""
     picture, (axis,) = figure(1)
     for name, points in curves.items():
-        colour = COLOURS.get(name.split(" ")[0])
+        colour = COLOURS.get(name.split(" ")[0].rstrip(",:"))
         axis.plot([r for r, _ in points], [a for _, a in points], marker=".", label=name, color=colour)
     axis.axhline(0.9, color="grey", linestyle=":")
     axis.set_xlabel("requests/s")

@@ -1,9 +1,9 @@
 """The best sliders and policy knobs for an SLO: aggregation, disaggregation and hybrid, each tuned for
 itself.
 
-A race in the manner of successive halving: every contender of a family runs the same requests at one rate;
-whoever misses the target is out, and the next heat is faster and longer. The last few get a full bisection.
-Nothing in it is random but the workload's seed, so the same call gives the same table.
+A race in the manner of successive halving: every contender of a family (search/families.py) runs the same
+requests at one rate; whoever misses the target is out, and the next heat is faster and longer. The last few
+get a full bisection. Nothing in it is random but the workload's seed, so the same call gives the same table.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from functools import partial
 from multiprocessing import get_context
 
 from taichi_serve.bench.goodput import Tally
-from taichi_serve.scheduling.policy import Policy
 from taichi_serve.search.bound import bound
+from taichi_serve.search.families import FAMILIES, end_of, nearby
 from taichi_serve.search.goodput import TARGET, Contender, Goodput, Scene, attain, goodput
-from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
 
-CHUNKS = (128, 192, 256, 384, 512, 768, 1024, 2048)
-# Low ones too: where KV is ample, degrading is all that lets P-heavy instances share in decoding.
-WATERMARKS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
-FINALISTS = 3
+FINALISTS = {"aggregation": 2, "disaggregation": 2, "hybrid": 4}  # get a bisection
 LADDER = (0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.98)  # of the bound: the rates of the heats
-FIRST_HEAT, LONGER = (
-    0.25,
-    0.2,
-)  # share of a full run that the first heat has, and how much more each later one
+FIRST_HEAT = 0.25  # share of a full run that the first heat has
+NEAR_HEAT = 0.5  # the same among neighbours: they differ little
+LONGER = 0.25  # how much more each later heat has
+FULL_RUNS = 4  # a small field has longer heats: about so many full runs together
+CUT = 3  # of a large field at most one in so many goes on from a heat
+SMALL = 12  # a field of so many is not cut
+RATIOS = 3  # of the best hybrid of each of so many ratios the neighbours are tried
 Tell = Callable[[str], None]
 
 
@@ -44,75 +44,32 @@ class Found:
     share: float
     tally: Tally | None
 
+    @property
+    def end(self) -> str | None:
+        """Which end of the sliders a hybrid is; None for one between, and for the other families."""
+        return end_of(self.contender) if self.family == "hybrid" else None
+
+    @property
+    def label(self) -> str:
+        """Family and contender; a hybrid that is an end of the sliders is called so."""
+        name = self.contender.name.removeprefix("aggregation ")
+        return f"{self.family} = {self.end}: {name}" if self.end else f"{self.family}: {name}"
+
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to look: requests of a full run (from seconds of traffic) and the rate's tolerance."""
+    """How long to look: requests of a full run (from seconds of traffic) and the rate's tolerance; with
+    `knobs` also at those of the policy that seldom matter."""
 
     seconds: float = 120.0
     least: int = 800
     most: int = 4000
     tolerance: float = 0.01
+    knobs: bool = False
 
     def requests(self, rate: float) -> int:
         """Requests of a full run around this rate."""
         return int(min(self.most, max(self.least, rate * self.seconds)))
-
-
-def aggregation(instances: int, longest: int) -> list[Contender]:
-    """Every instance alike: Sarathi-Serve's chunks, and Orca's whole prompts."""
-    policy = Policy(ttft_margin=1.0)
-    chunks = [c for c in CHUNKS if c < longest] + [longest]
-    return [Contender(f"aggregation {c}", Sliders(0, instances, 0, c), policy) for c in chunks]
-
-
-def disaggregation(instances: int, longest: int) -> list[Contender]:
-    """P instances that only prefill whole prompts, D instances that only decode; nobody is degraded."""
-    policy = Policy(ttft_margin=1.0, watermark=1.0)
-    return [
-        Contender(f"{p}P{instances - p}D", Sliders(p, instances - p, longest, 0), policy)
-        for p in range(1, instances)
-    ]
-
-
-def mixed(p: int, d: int, p_chunk: int, d_chunk: int, policy: Policy) -> Contender:
-    """A hybrid under a name that says all that was tuned."""
-    name = f"{p}P{d}D S_P {p_chunk} S_D {d_chunk} margin {policy.ttft_margin:g}"
-    if (policy.watermark, policy.alpha) != (Policy().watermark, Policy().alpha):
-        name += f" watermark {policy.watermark:g} alpha {policy.alpha:g}"
-    if policy.tpot_margin != Policy().tpot_margin:
-        name += f" TPOT margin {policy.tpot_margin:g}"
-    return Contender(name, Sliders(p, d, p_chunk, d_chunk), policy)
-
-
-def hybrid(instances: int, longest: int) -> list[Contender]:
-    """R_PD x S_P x S_D; `nearby` then tries the neighbours of the best, and the policy's own knobs."""
-    ratios = range(1, instances, max(1, instances // 8))
-    return [
-        mixed(p, instances - p, min(longest, sp), sd, Policy())
-        for p in ratios
-        for sp in (2048, longest)
-        for sd in (128, 256, 512)
-    ]
-
-
-def nearby(contender: Contender) -> list[Contender]:
-    """The contender, and those that differ from it in one thing."""
-    s, policy = contender.sliders, contender.policy
-    tried = [(s.p_chunk, s.d_chunk, replace(policy, ttft_margin=m)) for m in (0.3, 0.4, 0.65, 0.8, 1.0)]
-    tried += [(s.p_chunk, c, policy) for c in (s.d_chunk * 3 // 4, s.d_chunk * 3 // 2) if c <= s.p_chunk]
-    tried += [(s.p_chunk // 2, s.d_chunk, policy)] if s.p_chunk // 2 >= s.d_chunk else []
-    tried += [(s.p_chunk, s.d_chunk, replace(policy, watermark=w)) for w in WATERMARKS]
-    tried += [(s.p_chunk, s.d_chunk, replace(policy, alpha=a)) for a in (0.85,)]
-    tried += [(s.p_chunk, s.d_chunk, replace(policy, tpot_margin=m)) for m in (0.65, 1.0)]
-    return [contender] + [mixed(s.p_heavy, s.d_heavy, sp, sd, p) for sp, sd, p in tried]
-
-
-FAMILIES: dict[str, Callable[[int, int], list[Contender]]] = {
-    "aggregation": aggregation,
-    "disaggregation": disaggregation,
-    "hybrid": hybrid,
-}
 
 
 # --------------------------------------------------------------------------------------------- on all cores
@@ -179,29 +136,58 @@ def workers(scene: Scene, processes: int | None = None) -> Iterator[Workers]:
 
 
 def race(
-    crew: Workers, field: list[Contender], top: float, requests: int, seed: int, keep: int
-) -> tuple[list[Contender], float]:
-    """The `keep` that hold the target at the highest rates, best first, and the last rate that was run.
+    crew: Workers,
+    field: list[Contender],
+    top: float,
+    requests: int,
+    seed: int,
+    keep: int,
+    first: float,
+    above: float = 0.0,
+) -> list[tuple[Contender, float]]:
+    """The `keep` that hold the target at the highest rates, best first, each with the highest rate it held.
 
     Bisection over the rungs: where more than `keep` hold, the others are out and the race goes on above;
-    where fewer do, it goes on below with everybody, since past the cliff attainment says little.
+    where fewer do, it goes on below. One that held nowhere has the last rate that was run. Up to the rate
+    `above` nothing is run.
     """
     rate = top * LADDER[0]
-    low, high, heat = 0, len(LADDER), 0
+    held: dict[Contender, float] = {}
+    low, high, heat = sum(top * rung <= above for rung in LADDER), len(LADDER), 0
     while len(field) > keep and low < high:
         rung = (low + high) // 2
         rate = top * LADDER[rung]
-        length = max(200, int(requests * min(1.0, FIRST_HEAT + heat * LONGER)))
+        share = min(1.0, max(first + heat * LONGER, FULL_RUNS / len(field)))
+        length = max(200, int(requests * share))
         tallies = crew.attain([(c, rate, length, seed) for c in field])
-        order = sorted(range(len(field)), key=lambda i: (-tallies[i].attainment, i))
-        held = sum(t.attainment >= TARGET for t in tallies)
-        field = [field[i] for i in order]
-        if held >= keep:
-            field, low = field[:held], rung + 1
+        order = sorted(range(len(field)), key=lambda i: (*_standing(tallies[i], crew.scene.slo), i))
+        passed = [field[i] for i in order if tallies[i].attainment >= TARGET]
+        held.update((c, max(rate, held.get(c, 0.0))) for c in passed)
+        most = max(SMALL, len(field) // CUT)
+        if len(passed) >= keep:
+            field, low = passed[:most], rung + 1
         else:
-            high = rung
+            # Past the cliff attainment says little: only of a large field some are out.
+            field, high = [field[i] for i in order][: max(most, len(field) // 2)], rung
         heat += 1
-    return field[:keep], rate
+    return [(c, held.get(c, rate)) for c in field[:keep]]
+
+
+def _parents(last: list[tuple[Contender, float]]) -> list[Contender]:
+    """The best of every ratio: what one heat takes for the best ratio may be the luck of its requests."""
+    firsts: dict[int, Contender] = {}
+    for contender, _ in last:
+        firsts.setdefault(contender.sliders.p_heavy, contender)
+    return list(firsts.values())[:RATIOS]
+
+
+def _standing(tally: Tally, slo: SLO) -> tuple[float, float, float]:
+    """The lowest stands best. A run ends when 90 % are good, so those that hold differ in how many were bad
+    by then, and if nobody was in how near their 90th percentiles came to the SLO."""
+    if tally.attainment < TARGET:
+        return 1.0, -tally.attainment, 0.0
+    used = max(tally.ttft.quantile(TARGET) / slo.ttft, tally.tpot.quantile(TARGET) / slo.tpot)
+    return 0.0, tally.bad / tally.sent, used
 
 
 def search(
@@ -223,15 +209,32 @@ def search(
         for family in families:
             field = FAMILIES[family](instances, longest)
             tell(f"{family}: {len(field)} contenders")
-            last, rate = race(crew, field, top, requests, seed, FINALISTS)
+            keep = FINALISTS[family]
+            most = 2 * keep if family == "hybrid" else keep
+            last = race(crew, field, top, requests, seed, most, FIRST_HEAT)
             if family == "hybrid":
-                more = list(dict.fromkeys(other for one in last[:2] for other in nearby(one)))
+                more = list(
+                    dict.fromkeys(other for one in _parents(last) for other in nearby(one, effort.knobs))
+                )
                 tell(f"{family}: {len(more)} neighbours of the best")
-                last, rate = race(crew, more, top, requests, seed, FINALISTS)
-            tell(f"{family}: {len(last)} finalists around {rate:.3g} requests/s")
-            tasks = [(c, requests, seed, top, effort.tolerance, rate) for c in last]
-            for contender, result in zip(last, crew.goodput(tasks), strict=True):
+                last = race(crew, more, top, requests, seed, keep, NEAR_HEAT, last[0][1] * 0.9)
+            tell(f"{family}: {len(last)} finalists around {last[0][1]:.3g} requests/s")
+            tasks = [(c, requests, seed, top, effort.tolerance, guess) for c, guess in last]
+            for (contender, _), result in zip(last, crew.goodput(tasks), strict=True):
                 found.append(Found(family, contender, result.rate, result.rate / top, result.tally))
+    return _ranked(with_ends(found))
+
+
+def with_ends(found: list[Found]) -> list[Found]:
+    """A baseline that beats every hybrid between is the best hybrid: the ends of the sliders are members."""
+    first = best(_ranked(found))
+    if "hybrid" not in first:
+        return found
+    ends = [replace(f, family="hybrid") for name, f in first.items() if name != "hybrid"]
+    return found + [f for f in ends if f.rate > first["hybrid"].rate]
+
+
+def _ranked(found: list[Found]) -> list[Found]:
     return sorted(found, key=lambda f: (-f.rate, f.family, f.contender.name))
 
 

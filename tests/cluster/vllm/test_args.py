@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("vllm")
 
+import yaml
+
+from taichi_serve.bench.workload import workload
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.latency.shipped import machine
+from taichi_serve.search.families import hybrid
+from taichi_serve.search.goodput import Contender, Scene
+from taichi_serve.search.report import config
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -44,6 +53,19 @@ def test_disaggregation_and_aggregation_are_values() -> None:
     assert flags.sliders(apart) == Sliders(1, 1, 1024, 0)
     assert not flags.policy(apart).degrades
     assert flags.sliders(flags.parse([MODEL, "--d-heavy", "2"])) == Sliders(0, 2, 256, 256)
+
+
+@pytest.mark.parametrize("contender", hybrid(2, 8192))
+def test_serve_takes_the_config_that_a_search_writes(contender: Contender, tmp_path: Path) -> None:
+    found = machine("qwen2.5-14b-tp1-a100")
+    scene = Scene(found, workload("sharegpt", found.max_model_len), SLO(4.0, 0.07))
+    path = tmp_path / "best.yaml"
+    path.write_text(yaml.safe_dump(config(scene, contender), sort_keys=False))
+    args = flags.parse(["--config", str(path)])
+    sliders = flags.sliders(args)
+    assert (sliders.kinds(), sliders.d_chunk) == (contender.sliders.kinds(), contender.sliders.d_chunk)
+    assert flags.policy(args) == contender.policy
+    assert (args.model, flags.slo(args)) == (found.model, scene.slo)
 
 
 def test_without_a_profile_nothing_is_loaded() -> None:
