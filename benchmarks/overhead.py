@@ -119,7 +119,8 @@ def start(kind: Kind, instances: int, directory: Path) -> Server | Stock:
     """Start one of the two with a core for each instance or rank."""
     cores = sorted(os.sched_getaffinity(0))[:instances]
     assert len(cores) == instances, f"{instances} instances need as many cores"
-    budget = ("--max-num-batched-tokens", str(BUDGET))
+    # vLLM's default for the number of sequences depends on which of its entrypoints asks.
+    budget = ("--max-num-batched-tokens", str(BUDGET), "--max-num-seqs", "256")
     if kind == "ours":
         devices = ("--devices", ";".join(map(str, cores)))
         return Server(
