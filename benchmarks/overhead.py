@@ -1,10 +1,16 @@
 """What the front end costs: this server against vLLM's own with the same flags, in turn, under vLLM's load.
 
-    python benchmarks/overhead.py [--pairs 5] [--requests 200] [--rate inf] [--instances 1]
+    python benchmarks/overhead.py [--instances 1] [--pairs 5] [--requests 200] [--rate inf] [--others 0.1]
 
-With one instance: `taichi serve --d-heavy 1` against `vllm serve`. With two: aggregation (`--d-heavy 2`, one
-chunk) against `vllm serve --data-parallel-size 2`. Only one server runs at a time, and the order changes from
-pair to pair. Printed are the medians of the ratios, ours over theirs.
+With one instance: `taichi serve --d-heavy 1` against vLLM's server. With two: aggregation (`--d-heavy 2`)
+against vLLM's server with `--data-parallel-size 2`. Each instance and each rank has one core. The chunk is
+the whole step budget and both servers have the same one, so a step of ours may hold what a step of theirs
+may: decodes first, and prompt tokens up to the budget.
+
+One server runs at a time; both get the same requests (the seed is the pair's), and which goes first
+alternates. Nothing is started before the rest of the machine is quiet, and a pair during which others used
+more than `--others` cores is measured again, whatever it says. Printed are the ratios of all pairs, ours over
+theirs, and their medians.
 """
 
 from __future__ import annotations
@@ -12,10 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +29,37 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integration"))
 
+from paired import Figure, Kind, Ratios, Watch, order, wait_for_quiet
 from servers import ENVIRONMENT, FLAGS, START_SECONDS, Server, eventually, free_port
 from test_stock_load_generator import BENCH
 
 from taichi_serve.tiny import cached_tiny_model
 
-CHUNK = 512
-FIGURES = {
-    "request throughput": "request_throughput",
-    "output throughput": "output_throughput",
-    "mean TTFT": "mean_ttft_ms",
-    "median TTFT": "median_ttft_ms",
-    "median TPOT": "median_tpot_ms",
-}
+BUDGET = 512
+FIGURES = (
+    Figure("request throughput", "request_throughput", at_least=0.95),
+    Figure("output throughput", "output_throughput"),
+    Figure("mean TTFT", "mean_ttft_ms", at_most=1.05),
+    Figure("median TTFT", "median_ttft_ms", at_most=1.05),
+    Figure("median TPOT", "median_tpot_ms"),
+    Figure("CPU time, server", "cpu"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every run of this comparison has in common."""
+
+    instances: int
+    requests: int
+    rate: str
+    others: float  # cores that others may use meanwhile
 
 
 class Stock:
     """vLLM's own server."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, env: dict[str, str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -51,7 +69,7 @@ class Stock:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, *words],
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | ENVIRONMENT | env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -97,23 +115,47 @@ def measure(url: str, directory: Path, requests: int, rate: str, seed: int) -> d
     return result
 
 
-def one(kind: str, args: argparse.Namespace, directory: Path, seed: int) -> dict[str, Any]:
-    """Start one of the two, warm it, measure it, stop it."""
-    budget = ("--max-num-batched-tokens", str(CHUNK + 256))
-    server: Server | Stock
+def start(kind: Kind, instances: int, directory: Path) -> Server | Stock:
+    """Start one of the two with a core for each instance or rank."""
+    cores = sorted(os.sched_getaffinity(0))[:instances]
+    assert len(cores) == instances, f"{instances} instances need as many cores"
+    # vLLM's default for the number of sequences depends on which of its entrypoints asks.
+    budget = ("--max-num-batched-tokens", str(BUDGET), "--max-num-seqs", "256")
     if kind == "ours":
-        # The step budget of the stock server counts decodes too, ours only prompts: both get the same total.
-        flags = ("--d-heavy", str(args.instances), "--d-chunk", str(CHUNK), *budget)
-        server = Server(directory / "ours", *flags)
-    else:
-        parallel = ("--data-parallel-size", str(args.instances)) if args.instances > 1 else ()
-        server = Stock(directory / "stock", *parallel, *budget)
-    try:
-        server.wait_ready()
-        measure(server.url, directory, 20, "inf", seed=1000 + seed)
-        return measure(server.url, directory, args.requests, args.rate, seed)
-    finally:
-        server.end()
+        devices = ("--devices", ";".join(map(str, cores)))
+        return Server(
+            directory, "--d-heavy", str(instances), "--d-chunk", str(BUDGET), *devices, *budget
+        ).wait_ready()
+    parallel = ("--data-parallel-size", str(instances)) if instances > 1 else ()
+    # Unbound, all ranks would share the first core: vLLM leaves the last one to its other processes.
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
+    return Stock(directory, *parallel, *budget, env=bound).wait_ready()
+
+
+def one(kind: Kind, plan: Plan, seed: int) -> dict[str, Any]:
+    """Start one of the two, warm it, measure it, stop it. The result has what Watch.read says, too."""
+    wait_for_quiet(plan.others)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        server = start(kind, plan.instances, directory / kind)
+        try:
+            measure(server.url, directory, 20, "inf", seed=1000 + seed)
+            watch = Watch(server.process.pid)
+            result = measure(server.url, directory, plan.requests, plan.rate, seed)
+            return result | watch.read()
+        finally:
+            server.end()
+
+
+def pair(plan: Plan, number: int, attempts: int = 5) -> dict[Kind, dict[str, Any]]:
+    """Both, one after the other, on a quiet machine."""
+    for _ in range(attempts):
+        results = {kind: one(kind, plan, seed=number) for kind in order(number)}
+        noise = max(result["others"] for result in results.values())
+        if noise <= plan.others:
+            return results
+        print(f"pair {number + 1}  others used {noise:.2f} cores: measured again", flush=True)
+    raise AssertionError(f"the machine was not quiet in {attempts} attempts")
 
 
 def main() -> None:
@@ -124,22 +166,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="requests of a run (default: 200)")
     parser.add_argument("--rate", default="inf", help="requests per second (default: inf, all at once)")
     parser.add_argument("--instances", type=int, default=1, choices=(1, 2), help="instances (default: 1)")
+    parser.add_argument("--others", type=float, default=0.1, help="cores others may use (default: 0.1)")
     args = parser.parse_args()
-    ratios: dict[str, list[float]] = {name: [] for name in FIGURES}
-    for pair in range(args.pairs):
-        results = {}
-        for kind in ("ours", "stock") if pair % 2 else ("stock", "ours"):
-            with tempfile.TemporaryDirectory() as directory:
-                results[kind] = one(kind, args, Path(directory), seed=pair)
-        for name, key in FIGURES.items():
-            ours, stock = results["ours"][key], results["stock"][key]
-            ratios[name].append(ours / stock)
-            print(
-                f"pair {pair + 1}  {name:20} ours {ours:9.2f}  stock {stock:9.2f}  ratio {ours / stock:.3f}"
-            )
-    print(f"\nmedian of {args.pairs} ratios, ours over stock, {args.instances} instance(s)")
-    for name, values in ratios.items():
-        print(f"{name:20} {statistics.median(values):.3f}")
+    plan = Plan(args.instances, args.requests, args.rate, args.others)
+    ratios = Ratios(FIGURES)
+    for number in range(args.pairs):
+        results = pair(plan, number)
+        ratios.add(results["ours"], results["stock"])
+        for figure in FIGURES:
+            ours, stock = (results[kind][figure.key] for kind in ("ours", "stock"))
+            print(f"pair {number + 1}  {figure.name:20} ours {ours:9.2f}  stock {stock:9.2f}", flush=True)
+    print(f"\n{args.instances} instance(s), ours over stock, {args.pairs} pairs of {args.requests} requests")
+    print("\n".join(ratios.rows()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Two servers measured in pairs: which comes first, what the ratios say, and whether others worked."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import psutil
+
+Kind = Literal["ours", "stock"]
+
+
+def order(pair: int) -> tuple[Kind, Kind]:
+    """Which one goes first alternates, so that a machine that gets faster or slower favours neither."""
+    return ("ours", "stock") if pair % 2 else ("stock", "ours")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of both servers, and the bound of ours over theirs where there is one."""
+
+    name: str
+    key: str  # of the result of `vllm bench serve`
+    at_least: float = 0.0
+    at_most: float = float("inf")
+
+    def verdict(self, ratio: float) -> str:
+        """What a median ratio says about the bound."""
+        if self.at_least == 0.0 and self.at_most == float("inf"):
+            return ""
+        bound = f">= {self.at_least:g}" if self.at_least else f"<= {self.at_most:g}"
+        return f"{'within' if self.at_least <= ratio <= self.at_most else 'MISSES'} {bound}"
+
+
+@dataclass
+class Ratios:
+    """Ours over theirs, one ratio of each figure for every pair."""
+
+    figures: Sequence[Figure]
+    of: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, ours: Mapping[str, float], stock: Mapping[str, float]) -> None:
+        """One pair more."""
+        for figure in self.figures:
+            self.of.setdefault(figure.name, []).append(ours[figure.key] / stock[figure.key])
+
+    def rows(self) -> list[str]:
+        """For each figure the median, every ratio, and what the bound says."""
+        return [self._row(figure, self.of[figure.name]) for figure in self.figures]
+
+    @staticmethod
+    def _row(figure: Figure, ratios: list[float]) -> str:
+        median = statistics.median(ratios)
+        every = " ".join(f"{ratio:.3f}" for ratio in ratios)
+        return f"{figure.name:20} {median:.3f}  {figure.verdict(median):13} of {every}"
+
+
+# ---------------------------------------------------------------------------- what others do on the machine
+
+
+def busy() -> float:
+    """CPU seconds that this machine has worked so far, and those that its host gave to others."""
+    times = psutil.cpu_times()._asdict()
+    # A guest's time is in user's already.
+    return sum(times.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+
+
+def family(pid: int) -> float:
+    """CPU seconds of a process and of all below it, so far."""
+    this = psutil.Process(pid)
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+class Watch:
+    """CPU time of a server and all below it, and what neither they nor our other children took."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._at, self._before = time.monotonic(), self._read()
+
+    def _read(self) -> tuple[float, float]:
+        server = family(self._pid)
+        ended = os.times()  # of children of ours that have ended: the load generator
+        return server, busy() - server - ended.children_user - ended.children_system
+
+    def read(self) -> dict[str, float]:
+        """Since this watch began: `cpu` seconds of the server, and how many cores `others` used."""
+        (server, others), (server_before, others_before) = self._read(), self._before
+        seconds = time.monotonic() - self._at
+        return {"cpu": server - server_before, "others": (others - others_before) / seconds}
+
+
+def wait_for_quiet(cores: float, seconds: float = 1800.0, window: float = 5.0) -> None:
+    """Wait until others use at most so many cores, while nothing of ours runs."""
+    until = time.monotonic() + seconds
+    while (used := psutil.cpu_percent(window) / 100 * (psutil.cpu_count() or 1)) > cores:
+        assert time.monotonic() < until, f"others still use {used:.2f} cores"
