@@ -12,6 +12,7 @@ import json
 import os
 import random
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import httpx
 from common import (
     DECODERS,
     FOUR,
+    NO_WEIGHTS,
     QWEN_7B,
     Mover,
     bodies,
@@ -40,12 +42,12 @@ REHEARSAL = bool(
 )  # the same on a CPU with a tiny model: figures mean nothing
 SIZES = (200, 700, 1400) if REHEARSAL else (1000, 4000, 8000)
 SIZE = SIZES[1]
-IDLE = 4 if REHEARSAL else 16  # requests of each size, two moves each
-LOADED = 6 if REHEARSAL else 100  # requests under load, two moves each
-AT_ONCE = 2 if REHEARSAL else 5  # of these
+IDLE = 4 if REHEARSAL else 12  # requests of each size, two moves each
+LOADED = 6 if REHEARSAL else 104  # requests under load, two moves each
+AT_ONCE = 2 if REHEARSAL else 8  # of these
 BYSTANDERS = 2 if REHEARSAL else 12
 STREAMS = 4 if REHEARSAL else 32
-OUTPUT = 120 if REHEARSAL else 240
+OUTPUT = 120 if REHEARSAL else 200
 PATH = "/v1/completions"
 
 
@@ -109,7 +111,9 @@ async def moved(
     return await asyncio.gather(*(one(job, number) for number, job in enumerate(jobs)))
 
 
-async def beside(client: httpx.AsyncClient, moves: int, seed: int) -> tuple[list[Answer], list[Answer]]:
+async def beside(
+    client: httpx.AsyncClient, moves: int, seed: int, requests: int
+) -> tuple[list[Answer], list[Answer]]:
     """Requests of the middle size, moved or not, while bystanders decode: (those, the bystanders)."""
     over = asyncio.Event()
 
@@ -125,7 +129,7 @@ async def beside(client: httpx.AsyncClient, moves: int, seed: int) -> tuple[list
         return await stream(client, PATH, job, until_over)
 
     watched = [asyncio.create_task(bystander(number)) for number in range(BYSTANDERS)]
-    jobs = bodies(LOADED, SIZE, SIZE, (OUTPUT, OUTPUT), seed)
+    jobs = bodies(requests, SIZE, SIZE, (OUTPUT, OUTPUT), seed)
     answers = await moved(client, jobs, moves, AT_ONCE)
     over.set()
     return answers, await asyncio.gather(*watched)
@@ -153,63 +157,97 @@ async def every_one(client: httpx.AsyncClient, moves: int, seed: int) -> list[An
     return await asyncio.gather(*(one(job, number) for number, job in enumerate(jobs)))
 
 
-async def measure(url: str, block_bytes: int) -> dict[str, Any]:
-    """Everything, one after the other."""
-    rows: dict[str, Any] = {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await moved(
-            client, bodies(4, SIZE, SIZE, (OUTPUT, OUTPUT), seed=1), 2, 2
-        )  # whatever is compiled once
-        for size in SIZES:
-            answers = await moved(client, bodies(IDLE, size, size, (OUTPUT, OUTPUT), seed=size), 2, 1)
-            rows[f"idle {size}"] = report(f"idle, {size} tokens", legs(url, answers, "operator"), block_bytes)
-        for seed, name, moves in ((5, "still", 0), (6, "moving", 2), (7, "still again", 0)):
-            answers, watched = await beside(client, moves, seed)
-            rows[name] = {"tpot of bystanders": line(f"{name}: TPOT of bystanders", tpot(watched))}
-            rows[name]["tpot"] = line(f"{name}: TPOT of the others", [a.tpot for a in answers])
-            if moves:
-                rows[name] |= report("under load", legs(url, answers, "operator"), block_bytes)
-                rows["hand-over"] = report("hand-overs", legs(url, answers, "hand-over"), block_bytes)
-        for seed, name, moves in ((8, "32 still", 0), (9, "32 moving", 7), (10, "32 still again", 0)):
-            answers = await every_one(client, moves, seed)
-            rows[name] = {
-                "ok": sum(a.ok for a in answers),
-                "tpot": line(f"{name}: TPOT", [a.tpot for a in answers]),
-            }
-            rows[name]["ttft"] = line(f"{name}: TTFT", [a.ttft for a in answers])
-            if moves:
-                rows[name] |= report("each moved 7 times", legs(url, answers, "operator"), block_bytes)
+Rows = dict[str, Any]
+
+
+async def idle(client: httpx.AsyncClient, block_bytes: int) -> Rows:
+    """One request after the other, of each size."""
+    rows: Rows = {}
+    for size in SIZES:
+        answers = await moved(client, bodies(IDLE, size, size, (110, 110), seed=size), 2, 1)
+        rows[f"idle {size}"] = report(
+            f"idle, {size} tokens", await legs(client, answers, "operator"), block_bytes
+        )
     return rows
 
 
-def main() -> None:
-    """The measurements; their rows go to move.json."""
-    out, tiny = out_directory(), cached_tiny_model()
+async def loaded(client: httpx.AsyncClient, block_bytes: int) -> Rows:
+    """Moves beside bystanders, between two rounds without any."""
+    rows: Rows = {}
+    for seed, name, moves in ((5, "still", 0), (6, "moving", 2), (7, "still again", 0)):
+        answers, watched = await beside(client, moves, seed, LOADED if moves else LOADED // 3)
+        rows[name] = {"tpot of bystanders": line(f"{name}: TPOT of bystanders", tpot(watched))}
+        rows[name]["tpot"] = line(f"{name}: TPOT of the others", [a.tpot for a in answers])
+        if moves:
+            rows[name] |= report("under load", await legs(client, answers, "operator"), block_bytes)
+            rows["hand-over"] = report("hand-overs", await legs(client, answers, "hand-over"), block_bytes)
+    return rows
+
+
+async def streams(client: httpx.AsyncClient, block_bytes: int) -> Rows:
+    """Many at once, each moved seven times, between two rounds without any."""
+    rows: Rows = {}
+    for seed, how, moves in ((8, "still", 0), (9, "moving", 7), (10, "still again", 0)):
+        answers = await every_one(client, moves, seed)
+        name = f"{STREAMS} {how}"
+        rows[name] = {
+            "ok": sum(a.ok for a in answers),
+            "tpot": line(f"{name}: TPOT", [a.tpot for a in answers]),
+        }
+        rows[name]["ttft"] = line(f"{name}: TTFT", [a.ttft for a in answers])
+        if moves:
+            found = await legs(client, answers, "operator")
+            rows[name] |= report("each moved 7 times", found, block_bytes)
+            some = len({leg["request"] for leg in found})
+            print(f"    {rows[name]['ok']} of {STREAMS} ended as they should, {some} of them moved")
+    return rows
+
+
+PARTS = {"idle": idle, "loaded": loaded, "streams": streams}
+
+
+async def measure(url: str, parts: Sequence[str], block_bytes: int) -> Rows:
+    """These parts, one after the other."""
+    rows: Rows = {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        # First whatever is compiled once.
+        await moved(client, bodies(4, SIZE, SIZE, (110, 110), seed=1), 2, 2)
+        for part in parts:
+            rows |= await PARTS[part](client, block_bytes)
+    return rows
+
+
+def run(parts: Sequence[str], out: Path, path: str = "auto") -> None:
+    """Start the server, measure these parts with KV going the way called `path`; rows go to move-PATH.json."""
+    tiny = cached_tiny_model()
     model = tiny if REHEARSAL else shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
-    flags = [
-        *FOUR[: 4 if REHEARSAL else None],
-        "--max-model-len",
-        "16384" if not REHEARSAL else "8192",
-        "--p-chunk",
-        "2048",
-        "--d-chunk",
-        "256",
-    ]
-    flags += ["--enforce-eager"] if REHEARSAL else [*fast_start(), "--load-format", "dummy"]
-    flags += [] if REHEARSAL else ["--kv-cache-memory-bytes", "6G", "--stream-interval", "4"]
+    flags = ["--max-model-len", "16384" if not REHEARSAL else "8192", "--p-chunk", "2048", "--d-chunk", "256"]
+    if REHEARSAL:
+        flags += [*FOUR[:4], "--enforce-eager"]
+    else:
+        flags += [
+            *FOUR,
+            *fast_start(),
+            *NO_WEIGHTS,
+            "--kv-cache-memory-bytes",
+            "6G",
+            "--stream-interval",
+            "4",
+        ]
     layers, heads = QWEN_7B["num_hidden_layers"], QWEN_7B["num_key_value_heads"]
     block_bytes = 16 * 2 * 2 * layers * heads * QWEN_7B["hidden_size"] // QWEN_7B["num_attention_heads"]
-    with server(model, 8203, out / "move.log", *flags) as url:
+    log = out / f"move-{path}.log"
+    with server(model, 8203, log, *flags, "--kv-over", path) as url:
         try:
-            rows = asyncio.run(measure(url, block_bytes))
+            rows = asyncio.run(measure(url, parts, block_bytes))
         except BaseException:
-            tail(out / "move.log")
+            tail(log)
             raise
         print("moves:", state(url)["moves"])
         print("KV:", sorted(set(state(url)["kv_paths"].values())))
-    (out / "move.json").write_text(json.dumps(rows, indent=1))
+    (out / f"move-{path}.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[2:] or tuple(PARTS), out_directory())
