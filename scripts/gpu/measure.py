@@ -22,12 +22,12 @@ SHAPES = {
     "7b": ("Qwen2.5-7B", QWEN_7B, "qwen2.5-7b-quarter-h200-measured", "25", "12G"),
     "14b": ("Qwen2.5-14B", QWEN_14B, "qwen2.5-14b-tp1-h200-measured", "100", "24G"),
 }
-GRID = ["--grid-chunks", "32,128,256,384,512,1024,2048,4096", "--grid-decodes", "0,1,4,16,64,128"]
-GRID += ["--grid-contexts", "128,4096", "--grid-fill", "131072"]
+GRID = ["--grid-chunks", "32,256,512,1024,2048,4096", "--grid-decodes", "0,1,16,64,128"]
+GRID += ["--grid-contexts", "128,4096", "--grid-fill", "131072", "--grid-repeats", "3"]
 # Full graphs for steps with prompts too: launching 28 layers kernel by kernel takes 20 to 30 ms, more than
-# the work of a small chunk. A step runs as large as the next size captured, so the sizes lie close together.
-SIZES = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 288, 16), *range(288, 544, 32), 528, *range(576, 1153, 64)]
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": sorted(SIZES)}
+# the work of a small chunk. A step runs as large as the next size captured: the steps of the grid, and others.
+SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 272, 320, 384, 512, 528, 576, 640]
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": SIZES}
 ENGINE = ["--devices", "0;0", "--gpu-memory-utilization", "0.4", "--load-format", "dummy"]
 ENGINE += ["--max-model-len", "16384", "--max-num-batched-tokens", "8192", "--max-num-seqs", "256"]
 ENGINE += ["--p-chunk", "4096", "--d-chunk", "256", "--compilation-config", json.dumps(GRAPHS)]

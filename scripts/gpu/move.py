@@ -219,7 +219,8 @@ async def measure(url: str, parts: Sequence[str], block_bytes: int) -> Rows:
 
 
 def run(parts: Sequence[str], out: Path, path: str = "auto") -> None:
-    """Start the server, measure these parts with KV going the way called `path`; rows go to move-PATH.json."""
+    """Start the server, measure these parts with KV going the way called `path`; rows go to
+    move-PATH.json."""
     tiny = cached_tiny_model()
     model = tiny if REHEARSAL else shape(tiny, QWEN_7B, Path("/tmp/taichi-7b"))
     flags = ["--max-model-len", "16384" if not REHEARSAL else "8192", "--p-chunk", "2048", "--d-chunk", "256"]

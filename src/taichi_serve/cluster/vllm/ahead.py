@@ -148,9 +148,9 @@ class Aheads:
         ahead.gone = True
         blocks = list(held.params["remote_block_ids"][0])
         note = held.params["remote_request_id"]
-        ahead.target.copiers.send(More(ahead.request, ahead.source.process.engine_id, blocks, note))
         if self._direct(ahead.source, ahead.target):  # then the tail is there before the step that needs it
             self._arrive(ahead)
+        ahead.target.copiers.send(More(ahead.request, ahead.source.process.engine_id, blocks, note))
         return ahead
 
     def _fits(self, ahead: Ahead, held: Held) -> bool:

@@ -24,7 +24,7 @@ import zmq
 
 log = logging.getLogger("vllm.taichi.copier")
 
-PIECE = 64  # blocks that are copied ahead in one go: a tail behind it waits for no more than these
+PIECE = 96  # blocks that are copied ahead in one go: a tail behind it waits for no more than these
 POLL_SECONDS = 50e-6  # between two looks at a copy under way
 REMEMBER = 4096  # legs that were dropped before their blocks were known here
 

@@ -18,7 +18,7 @@ WORD = 8  # rows of KV are always multiples of eight bytes
 BLOCK = 2048
 # Programs of one copy, each of which takes many rows: a few SMs move tens of GB/s, and the steps keep the
 # rest.
-PROGRAMS = 16
+PROGRAMS = 32
 
 
 class _Handle(ctypes.Structure):
