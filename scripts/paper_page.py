@@ -98,6 +98,19 @@ def page_goodput(kept: Json) -> str:
     return table((*head, "hybrid against best baseline"), rows)
 
 
+def page_leads(kept: Path) -> str:
+    """The hybrid over each tuned baseline, seed by seed, in every goodput setting that was run."""
+    rows = []
+    for name in ("goodput_14b", "goodput_32b"):
+        path = kept / f"{name}.json"
+        for r in json.loads(path.read_text())["rows"] if path.exists() else ():
+            mine = {family: row["rates"] for family, row in r["rows"].items()}
+            leads = [paired(mine["hybrid"], mine[base]) for base in ("aggregation", "disaggregation")]
+            size = name.removeprefix("goodput_").upper()
+            rows.append([f"{size} {r['workload']} {r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms", *leads])
+    return table(("", "over aggregation", "over disaggregation"), rows)
+
+
 def page_ablation(kept: Json) -> str:
     """The ablation at three rates."""
     head = ("", "paper", *(f"{r:g} requests/s" for r in kept["rates"]))
@@ -152,4 +165,5 @@ def write(kept: Path) -> None:
         else:
             told = "(Not run for this page.)"
         text = text.replace("{{" + name + "}}", told)
+    text = text.replace("{{leads}}", page_leads(kept))
     (DOCS / "paper.md").write_text(text)
