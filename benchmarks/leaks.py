@@ -61,7 +61,8 @@ class Traffic:
     async def one(self, wish: Wish) -> None:
         """One stream, which must get all of its tokens."""
         answer = await stream(self.client, PATH, wish.body(), self.mover())
-        assert answer.ok and len(answer.tokens) == wish.max_tokens, answer
+        whole = answer.ok and len(answer.tokens) == wish.max_tokens
+        assert whole, f"{answer.id} ended after {len(answer.tokens)} tokens: {answer.error or answer.finish}"
 
     def mover(self) -> Callable[[Answer], Awaitable[None]]:
         """Wishes for a move to the other instance again and again; 409 while the last one is not over."""
@@ -186,6 +187,9 @@ def main() -> int:
             status = check(server.wait_ready(), args)
             server.stop()
             return status
+        except AssertionError:
+            print(server.said()[-4000:])
+            raise
         finally:
             server.end()
 
