@@ -54,14 +54,19 @@ class Traffic:
 
         async def lane() -> None:
             while self.asked < self.wanted:
-                await self.one(Wish([self.chance.randrange(300, 4000) for _ in range(PROMPT)], OUTPUT))
+                await self.one(Wish(self.prompt(PROMPT), OUTPUT))
 
         await asyncio.gather(*(lane() for _ in range(streams)))
+
+    def prompt(self, length: int) -> list[int]:
+        """One that no cache knows."""
+        return [self.chance.randrange(300, 4000) for _ in range(length)]
 
     async def one(self, wish: Wish) -> None:
         """One stream, which must get all of its tokens."""
         answer = await stream(self.client, PATH, wish.body(), self.mover())
-        assert answer.ok and len(answer.tokens) == wish.max_tokens, answer
+        whole = answer.ok and len(answer.tokens) == wish.max_tokens
+        assert whole, f"{answer.id} ended after {len(answer.tokens)} tokens: {answer.error or answer.finish}"
 
     def mover(self) -> Callable[[Answer], Awaitable[None]]:
         """Wishes for a move to the other instance again and again; 409 while the last one is not over."""
@@ -80,12 +85,17 @@ class Traffic:
         return on_tokens
 
 
-async def fill(client: httpx.AsyncClient, tokens: int, chance: random.Random) -> None:
-    """Use every block of every instance once: prompts that no cache knows, each moved to the other one."""
-    size = 2000
+async def fill(client: httpx.AsyncClient, state: dict[str, Any], streams: int, chance: random.Random) -> None:
+    """Do once whatever takes memory when it is first done: it would look like a leak later.
+
+    Prompts that no cache knows, each moved to the other instance, use every block. On a CPU the kernels keep
+    more than a MiB for every number of tokens that a step had, so each number has its turn.
+    """
     traffic = Traffic(client, 1 << 30, chance)
-    for _ in range(-(-3 * tokens // (2 * size))):
-        await traffic.one(Wish([chance.randrange(300, 4000) for _ in range(size)], 8))
+    tokens, size = max(instance["kv_capacity"] for instance in state["instances"]), 2000
+    lengths = [*range(1, state["sliders"]["d_chunk"] + streams + 1), *[size] * -(-3 * tokens // (2 * size))]
+    for length in lengths:
+        await traffic.one(Wish(traffic.prompt(length), 8))
 
 
 def remembered() -> int:
@@ -135,11 +145,10 @@ async def rounds(server: Server, args: argparse.Namespace) -> list[Sample]:
     """The samples from the end of the warm-up on."""
     chance = random.Random(args.seed)
     found: list[Sample] = []
-    capacity = max(instance["kv_capacity"] for instance in server.state()["instances"])
     while not found or found[-1].moves < args.moves:
         async with server.client() as client:
             if not found:
-                await fill(client, capacity, chance)
+                await fill(client, server.state(), args.streams, chance)
             await Traffic(client, args.every if found else args.warm_up, chance).run(args.streams)
         found.append(idle(server))
         show(found[-1])
@@ -186,6 +195,9 @@ def main() -> int:
             status = check(server.wait_ready(), args)
             server.stop()
             return status
+        except AssertionError:
+            print(server.said()[-4000:])
+            raise
         finally:
             server.end()
 

@@ -98,6 +98,12 @@ def test_a_part_that_does_not_apply_is_left_out() -> None:
     }
 
 
+def test_where_no_block_was_left_to_copy_ahead_there_is_no_bar_but_the_tail_is_still_a_tail() -> None:
+    names = [name for _, name, *_ in shown(clock(COPIED_AHEAD | {"ahead": -2.003, "copied": -2}))]
+    assert "copied ahead" not in names
+    assert "copy of the tail" in names
+
+
 def test_without_a_last_word_of_the_source_time_begins_when_the_server_had_its_last_token() -> None:
     times = clock(PULLED) | {"left": 0.0}
     assert shown(times)[0] == ("server", "sent to the target", 0, 0.5)

@@ -17,6 +17,7 @@ from taichi_serve.messages import Move
 
 SUFFIXES = (".png", ".svg")
 MOST = 40  # panels; a picture of more could not be looked at
+SHORTEST = 5e-6  # seconds of a bar; below, its length would read as nothing
 
 Span = tuple[float, float]
 
@@ -70,7 +71,8 @@ def moves(record: dict[str, Any]) -> list[Moved]:
 
 
 def bars(times: dict[str, float]) -> Iterator[Bar]:
-    """The parts of one move. A part whose beginning or end is 0.0 or missing did not take place.
+    """The parts of one move. A part did not take place when its beginning or end is 0.0 or missing, and
+    none is shown that took no time: no block may have been left to copy ahead.
 
     What the target waits for beside the copy is the end of the step that runs there: once the tail of what
     was copied ahead has landed; else when the request comes, and again when its KV has landed.
@@ -91,7 +93,7 @@ def bars(times: dict[str, float]) -> Iterator[Bar]:
     for row, name, start, end in spans:
         span = times.get(start, 0.0), times.get(end, 0.0)
         for first, last in without(span, copying) if name == WAIT else [span]:
-            if 0.0 < first < last:
+            if first > 0.0 and last - first >= SHORTEST:
                 yield Bar(row, name, first - since, last - since)
 
 
