@@ -25,7 +25,8 @@ SHAPES = {
 GRID = ["--grid-chunks", "32,256,512,1024,2048,4096", "--grid-decodes", "0,1,16,64,128"]
 GRID += ["--grid-contexts", "128,4096", "--grid-fill", "131072", "--grid-repeats", "3"]
 # Full graphs for steps with prompts too: launching 28 layers kernel by kernel takes 20 to 30 ms, more than
-# the work of a small chunk. A step runs as large as the next size captured: the steps of the grid, and others.
+# the work of a small chunk. A step runs as large as the next size captured: the steps of the grid, and
+# others.
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 272, 320, 384, 512, 528, 576, 640]
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": SIZES}
 ENGINE = ["--devices", "0;0", "--gpu-memory-utilization", "0.4", "--load-format", "dummy"]
