@@ -147,6 +147,53 @@ def test_a_request_keeps_all_its_token_ids_and_can_be_given_output() -> None:
     assert not mentions(Request, "self._all_token_ids", "self.num_prompt_tokens", "self.prefill_stats")
 
 
+def test_blocks_can_be_pinned_by_counting_one_reader_more() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+
+    assert names(BlockPool.touch) == ["blocks"]
+    assert names(BlockPool.free_blocks) == ["ordered_blocks"]
+    assert mentions(BlockPool.touch, "block.ref_cnt += 1") == []
+    assert mentions(BlockPool.free_blocks, "block.ref_cnt -= 1") == []
+    assert names(KVCacheManager.get_blocks) == ["request_id"]
+    assert "blocks" in {field.name for field in fields(KVCacheBlocks)}
+
+
+def test_a_request_that_waits_for_kv_goes_on_when_its_id_is_among_the_received(scheduler: Any) -> None:
+    wanted = (
+        "request_id not in self.finished_recving_kv_req_ids",
+        "self._update_waiting_for_remote_kv(request)",
+    )
+    assert mentions(scheduler._handle_blocked_waiting_request, *wanted) == []
+    assert (
+        mentions(
+            scheduler._update_waiting_for_remote_kv, "cache_blocks(request, request.num_computed_tokens)"
+        )
+        == []
+    )
+
+
+def test_a_request_that_waits_for_kv_is_given_blocks_for_all_tokens_it_has(scheduler: Any) -> None:
+    """So tokens that stand in for some still to come keep room for them (resumed.keep_room)."""
+    assert (
+        mentions(scheduler.schedule, "assert num_computed_tokens <= request.num_tokens", "load_kv_async = ")
+        == []
+    )
+
+
+def test_an_aborted_request_that_waits_for_kv_keeps_its_blocks_until_the_worker_names_it(
+    scheduler: Any,
+) -> None:
+    assert mentions(scheduler.finish_requests, "delay_free_blocks=delay_free_blocks") == []
+    assert mentions(scheduler._update_from_kv_xfer_finished, "self._free_blocks(self.requests[req_id])") == []
+
+
+def test_computed_tokens_of_steps_under_way_are_counted_apart() -> None:
+    from vllm.v1.request import Request
+
+    assert mentions(Request, "self.num_in_flight_tokens = 0", "def update_block_hashes") == []
+
+
 def test_a_utility_call_names_a_method_of_the_engine_core() -> None:
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
@@ -176,6 +223,22 @@ def test_the_scheduler_side_is_asked_for_matched_tokens_told_of_blocks_and_asked
     assert names(Side.update_state_after_alloc) == ["request", "blocks", "num_external_tokens"]
     assert names(Side.request_finished) == ["request", "block_ids"]
     assert not mentions(Side, "_reqs_need_send", "_reqs_in_batch", "remote_block_ids", "do_remote_decode")
+
+
+def test_the_worker_side_has_what_a_read_from_another_thread_needs() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+
+    needed = ("src_xfer_handles_by_block_size", "dst_xfer_side_handles", "dst_num_blocks", "tp_mappings")
+    assert mentions(NixlPullConnectorWorker, *needed, "_invalid_block_ids", "all_source_ranks") == []
+    assert names(NixlPullConnectorWorker.start_load_kv) == ["metadata"]
+    assert names(NixlBaseConnectorWorker._compute_desc_ids)[:4] == [
+        "block_ids",
+        "dst_num_blocks",
+        "block_size_ratio",
+        "physical_blocks_per_logical",
+    ]
+    assert names(NixlBaseConnectorWorker._logical_to_kernel_block_ids) == ["block_ids", "ratio"]
 
 
 def test_a_failed_load_can_be_recomputed_and_a_lease_be_set() -> None:
