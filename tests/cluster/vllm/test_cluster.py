@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 
 from taichi_serve.cluster.vllm.ahead import ROOM
 from taichi_serve.cluster.vllm.cluster import FRESH, VllmCluster
-from taichi_serve.cluster.vllm.copier import Copied, Drop, Dropped, Failed, More, Order
+from taichi_serve.cluster.vllm.copier import Copied, Drop, Dropped, Failed, Gone, More, Order
 from taichi_serve.cluster.vllm.extra import KEY, LEFT
 from taichi_serve.cluster.vllm.instance import Engine
 from taichi_serve.messages import (
@@ -90,6 +90,8 @@ class Told:
 
 class Orders(list[Order]):
     """Copiers that keep what they are told."""
+
+    ranks = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -451,6 +453,7 @@ async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: T
     await copied_ahead(two)
     two.cluster.lose(two.engines[1], "exit code -9")
     assert ("taichi_unpin", "a") in two.clients[0].told
+    assert Gone("e1") in two.orders[0]
     two.say(0, "a", 51)
     two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
     assert isinstance(two.facts()[-1], Refused)

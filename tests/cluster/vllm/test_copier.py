@@ -18,6 +18,7 @@ from taichi_serve.cluster.vllm.copier import (
     Dropped,
     Failed,
     Given,
+    Gone,
     More,
     Order,
     Return,
@@ -36,6 +37,7 @@ class Blocks:
         self.gate = threading.Event()
         self.gate.set()
         self.asked = threading.Semaphore(0)
+        self.forgotten: list[str] = []
 
     def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
         if source == "gone":
@@ -43,6 +45,9 @@ class Blocks:
         self.reads.append((source, remote, local, note))
         self.asked.release()
         return self.gate.is_set
+
+    def forget(self, source: str) -> None:
+        self.forgotten.append(source)
 
 
 class Bench:
@@ -159,6 +164,12 @@ def test_a_leg_that_was_dropped_before_its_blocks_were_given_is_not_begun(bench:
     bench.catch_up()
     assert bench.blocks.reads == []
     assert bench.copier.returned() == {"a#1"}
+
+
+def test_the_memory_of_a_lost_engine_is_let_go(bench: Bench) -> None:
+    bench.send(Gone("e0"))
+    bench.catch_up()
+    assert bench.blocks.forgotten == ["e0"]
 
 
 def test_a_step_does_not_wait_for_ever(bench: Bench) -> None:

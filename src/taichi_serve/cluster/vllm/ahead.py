@@ -29,8 +29,6 @@ from taichi_serve.cluster.vllm.leg import Going, Held, Live, ahead_id, next_leg
 
 # Tokens that the target keeps room for beyond those it knows of: what the request makes until it leaves.
 ROOM = 32
-# Seconds until a move whose KV cannot be copied ahead is given up: the request stays where it is.
-PATIENCE = 2.0
 
 Call = Callable[..., Any]
 
@@ -65,10 +63,14 @@ class Ahead:
 
 
 class Aheads:
-    """All moves that are copied ahead. `refuse` is called where one does not happen, `recompute` where its KV
+    """All moves that are copied ahead. One whose full blocks are not there after `patience` seconds is given
+    up: the request stays where it is. `refuse` is called where one does not happen, `recompute` where its KV
     was lost on the last stretch, `direct` says whether an instance reads another's memory."""
 
-    def __init__(self, refuse: Call, recompute: Call, direct: Callable[[Engine, Engine], bool]) -> None:
+    def __init__(
+        self, patience: float, refuse: Call, recompute: Call, direct: Callable[[Engine, Engine], bool]
+    ) -> None:
+        self._patience = patience
         self._refuse = refuse
         self._recompute = recompute
         self._direct = direct
@@ -87,7 +89,7 @@ class Aheads:
         ahead.request = ahead_id(live, going.leg)
         live.ahead = self._by_request[ahead.request] = ahead
         if leave:
-            ahead.late = asyncio.get_running_loop().call_later(PATIENCE, self._late, ahead)
+            ahead.late = asyncio.get_running_loop().call_later(self._patience, self._late, ahead)
         self._ask(ahead)
         return True
 
@@ -127,7 +129,7 @@ class Aheads:
 
     def _late(self, ahead: Ahead) -> None:
         if not (ahead.ready or ahead.over):
-            self._stay(ahead, f"{ahead.target.name} did not get its KV within {PATIENCE:g} s")
+            self._stay(ahead, f"{ahead.target.name} did not get its KV within {self._patience:g} s")
 
     def _stay(self, ahead: Ahead, why: str) -> None:
         self.cancel(ahead.live)

@@ -11,6 +11,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 
 from taichi_serve.cluster.vllm import facts
 from taichi_serve.cluster.vllm.ahead import Aheads
+from taichi_serve.cluster.vllm.copier import Gone
 from taichi_serve.cluster.vllm.exact import bound_by
 from taichi_serve.cluster.vllm.extra import LEFT
 from taichi_serve.cluster.vllm.host import direct
@@ -60,7 +61,7 @@ class VllmCluster:
         self._move_timeout = move_timeout
         self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self.aheads = Aheads(self._stay, self._recompute, self._direct)
+        self.aheads = Aheads(move_timeout, self._stay, self._recompute, self._direct)
 
     # ------------------------------------------------------------------------------------------ the port
 
@@ -196,7 +197,7 @@ class VllmCluster:
 
     def _direct(self, source: Engine, reader: Engine) -> bool:
         ids = reader.process.engine_id, source.process.engine_id
-        return direct(source.process.log.parent, *ids)
+        return direct(source.process.log.parent, *ids, source.copiers.ranks)
 
     def _stay(self, live: Live, leg: int, why: str) -> None:
         """A move did not happen; the request goes on where it is."""
@@ -344,6 +345,9 @@ class VllmCluster:
             return
         engine.alive = False
         self.aheads.lost(engine)
+        for other in self.engines:
+            if other.alive:
+                other.copiers.send(Gone(engine.process.engine_id))
         stranded = list(engine.legs.values())
         engine.legs.clear()
         engine.residents.clear()

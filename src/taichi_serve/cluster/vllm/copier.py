@@ -45,6 +45,12 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     leg: str
 
 
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """This engine (by its id) is lost: let go of its memory."""
+
+    source: str
+
+
 class Copied(msgspec.Struct, frozen=True, tag=True):
     """As many blocks from the first one on are here; `last` says that these are all. `copied` of them have
     been copied by now in so many `seconds`; times are time.monotonic()."""
@@ -71,7 +77,7 @@ class Dropped(msgspec.Struct, frozen=True, tag=True):
     leg: str
 
 
-Order = More | Drop
+Order = More | Drop | Gone
 Word = Copied | Failed | Dropped
 
 
@@ -96,6 +102,10 @@ class Reader(Protocol):
 
     def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
         """Begin. The answer says whether it is over; it raises OSError when that failed."""
+        ...
+
+    def forget(self, source: str) -> None:
+        """Nothing is read from this peer any more: unmap what is mapped of it."""
         ...
 
 
@@ -201,6 +211,8 @@ class Copier:
             case Drop(leg=name):
                 self._forget(name)
                 self._say(Dropped(name))
+            case Gone(source=source):
+                self._reader.forget(source)
             case Return(leg=name):
                 self._forget(name)
                 self._refused.pop(name, None)

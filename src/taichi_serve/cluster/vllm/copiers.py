@@ -20,7 +20,7 @@ class Copiers:
     def __init__(self, directory: Path, engine_id: str, ranks: int, hear: Callable[[Word], None]) -> None:
         self._context = zmq.asyncio.Context()
         self._hear = hear
-        self._ranks = ranks
+        self.ranks = ranks
         self._said: Counter[tuple[str, int, bool]] = Counter()
         self._sockets = []
         for rank in range(ranks):
@@ -46,7 +46,7 @@ class Copiers:
             return
         key = (word.leg, word.blocks, word.last) if isinstance(word, Copied) else (word.leg, -1, True)
         self._said[key] += 1
-        if self._said[key] == self._ranks:
+        if self._said[key] == self.ranks:
             del self._said[key]
             self._hear(word)
 

@@ -125,6 +125,8 @@ class CudaMemory:
         return EventCopy(event, tuple(keep))
 
     def leave(self, peer: dict[str, Any]) -> None:
-        """Unmap what was the peer's."""
+        """Unmap what was the peer's, once no kernel reads from it any more."""
+        self._stream.synchronize()
+        self._beside.synchronize()
         for key in [key for key in self._open if key[0] == peer["pid"]]:
             self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(self._open.pop(key)))

@@ -187,10 +187,19 @@ class HostAgent:
 
     def remove_remote_agent(self, agent: str) -> Any:
         """Forget a peer and let go of its memory."""
+        self._let_go(agent)
+        return self._nixl.remove_remote_agent(agent)
+
+    def forget(self, engine_id: str) -> None:
+        """An engine is lost: let go of its memory. Whoever would still read from it fails, and computes
+        again."""
+        for agent in [name for name, peer in self._peers.items() if peer["engine_id"] == engine_id]:
+            self._let_go(agent)
+
+    def _let_go(self, agent: str) -> None:
         if (peer := self._peers.pop(agent, None)) is not None and self._memory is not None:
             self._marker(peer).unlink(missing_ok=True)
             self._memory.leave(peer)
-        return self._nixl.remove_remote_agent(agent)
 
     def _file(self, agent: str) -> Path:
         return self._directory / f"kv-{agent}.json"

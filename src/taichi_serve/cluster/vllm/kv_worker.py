@@ -117,6 +117,11 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
 
         return over
 
+    def forget(self, source: str) -> None:
+        """A peer is lost; see copier.Reader."""
+        assert self._host is not None
+        self._host.forget(source)
+
     def _rows(self, engine: str, blocks: list[int], ratio: int) -> NDArray[np.int64]:
         """The descriptors of these blocks in an engine's prepared list."""
         rows: NDArray[np.int64] = self._compute_desc_ids(
