@@ -70,7 +70,12 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "share of a D-heavy instance's KV memory above which requests are degraded",
     ),
     ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
-    ("move-timeout", float, 10.0, "seconds a moved request may wait for its KV before it is recomputed"),
+    (
+        "move-timeout",
+        float,
+        10.0,
+        "seconds a move may wait for KV before it is given up, or the KV recomputed",
+    ),
     (
         "stall-timeout",
         float,
