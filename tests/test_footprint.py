@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from footprint import Held, Sample, by_process, grown, of_process, shared, slope
+from footprint import Held, Sample, by_process, grown, of_process, rates, shared_memory
 
 MIB = 1 << 20
 ENGINE: Held = {
@@ -54,29 +54,38 @@ def test_not_one_file_may_stay_and_no_kv(what: str) -> None:
 @pytest.mark.parametrize("what", ["rss", "private"])
 def test_memory_may_grow_by_a_kibibyte_a_move_and_not_by_two(what: str) -> None:
     assert grown(run(**{what: 1024})) == []
-    assert grown(run(**{what: 2048})) == [f"i0: {what} grows by 2048 bytes a move, 1024 are allowed"]
+    assert grown(run(**{what: 2048})) == [f"i0: {what} grows steadily by 2048 bytes a move, 1024 are allowed"]
 
 
 def test_one_leap_of_a_heap_is_no_growth_and_two_are() -> None:
     once, twice = run(), run()
     for number, (one, two) in enumerate(zip(once, twice, strict=True)):
-        one.held["i0"]["rss"] += 64 * MIB * (number >= 5)
-        two.held["i0"]["rss"] += 64 * MIB * (number >= 5) + 64 * MIB * (number >= 8)
+        one.held["i0"]["rss"] += 32 * MIB * (number >= 5)
+        two.held["i0"]["rss"] += 32 * MIB * (number >= 5) + 32 * MIB * (number >= 8)
     assert grown(once) == []
-    assert grown(twice) == ["i0: rss grows by 9587 bytes a move, 1024 are allowed"]
+    assert grown(twice) == ["i0: rss grows by leaps, of 7457 bytes a move in all, 4096 are allowed"]
+
+
+def test_what_every_move_leaves_is_found_though_the_heap_gave_back_more() -> None:
+    samples = run(private=2000)
+    for number, sample in enumerate(samples):
+        sample.held["i0"]["private"] -= 100 * MIB * (number >= 3)
+    assert grown(samples) == ["i0: private grows steadily by 2000 bytes a move, 1024 are allowed"]
 
 
 def test_what_a_process_keeps_by_design_is_allowed_to_it_alone() -> None:
     samples = run(private=1800)
     assert grown(samples, {"i0": 800}) == []
-    assert grown(samples, {"server": 800}) == ["i0: private grows by 1800 bytes a move, 1024 are allowed"]
+    assert grown(samples, {"server": 800}) == [
+        "i0: private grows steadily by 1800 bytes a move, 1024 are allowed"
+    ]
 
 
 def test_memory_of_a_gpu_is_judged_where_it_is_told() -> None:
     samples = run()
     for sample in samples:
         sample.held["i0"]["gpu"] = 4000 * MIB + 10_000 * sample.moves
-    assert grown(samples) == ["i0: gpu grows by 10000 bytes a move, 1024 are allowed"]
+    assert grown(samples) == ["i0: gpu grows steadily by 10000 bytes a move, 1024 are allowed"]
 
 
 def test_a_process_that_came_or_went_is_named() -> None:
@@ -86,22 +95,25 @@ def test_a_process_that_came_or_went_is_named() -> None:
     assert grown(samples[::-1]) == ["process i0 is gone"]
 
 
-def test_the_slope_leaves_out_the_stretches_that_rose_most_and_fell_most() -> None:
-    assert slope([(0, 0), (10, 500), (20, 520), (40, 570), (50, 100)]) == (20 + 50) / (10 + 20)
-    assert slope([(0, 0), (10, 10), (20, 20)]) == 0.0
+def test_a_stretch_is_counted_by_its_own_moves() -> None:
+    assert rates([(0, 0), (10, 500), (20, 520), (40, 570)]) == [50, 2, 2.5]
 
 
 def test_a_process_with_memory_on_two_gpus_is_counted_once() -> None:
     assert by_process("12, 300\n12, 20\n77, [N/A]\n") == {12: 320 * MIB}
 
 
-def test_shared_memory_that_only_others_have_mapped_is_not_counted() -> None:
+def test_shared_memory_is_ours_or_a_stray_and_not_counted_where_only_others_have_it() -> None:
+    me = {os.getpid()}
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
-        assert file.name in shared(set())  # nobody has it mapped: it may have been left behind
+        ours, strays = shared_memory(me)
+        assert (file.name in ours, file.name in strays) == (False, True)
         file.truncate(4096)
         with mmap.mmap(file.fileno(), 4096):
-            assert file.name in shared({os.getpid()})
-            assert file.name not in shared(set())
+            ours, strays = shared_memory(me)
+            assert (file.name in ours, file.name in strays) == (True, False)
+            ours, strays = shared_memory(set())
+            assert (file.name in ours, file.name in strays) == (False, False)
 
 
 def test_of_this_process_one_more_socket_is_seen_as_descriptor_and_socket() -> None:
