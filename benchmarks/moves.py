@@ -105,7 +105,7 @@ def row(title: str, values: list[float], unit: str) -> str:
     return f"{title:34} {statistics.median(ordered):8.1f} {p95:8.1f} {ordered[-1]:8.1f}  {unit}"
 
 
-PARTS = ["left", "heard", "arrived", "began", "landed", "scheduled", "made", "at"]
+PARTS = ["left", "heard", "began", "landed", "scheduled", "made", "at"]
 
 
 def parts(title: str, legs: list[dict[str, Any]]) -> None:
