@@ -54,6 +54,7 @@ class Told:
 
     class vllm_config:  # noqa: N801
         use_v2_model_runner = False
+        model_config = SimpleNamespace(max_model_len=100)
 
     dead = False
 
@@ -397,7 +398,7 @@ async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_
     await two.orders[1].has(More("a#1+", "e0", [7], "a"))
     await two.clients[1].hears("taichi_arrive", "a#1+", [51])
     two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
-    await two.clients[0].hears("taichi_unpin", "a")
+    await two.clients[0].hears("taichi_unpin", "a#1+")
     two.say(1, "a#1+", 52)
     assert two.tokens == [50, 51, 52]
     assert len(two.clients[1].added) == 1
@@ -435,9 +436,9 @@ async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
     assert two.clients[1].aborted == ["a#1+"]
     assert Drop("a#1+") in two.orders[1]
-    assert ("taichi_unpin", "a") not in two.clients[0].told
+    assert ("taichi_unpin", "a#1+") not in two.clients[0].told
     two.cluster.aheads.hear(Dropped("a#1+"))
-    assert ("taichi_unpin", "a") in two.clients[0].told
+    assert ("taichi_unpin", "a#1+") in two.clients[0].told
 
 
 async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
@@ -452,7 +453,7 @@ async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
 async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: Two) -> None:
     await copied_ahead(two)
     two.cluster.lose(two.engines[1], "exit code -9")
-    assert ("taichi_unpin", "a") in two.clients[0].told
+    assert ("taichi_unpin", "a#1+") in two.clients[0].told
     assert Gone("e1") in two.orders[0]
     two.say(0, "a", 51)
     two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))

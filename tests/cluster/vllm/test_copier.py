@@ -172,6 +172,15 @@ def test_the_memory_of_a_lost_engine_is_let_go(bench: Bench) -> None:
     assert bench.blocks.forgotten == ["e0"]
 
 
-def test_a_step_does_not_wait_for_ever(bench: Bench) -> None:
+def test_a_step_does_not_wait_for_ever_and_the_server_hears_of_it(bench: Bench) -> None:
+    bench.copier.order(Given("a#1", [10, 11], first=1))
+    bench.catch_up()
+    assert bench.copier.wait("a#1", 0.01) == 1
+    assert bench.hear() == Failed("a#1", "its last blocks were not here in time")
+
+
+def test_a_step_does_not_wait_for_a_leg_that_was_dropped(bench: Bench) -> None:
     bench.copier.order(Given("a#1", [10], first=0))
-    assert bench.copier.wait("a#1", 0.01) == 0
+    bench.send(Drop("a#1"))
+    assert bench.hear() == Dropped("a#1")
+    assert bench.copier.wait("a#1", 10.0) is None

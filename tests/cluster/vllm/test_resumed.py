@@ -61,25 +61,25 @@ def running(pool: BlockPool, blocks: int, tokens: int, in_flight: int) -> tuple[
 def test_full_blocks_stay_when_their_request_has_gone(pool: BlockPool) -> None:
     before = pool.get_num_free_blocks()
     one, pins = running(pool, blocks=3, tokens=11, in_flight=0)
-    assert pins.pin(one) == [block.block_id for block in one.blocks[:2]]  # type: ignore[arg-type]
+    assert pins.pin(one, "a#1+") == [block.block_id for block in one.blocks[:2]]  # type: ignore[arg-type]
     pool.free_blocks(reversed(one.blocks))
     assert pool.get_num_free_blocks() == before - 2
-    pins.unpin("a")
-    pins.unpin("a")
+    pins.unpin("a#1+")
+    pins.unpin("a#1+")
     assert pool.get_num_free_blocks() == before
 
 
 def test_a_block_that_a_step_under_way_still_fills_is_not_full(pool: BlockPool) -> None:
     one, pins = running(pool, blocks=3, tokens=8, in_flight=1)
-    assert pins.pin(one) == [one.blocks[0].block_id]  # type: ignore[arg-type]
+    assert pins.pin(one, "a#1+") == [one.blocks[0].block_id]  # type: ignore[arg-type]
 
 
 def test_pinning_again_adds_what_is_full_since(pool: BlockPool) -> None:
     before = pool.get_num_free_blocks()
     one, pins = running(pool, blocks=3, tokens=4, in_flight=0)
-    assert len(pins.pin(one) or ()) == 1  # type: ignore[arg-type]
+    assert len(pins.pin(one, "a#1+") or ()) == 1  # type: ignore[arg-type]
     one.num_computed_tokens, one.num_tokens = 12, 13
-    assert len(pins.pin(one) or ()) == 3  # type: ignore[arg-type]
+    assert len(pins.pin(one, "a#1+") or ()) == 3  # type: ignore[arg-type]
     pool.free_blocks(reversed(one.blocks))
-    pins.unpin("a")
+    pins.unpin("a#1+")
     assert pool.get_num_free_blocks() == before

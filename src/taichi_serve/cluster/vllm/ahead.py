@@ -28,6 +28,7 @@ from taichi_serve.cluster.vllm.instance import Engine
 from taichi_serve.cluster.vllm.leg import Going, Held, Live, ahead_id, next_leg
 
 # Tokens that the target keeps room for beyond those it knows of: what the request makes until it leaves.
+# Fewer where the model's context ends before.
 ROOM = 32
 
 Call = Callable[..., Any]
@@ -45,6 +46,7 @@ class Ahead:
     leave: bool  # whether the source is to let it go as soon as its full blocks are copied
     request: str = ""  # its id at the target
     known: int = -1  # output tokens that the target was sent; -1 before
+    room: int = 0  # tokens more that it keeps blocks for
     asked: bool = False  # the source is being asked for full blocks
     ready: bool = False  # full blocks are there
     over: bool = False
@@ -103,7 +105,9 @@ class Aheads:
         if ahead.asked or ahead.over:
             return
         ahead.asked = True
-        answer = asyncio.ensure_future(ahead.source.client.call_utility_async("taichi_pin", ahead.source_leg))
+        answer = asyncio.ensure_future(
+            ahead.source.client.call_utility_async("taichi_pin", ahead.source_leg, ahead.request)
+        )
         answer.add_done_callback(lambda task: self._pinned(ahead, task))
 
     def _pinned(self, ahead: Ahead, answer: asyncio.Task[Any]) -> None:
@@ -117,13 +121,20 @@ class Aheads:
             self._give_up(ahead)
             return
         if ahead.known < 0:
+            longest = ahead.target.client.vllm_config.model_config.max_model_len
+            ahead.room = min(
+                ROOM, longest - len(ahead.live.request.prompt_token_ids or ()) - len(ahead.live.tokens)
+            )
+            if ahead.room < 1:
+                self._give_up(ahead)
+                return
             ahead.known = len(ahead.live.tokens)
-            ahead.target.client.add(next_leg(ahead.live, None, ahead.request, ROOM))
+            ahead.target.client.add(next_leg(ahead.live, None, ahead.request, ahead.room))
         ahead.target.copiers.send(More(ahead.request, ahead.source.process.engine_id, blocks))
 
     def _give_up(self, ahead: Ahead) -> None:
         """Let it move as if nothing had been tried."""
-        self.cancel(ahead.live)
+        self._end(ahead)
         if ahead.leave and ahead.source.alive:
             ahead.source.leave(ahead.source_leg)
 
@@ -132,7 +143,7 @@ class Aheads:
             self._stay(ahead, f"{ahead.target.name} did not get its KV within {self._patience:g} s")
 
     def _stay(self, ahead: Ahead, why: str) -> None:
-        self.cancel(ahead.live)
+        self._end(ahead)
         if ahead.leave:
             self._refuse(ahead.live, ahead.going.leg, why)
 
@@ -156,7 +167,7 @@ class Aheads:
         return ahead
 
     def _fits(self, ahead: Ahead, held: Held) -> bool:
-        kept = len(ahead.live.request.prompt_token_ids or ()) + ahead.known + ROOM
+        kept = len(ahead.live.request.prompt_token_ids or ()) + ahead.known + ahead.room
         return bool(held.params["remote_num_tokens"] < kept)
 
     def _arrive(self, ahead: Ahead) -> None:
@@ -246,4 +257,4 @@ class Aheads:
 
     def _unpin(self, ahead: Ahead) -> None:
         if ahead.source.alive:
-            ahead.source.client.tell("taichi_unpin", ahead.source_leg)
+            ahead.source.client.tell("taichi_unpin", ahead.request)

@@ -168,7 +168,9 @@ class VllmCluster:
 
     def _decode(self, live: Live, going: Going) -> None:
         """Begin the next leg with the KV that is held, if it can still be had in time."""
-        if live.instance >= 0:  # its move was given up with the instance it was to go to: it still runs here
+        if (
+            live.instance >= 0 and self.engines[live.instance].alive
+        ):  # its move was given up with the instance it was to go to: it still runs here
             live.going = None
             if live.instance == going.to:
                 self._stay(live, going.leg, "it still runs there")
@@ -316,7 +318,7 @@ class VllmCluster:
         if live.warm is not None:
             return
         self._events.put_nowait(facts.began(engine, live, output, gap, held))
-        if live.leg:
+        if live.ahead is not None and live.ahead.request == live.engine_request:
             live.ahead = None
 
     def _left(self, engine: Engine, live: Live, params: dict[str, Any] | None, now: float) -> None:
@@ -348,6 +350,9 @@ class VllmCluster:
         for other in self.engines:
             if other.alive:
                 other.copiers.send(Gone(engine.process.engine_id))
+        for live in self.live.values():
+            if live.going is not None and live.going.to == engine.index:
+                live.going = None  # the loss brings another decision
         stranded = list(engine.legs.values())
         engine.legs.clear()
         engine.residents.clear()

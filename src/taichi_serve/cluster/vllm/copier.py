@@ -97,6 +97,13 @@ class Return:
     leg: str
 
 
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A step waited for the leg in vain: it is computed again."""
+
+    leg: str
+
+
 class Reader(Protocol):
     """Reads blocks of a peer into blocks here."""
 
@@ -146,7 +153,7 @@ class Copier:
         self._reader = reader
         self._legs: dict[str, Leg] = {}
         self._refused: dict[str, None] = {}  # dropped before Given came
-        self._orders: deque[Given | Return] = deque()
+        self._orders: deque[Given | Return | Late] = deque()
         self._returned: deque[str] = deque()
         self._changed = threading.Condition()
         self._context = zmq.Context()
@@ -160,18 +167,25 @@ class Copier:
 
     # --------------------------------------------------------------------------- from the worker's steps
 
-    def order(self, *orders: Given | Return) -> None:
+    def order(self, *orders: Given | Return | Late) -> None:
         """Blocks that were given to legs, or are wanted back: `returned` names these when nothing is written
         into them any more."""
         self._orders.extend(orders)
         self._rope.send(b"")
 
     def wait(self, leg: str, seconds: float) -> int | None:
-        """Wait until the leg's last block is here; None then, else how many blocks are. Forgets the leg."""
+        """Wait until the leg's last block is here, and forget it. None then, or where it was dropped
+        meanwhile; else how many of its blocks are here: the rest is not to be had in time."""
         with self._changed:
             self._changed.wait_for(lambda: leg not in self._legs or self._legs[leg].over, seconds)
-            known = self._legs.pop(leg, None)
-        return None if known is not None and known.good else (known.done if known else 0)
+            known = self._legs.get(leg)
+            if known is not None and known.over:
+                del self._legs[leg]
+        if known is None or known.good:
+            return None
+        if not known.over:
+            self.order(Late(leg))
+        return known.done
 
     def returned(self) -> set[str]:
         """Legs whose blocks may be given away, each told once."""
@@ -206,13 +220,16 @@ class Copier:
         assert leg.more is not None
         return leg.urgent or len(leg.more.blocks) > leg.done or leg.told != leg.done
 
-    def _take(self, order: Given | Return | Order) -> None:
+    def _take(self, order: Given | Return | Late | Order) -> None:
         match order:
             case Drop(leg=name):
                 self._forget(name)
                 self._say(Dropped(name))
             case Gone(source=source):
                 self._reader.forget(source)
+            case Late(leg=name):
+                self._forget(name)
+                self._say(Failed(name, "its last blocks were not here in time"))
             case Return(leg=name):
                 self._forget(name)
                 self._refused.pop(name, None)

@@ -67,6 +67,10 @@ class FlowScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step: every decode, whoever moves in, then at most `chunk` prompt tokens."""
+        with self._without_those_that_do_not_fit():
+            return self._schedule(throttle_prefills)
+
+    def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         # Decodes first: a prefill that was admitted earlier must not eat the share of a later decode.
         self.running.sort(key=_is_prefill)
         decodes = sum(not r.is_prefill_chunk for r in self.running)
@@ -88,7 +92,26 @@ class FlowScheduler(AsyncScheduler):
         """Whether it waits for KV that is not here yet."""
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return request.request_id not in self.finished_recving_kv_req_ids
-        return "ahead" in extra(request) and not request.num_computed_tokens
+        return False
+
+    @contextlib.contextmanager
+    def _without_those_that_do_not_fit(self) -> Iterator[None]:
+        """What is to be copied ahead and finds no room still runs at its source: nobody waits behind it."""
+        free = (
+            self.kv_cache_manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks()
+        )
+        aside = []
+        for request in self.kv_holding_waiting:
+            if "ahead" in extra(request) and request.status == RequestStatus.WAITING:
+                free -= -(-request.num_tokens // self.block_size)
+                if free < 0:
+                    aside.append(request)
+        self.kv_holding_waiting.remove_requests(aside)
+        try:
+            yield
+        finally:
+            for request in aside:
+                self.kv_holding_waiting.add_request(request)
 
     @contextlib.contextmanager
     def _room_for_moving_in(self, chunk: int) -> Iterator[None]:
@@ -160,6 +183,7 @@ class FlowScheduler(AsyncScheduler):
         if request is None or request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
             return False
         go_on(request, tokens, self.use_v2_model_runner)
+        extra(request).pop("ahead")  # if it is preempted here, it is computed like any other
         if not self._connector_scheduler.arrive(request, now):
             return False
         request.num_computed_tokens = request.num_tokens - 1
@@ -169,15 +193,15 @@ class FlowScheduler(AsyncScheduler):
 
     # ---------------------------------------------------------------------------------------- who leaves
 
-    def pin(self, request_id: str) -> list[int] | None:
-        """Blocks of a request that runs here which are full and will stay until `unpin`; None where it does
-        not run, or its KV is of several kinds."""
+    def pin(self, request_id: str, reader: str) -> list[int] | None:
+        """Blocks of a request that runs here which are full and stay until `unpin(reader)`; None where it
+        does not run, or its KV is of several kinds."""
         request = self.requests.get(request_id)
-        return self._pins.pin(request) if request is not None and not request.is_finished() else None
+        return self._pins.pin(request, reader) if request is not None and not request.is_finished() else None
 
-    def unpin(self, request_id: str) -> None:
-        """Nobody reads the pinned blocks of a request any more."""
-        self._pins.unpin(request_id)
+    def unpin(self, reader: str) -> None:
+        """The blocks that were pinned for this leg are read no more."""
+        self._pins.unpin(reader)
 
     def leave(self, request_ids: list[str]) -> None:
         """These requests stop after the token they are on; ids that are not here are dropped."""
@@ -258,14 +282,14 @@ def taichi_release(core: EngineCore, request_ids: list[str]) -> None:
     _scheduler(core).release(request_ids)
 
 
-def taichi_pin(core: EngineCore, request_id: str) -> list[int] | None:
+def taichi_pin(core: EngineCore, request_id: str, reader: str) -> list[int] | None:
     """Utility call: see FlowScheduler.pin."""
-    return _scheduler(core).pin(request_id)
+    return _scheduler(core).pin(request_id, reader)
 
 
-def taichi_unpin(core: EngineCore, request_id: str) -> None:
+def taichi_unpin(core: EngineCore, reader: str) -> None:
     """Utility call: see FlowScheduler.unpin."""
-    _scheduler(core).unpin(request_id)
+    _scheduler(core).unpin(reader)
 
 
 def taichi_arrive(core: EngineCore, request_id: str, tokens: list[int]) -> bool:

@@ -76,9 +76,7 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
             str, Given
         ] = {}  # legs whose KV is copied beside the steps, until they are scheduled
         self._orders: list[Given | Return] = []  # for the workers, with the next step
-        self._awaited: list[
-            tuple[str, list[int]]
-        ] = []  # legs whose last block must be here when the next step begins
+        self._awaited: list[Given] = []  # legs whose last block must be here when the next step begins
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step.
@@ -145,7 +143,7 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
             return False
         pulled = request.num_tokens - 1 - given.first * self.block_size
         self.pulled[request.request_id] = max(0, pulled), began
-        self._awaited.append((request.request_id, given.blocks))
+        self._awaited.append(given)
         return True
 
     def scheduled(self, request_id: str) -> None:
@@ -155,6 +153,8 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """vLLM's own, with the orders for the threads that copy beside the steps."""
         meta = super().build_connector_meta(scheduler_output)
+        if self._awaited:  # workers look after loads before the step's own work only if there are such
+            scheduler_output.has_sync_kv_loads = True
         meta.taichi = self._orders, self._awaited
         self._orders, self._awaited = [], []
         return meta
@@ -164,8 +164,9 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
     ) -> tuple[bool, TransferParams | None]:
         """Pin the blocks of a request that leaves; free those of every other one at once, but for those that
         somebody still writes into."""
-        if self._ahead.pop(request.request_id, None) is not None:
+        if (given := self._ahead.pop(request.request_id, None)) is not None:
             self._orders.append(Return(request.request_id))
+            self._awaited = [one for one in self._awaited if one is not given]
             return True, None
         self.pulled.pop(request.request_id, None)
         self._known.pop(request.request_id, None)

@@ -86,9 +86,9 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
             return
         if orders:
             self._copier.order(*orders)
-        for leg, blocks in awaited:
-            if (here := self._copier.wait(leg, TAIL_SECONDS)) is not None:
-                self._invalid_block_ids.put(set(blocks[here:]))
+        for given in awaited:
+            if (here := self._copier.wait(given.leg, TAIL_SECONDS)) is not None:
+                self._invalid_block_ids.put(set(given.blocks[max(here, given.first) :]))
 
     def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
         """Read blocks of a peer from whatever thread; see copier.Reader. The peer is told `note`

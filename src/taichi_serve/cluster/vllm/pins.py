@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 class Pins:
-    """The pinned blocks of every request that is copied ahead."""
+    """Blocks pinned for every leg that is copied ahead, by that leg: two may read from one request, one after
+    the other."""
 
     def __init__(self, manager: KVCacheManager, block_size: int) -> None:
         self._manager = manager
         self._block_size = block_size
         self._blocks: dict[str, dict[int, KVCacheBlock]] = {}
 
-    def pin(self, request: Request) -> list[int] | None:
+    def pin(self, request: Request, reader: str) -> list[int] | None:
         """Pin what is full by now; the ids of all full blocks. None where the model keeps several kinds of
         KV."""
         groups = self._manager.get_blocks(request.request_id).blocks
@@ -31,13 +32,13 @@ class Pins:
         # Steps that are under way have been counted already, and may not have written their KV yet.
         final = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1)
         full = {block.block_id: block for block in groups[0][: max(0, final) // self._block_size]}
-        pinned = self._blocks.setdefault(request.request_id, {})
+        pinned = self._blocks.setdefault(reader, {})
         fresh = {number: block for number, block in full.items() if number not in pinned}
         self._manager.block_pool.touch(list(fresh.values()))
         pinned |= fresh
         return list(full)
 
-    def unpin(self, request_id: str) -> None:
-        """Nobody reads them any more."""
-        if blocks := self._blocks.pop(request_id, None):
+    def unpin(self, reader: str) -> None:
+        """They are read no more."""
+        if blocks := self._blocks.pop(reader, None):
             self._manager.block_pool.free_blocks(reversed(blocks.values()))
