@@ -241,6 +241,15 @@ def test_the_worker_side_has_what_a_read_from_another_thread_needs() -> None:
     assert names(NixlBaseConnectorWorker._logical_to_kernel_block_ids) == ["block_ids", "ratio"]
 
 
+def test_workers_look_after_loads_before_a_step_only_if_it_says_so() -> None:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker import kv_connector_model_runner_mixin
+
+    assert "has_sync_kv_loads" in {field.name for field in fields(SchedulerOutput)}
+    source = inspect.getsource(kv_connector_model_runner_mixin)
+    assert "start_after_forward = not scheduler_output.has_sync_kv_loads" in source
+
+
 def test_a_failed_load_can_be_recomputed_and_a_lease_be_set() -> None:
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler

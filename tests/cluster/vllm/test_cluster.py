@@ -487,3 +487,32 @@ async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> Non
     two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
     assert two.clients[1].aborted == ["a#1+"]
     assert Drop("a#1+") in two.orders[1]
+
+
+async def test_room_ends_where_the_context_of_the_model_does(two: Two) -> None:
+    two.clients[1].vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=9))
+    await copied_ahead(two)
+    early = two.clients[1].added[0]
+    assert early.sampling_params.extra_args[KEY]["ahead"] == 9 - 4
+
+
+async def test_a_hint_outlives_the_first_token_of_a_prefill_that_began_again(two: Two) -> None:
+    two.clients[1].pins = [7]
+    two.ask()
+    two.cluster.send(Prefill("a", 1, "i1", hand_over=True))  # i0 was lost
+    two.cluster.send(Ahead("a", 2, "i0"))
+    await two.orders[0].has(More("a#2+", "e1", [7]))
+    two.cluster.aheads.hear(Copied("a#2+", 1, False, 1, 0.1, 1.0, 1.1))
+    two.leave(1, "a#1", 50)
+    two.cluster.send(Decode("a", 2, "i0", Move.HAND_OVER))
+    await two.orders[0].has(More("a#2+", "e1", [7], "a"))
+
+
+async def test_a_request_that_left_for_an_instance_that_is_lost_waits_for_another_decision(two: Two) -> None:
+    await copied_ahead(two)
+    two.cluster.lose(two.engines[1], "exit code -9")
+    two.leave(0, "a", 51)
+    two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
+    assert two.clients[0].added[-1].request_id == "a#2"
+    two.say(0, "a#2", 52)
+    assert two.tokens == [50, 51, 52]
