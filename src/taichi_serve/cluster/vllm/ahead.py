@@ -256,5 +256,12 @@ class Aheads:
         self._unpin(ahead)
 
     def _unpin(self, ahead: Ahead) -> None:
-        if ahead.source.alive:
-            ahead.source.client.tell("taichi_unpin", ahead.request)
+        if not ahead.source.alive:
+            return
+        answer = asyncio.ensure_future(ahead.source.client.call_utility_async("taichi_unpin", ahead.request))
+        answer.add_done_callback(lambda task: _unpinned(ahead.source, task))
+
+
+def _unpinned(source: Engine, answer: asyncio.Task[Any]) -> None:
+    if not answer.cancelled() and answer.exception() is None:
+        source.kv_tokens = answer.result()

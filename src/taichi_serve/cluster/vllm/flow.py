@@ -199,9 +199,16 @@ class FlowScheduler(AsyncScheduler):
         request = self.requests.get(request_id)
         return self._pins.pin(request, reader) if request is not None and not request.is_finished() else None
 
-    def unpin(self, reader: str) -> None:
-        """The blocks that were pinned for this leg are read no more."""
+    def unpin(self, reader: str) -> int:
+        """The blocks that were pinned for this leg are read no more. Tokens of KV that are held then: an
+        engine without work makes no step that would tell."""
         self._pins.unpin(reader)
+        return self._held_tokens()
+
+    def _held_tokens(self) -> int:
+        pool = self.kv_cache_manager.block_pool
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
+        return int(used * self.block_size)
 
     def leave(self, request_ids: list[str]) -> None:
         """These requests stop after the token they are on; ids that are not here are dropped."""
@@ -253,10 +260,8 @@ class FlowScheduler(AsyncScheduler):
         began = max(step.scheduled_at, self._stepped_at)
         if step.prefill_tokens or step.decodes:
             self._stepped_at = now
-        pool = self.kv_cache_manager.block_pool
-        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
-        kv_tokens = used * self.block_size
-        record = [now, now - began, step.prefill_tokens, step.decodes, kv_tokens, step.moved_in]
+        held = self._held_tokens()
+        record = [now, now - began, step.prefill_tokens, step.decodes, held, step.moved_in]
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
 
@@ -287,9 +292,9 @@ def taichi_pin(core: EngineCore, request_id: str, reader: str) -> list[int] | No
     return _scheduler(core).pin(request_id, reader)
 
 
-def taichi_unpin(core: EngineCore, reader: str) -> None:
+def taichi_unpin(core: EngineCore, reader: str) -> int:
     """Utility call: see FlowScheduler.unpin."""
-    _scheduler(core).unpin(reader)
+    return _scheduler(core).unpin(reader)
 
 
 def taichi_arrive(core: EngineCore, request_id: str, tokens: list[int]) -> bool:
