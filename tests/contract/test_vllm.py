@@ -225,6 +225,14 @@ def test_the_scheduler_side_is_asked_for_matched_tokens_told_of_blocks_and_asked
     assert not mentions(Side, "_reqs_need_send", "_reqs_in_batch", "remote_block_ids", "do_remote_decode")
 
 
+def test_the_scheduler_side_starts_its_listener_once_when_it_is_given_the_handshake() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+
+    given = NixlPullConnectorScheduler.set_xfer_handshake_metadata
+    assert names(given) == ["metadata"]
+    assert not mentions(given, "if self._nixl_handshake_listener_t is None", "self.side_channel_port")
+
+
 def test_the_worker_side_has_what_a_read_from_another_thread_needs() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
@@ -257,6 +265,22 @@ def test_a_failed_load_can_be_recomputed_and_a_lease_be_set() -> None:
     assert "kv_load_failure_policy" in {field.name for field in fields(KVTransferConfig)}
     assert "kv_connector_module_path" in {field.name for field in fields(KVTransferConfig)}
     assert "kv_lease_duration" in inspect.getsource(sys.modules[base_scheduler.__name__])
+
+
+def test_requests_whose_blocks_could_not_be_read_within_a_step_are_named_in_one_place(scheduler: Any) -> None:
+    assert names(scheduler._handle_invalid_blocks) == ["invalid_block_ids", "num_scheduled_tokens"]
+    assert not mentions(
+        scheduler.update_from_output,
+        "self._handle_invalid_blocks(",
+        "# skip failed or rescheduled requests from KV load failure",
+    )
+    assert names(scheduler.finish_requests) == ["request_ids", "finished_status"]
+
+
+def test_blocks_can_be_taken_out_of_the_prefix_cache() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    assert names(KVCacheManager.evict_blocks) == ["block_ids"]
 
 
 def test_nixl_makes_its_agents_from_a_configuration_whose_progress_delay_can_be_set() -> None:

@@ -18,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from taichi_serve.cluster.vllm.ahead import ROOM
 from taichi_serve.cluster.vllm.cluster import FRESH, VllmCluster
 from taichi_serve.cluster.vllm.copier import Copied, Drop, Dropped, Failed, Gone, More, Order
-from taichi_serve.cluster.vllm.extra import KEY, LEFT
+from taichi_serve.cluster.vllm.extra import KEY, LEFT, UNREAD
 from taichi_serve.cluster.vllm.instance import Engine
 from taichi_serve.messages import (
     Abort,
@@ -272,6 +272,25 @@ async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_unde
     assert two.engines[1].recomputed_late == 1
 
 
+async def test_kv_that_could_not_be_read_within_the_step_is_computed_again_and_the_user_sees_nothing(
+    two: Two,
+) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    two.say(1, "a#1", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
+    two.say(1, "a#1~", 51, finish_reason=FinishReason.LENGTH)
+    assert [request.request_id for request in two.clients[1].added] == ["a#1", "a#1~"]
+    assert "kv_transfer_params" not in two.clients[1].added[1].sampling_params.extra_args
+    assert [(o.new_token_ids, o.finish_reason) for o in two.got] == [
+        ([50], None),
+        ([51], FinishReason.LENGTH),
+    ]
+    assert two.engines[1].recomputed_late == 1
+    assert ("taichi_release", ["a"]) in two.clients[0].told  # nobody else will say so
+    assert two.facts()[-1].outcome is Outcome.FINISHED
+
+
 async def test_a_client_that_leaves_while_its_kv_is_held_frees_it(two: Two) -> None:
     two.ask()
     two.prefilled_and_held()
@@ -448,6 +467,19 @@ async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
     assert two.clients[1].aborted == ["a#1+"]
     again = two.clients[1].added[-1]
     assert (again.request_id, again.prompt_token_ids) == ("a#1+~", [1, 2, 3, 50, 51])
+    assert ("taichi_release", ["a"]) in two.clients[0].told  # nobody else will say so
+    two.say(1, "a#1+", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)  # its engine found out later
+    assert len(two.clients[1].added) == 2
+
+
+async def test_a_tail_that_its_engine_misses_first_is_computed_again_once(two: Two) -> None:
+    await copied_ahead(two)
+    two.leave(0, "a", 51)
+    two.say(1, "a#1+", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
+    assert ("taichi_release", ["a"]) not in two.clients[0].told  # its copier may still read
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    assert [request.request_id for request in two.clients[1].added] == ["a#1+", "a#1+~"]
+    assert ("taichi_release", ["a"]) in two.clients[0].told
 
 
 async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: Two) -> None:

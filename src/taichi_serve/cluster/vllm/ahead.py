@@ -194,9 +194,10 @@ class Aheads:
                 self._copied(ahead, word)
             case Dropped():
                 self._forget(ahead)
-            case Failed(why=why) if ahead.gone:
+            case Failed() if ahead.gone:
                 self._forget(ahead)
-                self._recompute(ahead.live, ahead.going.leg)
+                if not ahead.over:
+                    self._recompute(ahead.live, ahead.going.leg)
             case Failed(why=why) if not ahead.over:
                 self._stay(ahead, why)
 
@@ -250,9 +251,12 @@ class Aheads:
                 self._end(ahead)
 
     def _forget(self, ahead: Ahead) -> None:
+        """Nothing is read for it any more."""
         self._by_request.pop(ahead.request, None)
         if ahead.late is not None:
             ahead.late.cancel()
+        if ahead.gone and not ahead.landed and ahead.source.alive:
+            ahead.source.release(ahead.source_leg)  # no reader will say that it has it
         self._unpin(ahead)
 
     def _unpin(self, ahead: Ahead) -> None:

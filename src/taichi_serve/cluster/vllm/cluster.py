@@ -13,7 +13,7 @@ from taichi_serve.cluster.vllm import facts
 from taichi_serve.cluster.vllm.ahead import Aheads
 from taichi_serve.cluster.vllm.copier import Gone
 from taichi_serve.cluster.vllm.exact import bound_by
-from taichi_serve.cluster.vllm.extra import LEFT
+from taichi_serve.cluster.vllm.extra import LEFT, UNREAD
 from taichi_serve.cluster.vllm.host import direct
 from taichi_serve.cluster.vllm.kv import LEASE
 from taichi_serve.cluster.vllm.leg import Going, Held, Live, engine_id, first_leg, next_leg
@@ -223,7 +223,7 @@ class VllmCluster:
             self.engines[live.instance].add(live, request)
 
     def _recompute(self, live: Live, leg: int) -> None:
-        """The KV did not come in time: compute the tokens so far again, on the same instance."""
+        """The KV did not come, or not in time: compute the tokens so far again, on the same instance."""
         if self.live.get(live.id) is not live or live.leg != leg or not live.awaiting:
             return
         engine = self.engines[live.instance]
@@ -236,6 +236,14 @@ class VllmCluster:
         request = next_leg(live, None)
         request.request_id = live.engine_request
         self._add(live, request)
+
+    def _unread(self, live: Live) -> None:
+        """Its engine could not read the KV. Where it was copied ahead, the copier says when the source may
+        free it."""
+        held = live.reader if live.ahead is None else None
+        self._recompute(live, live.leg)
+        if held is not None:
+            self._release(held)
 
     def _release(self, held: Held) -> None:
         self.engines[held.instance].release(held.engine_request)
@@ -282,7 +290,7 @@ class VllmCluster:
                     engine.release(output.request_id)
             else:
                 self._take(engine, live, output, now)
-                if live.warm is None:
+                if live.warm is None and (output.new_token_ids or output.finish_reason is not None):
                     kept.append(output)
         outputs.outputs = kept
         outputs.engine_index = engine.index
@@ -304,6 +312,9 @@ class VllmCluster:
         if left:
             output.finish_reason = output.stop_reason = None
             self._left(engine, live, params, now)
+        elif output.stop_reason == UNREAD:
+            output.finish_reason = output.stop_reason = None
+            self._unread(live)
         elif output.finish_reason is not None:
             failed = output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
             self._over(engine, live, Outcome.FAILED if failed else Outcome.FINISHED)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # The stop reason of a leg that ended because the request goes on elsewhere. Users never see it.
 LEFT = "taichi:left"
+# The stop reason of a leg whose KV could not be read within its first step.
+UNREAD = "taichi:unread"
 # Key of our entry in SamplingParams.extra_args, and in SchedulerStats.kv_connector_stats.
 KEY = "taichi"
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
-from taichi_serve.cluster.vllm.extra import KEY, LEFT, MovedIn, extra
+from taichi_serve.cluster.vllm.extra import KEY, LEFT, UNREAD, MovedIn, extra
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.kv import FlowConnectorScheduler
 from taichi_serve.cluster.vllm.pins import Pins
@@ -55,6 +56,7 @@ class FlowScheduler(AsyncScheduler):
         # A cap of one chunk for each prefill keeps the budget's decode share out of its reach.
         self.adaptive_long_prefill_threshold = False
         self._leaving: set[str] = set()
+        self._unread: set[str] = set()  # requests of the step under way whose KV could not be read for it
         self._steps: deque[Step] = deque()
         self._arrived: dict[str, float] = {}  # requests that are moving in: when they came
         self._landed: dict[str, float] = {}  # and when their KV was here
@@ -248,7 +250,32 @@ class FlowScheduler(AsyncScheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Take the step's tokens, and remember for make_stats which step this is."""
         self._step = self._steps.popleft()
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
+            scheduler_output, model_runner_output
+        )
+        unread, self._unread = self._unread, set()
+        for request in self.finish_requests(unread, RequestStatus.FINISHED_ERROR) if unread else ():
+            output = EngineCoreOutput(
+                request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=UNREAD
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+        return outputs
+
+    def _handle_invalid_blocks(
+        self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]
+    ) -> set[str]:
+        """KV that was to be read within the step is not here: whoever counted on it ends, and begins anew.
+
+        vLLM's own way, to compute the blocks again in place, holds without asynchronous scheduling only. With
+        it the next step is on its way already, and would bring a token that was made from what is missing.
+        """
+        unread = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
+        for request_id in unread:
+            (blocks,) = self.kv_cache_manager.get_block_ids(request_id)
+            first = next(i for i, block in enumerate(blocks) if block in invalid_block_ids)
+            self.kv_cache_manager.evict_blocks(set(blocks[first:]))  # the prefix cache must not give them out
+        self._unread |= unread
+        return unread
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's own statistics with our record of the step under KEY."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.network_utils import get_open_port
 from vllm.v1.engine import EngineCoreRequest
 
 from taichi_serve.cluster.vllm.copier import Word
@@ -159,22 +158,13 @@ def _engine(
 
 
 def environments(count: int, per_instance: int, devices: str | None) -> list[dict[str, str]]:
-    """What differs between the instances' environments: devices, cores, and the KV side channel's port.
+    """What differs between the instances' environments: devices and cores.
 
     Raises StartError when there are fewer devices than asked for, or `devices` has the wrong form.
     """
     groups = _groups(count, per_instance, devices)
     variable = "VLLM_CPU_OMP_THREADS_BIND" if current_platform.is_cpu() else "CUDA_VISIBLE_DEVICES"
-    result = []
-    for group in groups:
-        environment = {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(get_open_port()),
-        }
-        if group:
-            environment[variable] = group
-        result.append(environment)
-    return result
+    return [{variable: group} if group else {} for group in groups]
 
 
 def _groups(count: int, per_instance: int, devices: str | None) -> list[str]:

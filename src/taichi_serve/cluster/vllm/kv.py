@@ -11,6 +11,7 @@ list to it, so that both sides agree block by block.
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,23 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         ] = {}  # legs whose KV is copied beside the steps, until they are scheduled
         self._orders: list[Given | Return] = []  # for the workers, with the next step
         self._awaited: list[Given] = []  # legs whose last block must be here when the next step begins
+
+    def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """Listen for peers, once. Raises OSError where the side channel's port is taken: vLLM's own would
+        wait for its listener for ever."""
+        if self._nixl_handshake_listener_t is None:
+            self._can_listen()
+        super().set_xfer_handshake_metadata(metadata)
+
+    def _can_listen(self) -> None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.side_channel_host, self.side_channel_port))
+                probe.listen()
+            except OSError as taken:
+                where = f"{self.side_channel_host}:{self.side_channel_port}"
+                raise OSError(taken.errno, f"the KV side channel cannot listen on {where}") from taken
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step.

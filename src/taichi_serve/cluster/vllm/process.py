@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,21 @@ from vllm.v1.engine.utils import (
 
 class StartError(RuntimeError):
     """An instance did not start. The message names it, the likely cause and its log."""
+
+
+LOOPBACK = "127.0.0.1"
+
+
+def reserve() -> socket.socket:
+    """A port of the loopback interface that nobody else is given while this socket is open.
+
+    Only who asks for this very port can listen on it: the kernel gives out no port that is bound, and lets a
+    second socket bind it where both set SO_REUSEADDR, as ZeroMQ does.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((LOOPBACK, 0))
+    return reserved
 
 
 class EngineProcess:
@@ -49,11 +65,17 @@ class EngineProcess:
         }
         path = directory / f"{name}.json"
         path.write_text(json.dumps(spec))
+        # The engine listens on it half a minute after it is chosen: time enough for it to be given away.
+        self._side_channel = reserve()
+        side_channel = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self._side_channel.getsockname()[1]),
+        }
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "taichi_serve.cluster.vllm.engine", str(path)],
                 # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
-                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory), **env},
+                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -120,6 +142,7 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        self._side_channel.close()
 
     def stop(self, timeout: float) -> None:
         """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards."""
