@@ -133,7 +133,7 @@ async def start_engines(
         ]
     except BaseException:
         for process in processes:
-            process.kill()
+            process.end()
         await asyncio.gather(*waiting, return_exceptions=True)
         raise
 

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import zmq
 from vllm.config import VllmConfig
 from vllm.v1.engine.utils import (
@@ -29,6 +31,8 @@ class StartError(RuntimeError):
 
 
 LOOPBACK = "127.0.0.1"
+TRACKER = "multiprocessing.resource_tracker"  # in the command line of Python's own cleaner
+TRACKER_SECONDS = 5.0
 
 
 def reserve() -> socket.socket:
@@ -41,6 +45,13 @@ def reserve() -> socket.socket:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind((LOOPBACK, 0))
     return reserved
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 class EngineProcess:
@@ -137,18 +148,42 @@ class EngineProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the whole group now, and wait until its leader is gone."""
+        """Have the whole group ended now, and do not wait for it.
+
+        Python's resource tracker goes by itself, and last: it unlinks the shared memory that the others left.
+        """
         self.stopping = True
+        for process in self._group():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if TRACKER in " ".join(process.cmdline()):
+                    process.resume()  # whoever stopped the engine stopped it too
+                else:
+                    process.kill()
+
+    def end(self) -> None:
+        """End the whole group now, and wait until nothing is left of it."""
+        self.kill()
+        self._process.wait()
+        until = time.monotonic() + TRACKER_SECONDS
+        while self._group() and time.monotonic() < until:
+            time.sleep(0.01)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
         self._side_channel.close()
+
+    def _group(self) -> list[psutil.Process]:
+        """Its processes that still run."""
+        return [
+            process
+            for process in psutil.process_iter(["status"])
+            if process.info["status"] != psutil.STATUS_ZOMBIE and _group_of(process.pid) == self.pid
+        ]
 
     def stop(self, timeout: float) -> None:
         """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards."""
         self.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
-        self.kill()
+        self.end()
         with contextlib.suppress(OSError):
             os.close(self.sentinel)
