@@ -7,20 +7,23 @@ against vLLM's server with `--data-parallel-size 2`. Each instance and each rank
 the whole step budget and both servers have the same one, so a step of ours may hold what a step of theirs
 may: decodes first, and prompt tokens up to the budget.
 
-One server runs at a time; both get the same requests (the seed is the pair's), and which goes first
-alternates. A measurement waits until the rest of the machine is quiet, and a pair during which others used
-more than `--others` cores is measured again, whatever it says. Printed are the ratios of all pairs, ours over
-theirs, and their medians.
+Both servers are up, one of them idle: a machine whose processors are faster now and slower in a minute then
+gives both the same. They get the same requests (the seed is the pair's), and which goes first alternates. A
+measurement waits until the rest of the machine is quiet, and a pair during which others, the idle server
+among them, used more than `--others` cores is measured again, whatever it says. Printed are the ratios of all
+pairs, ours over theirs, and their medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,33 +135,42 @@ def start(kind: Kind, instances: int, directory: Path) -> Server | Stock:
     return Stock(directory, *parallel, *budget, env=bound).wait_ready()
 
 
-def one(kind: Kind, plan: Plan, seed: int) -> dict[str, Any]:
-    """Start one of the two, warm it, measure it, stop it. The result has what Watch.read says, too."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        server = start(kind, plan.instances, directory / kind)
-        try:
-            measure(server.url, directory, 20, "inf", seed=1000 + seed)
-            wait_for_quiet(plan.others)
-            watch = Watch(server.process.pid)
-            result = measure(server.url, directory, plan.requests, plan.rate, seed)
-            return result | watch.read()
-        finally:
-            server.end()
+def one(server: Server | Stock, directory: Path, plan: Plan, seed: int) -> dict[str, Any]:
+    """Measure one of the two. The result has what Watch.read says, too."""
+    wait_for_quiet(plan.others)
+    watch = Watch(server.process.pid)
+    result = measure(server.url, directory, plan.requests, plan.rate, seed)
+    return result | watch.read()
 
 
-def pair(plan: Plan, number: int, attempts: int = 5) -> dict[Kind, dict[str, Any]]:
+def pair(
+    servers: Mapping[Kind, Server | Stock], directory: Path, plan: Plan, number: int, attempts: int = 5
+) -> dict[Kind, dict[str, Any]]:
     """Both, one after the other, on a quiet machine."""
     for _ in range(attempts):
         results: dict[Kind, dict[str, Any]] = {}
         for kind in order(number):
-            results[kind] = one(kind, plan, seed=number)
+            results[kind] = one(servers[kind], directory, plan, seed=number)
             if (others := results[kind]["others"]) > plan.others:
                 print(f"pair {number + 1}  others used {others:.2f} cores: measured again", flush=True)
                 break
         else:
             return results
     raise AssertionError(f"the machine was not quiet in {attempts} attempts")
+
+
+@contextlib.contextmanager
+def both(instances: int) -> Iterator[tuple[dict[Kind, Server | Stock], Path]]:
+    """The two servers, warm, and a folder."""
+    kinds: tuple[Kind, ...] = ("ours", "stock")
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        servers: dict[Kind, Server | Stock] = {}
+        for kind in kinds:
+            servers[kind] = start(kind, instances, Path(name) / kind)
+            stack.callback(servers[kind].end)
+        for number, server in enumerate(servers.values()):
+            measure(server.url, Path(name), 40, "inf", seed=1000 + number)
+        yield servers, Path(name)
 
 
 def main() -> None:
@@ -173,12 +185,13 @@ def main() -> None:
     args = parser.parse_args()
     plan = Plan(args.instances, args.requests, args.rate, args.others)
     ratios = Ratios(FIGURES)
-    for number in range(args.pairs):
-        results = pair(plan, number)
-        ratios.add(results["ours"], results["stock"])
-        for figure in FIGURES:
-            ours, stock = (results[kind][figure.key] for kind in ("ours", "stock"))
-            print(f"pair {number + 1}  {figure.name:20} ours {ours:9.2f}  stock {stock:9.2f}", flush=True)
+    with both(args.instances) as (servers, directory):
+        for number in range(args.pairs):
+            results = pair(servers, directory, plan, number)
+            ratios.add(results["ours"], results["stock"])
+            for figure in FIGURES:
+                ours, stock = (results[kind][figure.key] for kind in ("ours", "stock"))
+                print(f"pair {number + 1}  {figure.name:20} ours {ours:9.2f}  stock {stock:9.2f}", flush=True)
     print(f"\n{args.instances} instance(s), ours over stock, {args.pairs} pairs of {args.requests} requests")
     print("\n".join(ratios.rows()))
 

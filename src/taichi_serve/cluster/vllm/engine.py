@@ -33,17 +33,20 @@ def main(path: str) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
     spec: dict[str, Any] = json.loads(Path(path).read_text())
     die_with_parent(spec["parent"])
-    sys.setswitchinterval(SWITCH_INTERVAL)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in our directory it goes with the others.
     tempfile.tempdir = str(Path(path).parent)
 
     # Only now what takes seconds to import: the server may be killed meanwhile.
+    from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor import Executor
 
     from taichi_serve.cluster.vllm.args import engine_config
+
+    if not current_platform.is_cpu():  # there the model runs in a process of its own
+        sys.setswitchinterval(SWITCH_INTERVAL)
 
     config = engine_config(spec["argv"], spec["engine_id"], str(Path(path).parent))
     EngineCoreProc.run_engine_core(

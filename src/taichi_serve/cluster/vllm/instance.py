@@ -21,6 +21,10 @@ from taichi_serve.cluster.vllm.process import EngineProcess, StartError
 from taichi_serve.messages import SetChunk
 from taichi_serve.sliders import Kind
 
+# Environment of every CPU instance. UCX, under NIXL, else hooks into each mapping of memory, which costs a
+# step of the model 3 %; without its hooks it registers memory when told to, which is all that KV needs.
+ON_CPU = {"UCX_MEM_EVENTS": "n"}
+
 
 @dataclass(slots=True, eq=False)
 class Engine:
@@ -158,13 +162,15 @@ def _engine(
 
 
 def environments(count: int, per_instance: int, devices: str | None) -> list[dict[str, str]]:
-    """What differs between the instances' environments: devices and cores.
+    """What the instances' environments have beside the server's own: devices and cores.
 
     Raises StartError when there are fewer devices than asked for, or `devices` has the wrong form.
     """
     groups = _groups(count, per_instance, devices)
-    variable = "VLLM_CPU_OMP_THREADS_BIND" if current_platform.is_cpu() else "CUDA_VISIBLE_DEVICES"
-    return [{variable: group} if group else {} for group in groups]
+    on_cpu = current_platform.is_cpu()
+    variable = "VLLM_CPU_OMP_THREADS_BIND" if on_cpu else "CUDA_VISIBLE_DEVICES"
+    common = {k: v for k, v in ON_CPU.items() if k not in os.environ} if on_cpu else {}
+    return [common | ({variable: group} if group else {}) for group in groups]
 
 
 def _groups(count: int, per_instance: int, devices: str | None) -> list[str]:
