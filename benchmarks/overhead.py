@@ -33,9 +33,10 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integration"))
 
 from paired import Figure, Kind, Ratios, Watch, order, wait_for_quiet
-from servers import ENVIRONMENT, FLAGS, START_SECONDS, Server, eventually, free_port
+from servers import ENVIRONMENT, FLAGS, START_SECONDS, Server, eventually
 from test_stock_load_generator import BENCH
 
+from taichi_serve.ports import LOOPBACK, port_of, reserve
 from taichi_serve.tiny import cached_tiny_model
 
 BUDGET = 512
@@ -64,8 +65,9 @@ class Stock:
 
     def __init__(self, directory: Path, *flags: str, env: dict[str, str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.reserved = reserve()
+        port = port_of(self.reserved)
+        self.url = f"http://{LOOPBACK}:{port}"
         self.log = directory / "server.log"
         module = "vllm.entrypoints.launchers.api_server.entry"
         words = ["--model", str(cached_tiny_model()), "--port", str(port), *FLAGS, *flags]
@@ -95,6 +97,7 @@ class Stock:
         """Stop it."""
         self.process.terminate()
         self.process.wait()
+        self.reserved.close()
 
 
 def measure(url: str, directory: Path, requests: int, rate: str, seed: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
+from taichi_serve.ports import port_of, reserve
 from taichi_serve.tiny import cached_tiny_model
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -38,13 +39,6 @@ FLAGS = (
 )
 START_SECONDS = 300
 STOP_SECONDS = 60
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def eventually(holds: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -79,7 +73,8 @@ class Server:
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self.port = port or free_port()
+        self.reserved = reserve()  # vLLM binds its port seconds from now
+        self.port = port or port_of(self.reserved)
         self.url = f"http://127.0.0.1:{self.port}"
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         key = ("--api-key", api_key) if api_key else ()
@@ -189,6 +184,7 @@ class Server:
         logs_stay: bool = False,
     ) -> None:
         """Wait for its end, and look for what it might have left."""
+        self.reserved.close()
         try:
             assert self.process.wait(STOP_SECONDS) == code, self._tail()
         except subprocess.TimeoutExpired:
@@ -210,6 +206,7 @@ class Server:
 
     def end(self) -> None:
         """End whatever is left of it, however the test went."""
+        self.reserved.close()
         if self.process.poll() is None:
             family = self.family()
             for process in family:

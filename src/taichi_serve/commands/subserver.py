@@ -8,12 +8,13 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+
+from taichi_serve.ports import LOOPBACK, port_of, reserve
 
 PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 20.0  # the server itself gives an engine ten seconds
@@ -23,14 +24,6 @@ READY = "ready on "
 
 class ServerError(RuntimeError):
     """The server ended before it was ready, or did not end well. The message is its own last word."""
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Subserver:
@@ -43,9 +36,10 @@ class Subserver:
         """Start `taichi serve` with these words; host and port are chosen here."""
         self.directory = Path(tempfile.mkdtemp(prefix="taichi-own-"))  # mode 0700
         self.log = self.directory / "server.log"
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self._port = reserve()  # the server binds it seconds from now
+        self.url = f"http://{LOOPBACK}:{(port := port_of(self._port))}"
         command = [sys.executable, "-m", "taichi_serve.cli", "serve", *words]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["--host", LOOPBACK, "--port", str(port)]
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TMPDIR": str(self.directory)}
         try:
             with self.log.open("wb") as log:
@@ -59,6 +53,7 @@ class Subserver:
                     preexec_fn=_stop_with_parent,  # noqa: PLW1509  (no threads yet: it runs right after the fork)
                 )
         except BaseException:
+            self._port.close()
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
 
@@ -91,6 +86,7 @@ class Subserver:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # its engines die with it
             self._process.wait()
+        self._port.close()
         if not keep:
             shutil.rmtree(self.directory, ignore_errors=True)
         return self._process.returncode

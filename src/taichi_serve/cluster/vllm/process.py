@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import zmq
 from vllm.config import VllmConfig
 from vllm.v1.engine.utils import (
@@ -25,33 +23,25 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
+from taichi_serve.ports import LOOPBACK, port_of, reserve
+
+# In /proc/PID/maps: the queues and locks between an engine core and its workers, and among the workers. A
+# model that lies in /dev/shm is not one of these.
+SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+
 
 class StartError(RuntimeError):
     """An instance did not start. The message names it, the likely cause and its log."""
 
 
-LOOPBACK = "127.0.0.1"
-TRACKER = "multiprocessing.resource_tracker"  # in the command line of Python's own cleaner
-TRACKER_SECONDS = 5.0
-
-
-def reserve() -> socket.socket:
-    """A port of the loopback interface that nobody else is given while this socket is open.
-
-    Only who asks for this very port can listen on it: the kernel gives out no port that is bound, and lets a
-    second socket bind it where both set SO_REUSEADDR, as ZeroMQ does.
-    """
-    reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind((LOOPBACK, 0))
-    return reserved
-
-
-def _group_of(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
+def shared_memory(group: int) -> set[Path]:
+    """Files of shared memory that vLLM made for itself and that processes of this group have mapped."""
+    found: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
+            if os.getpgid(int(process.name)) == group:
+                found.update(Path(name) for name in SHARED.findall((process / "maps").read_text()))
+    return found
 
 
 class EngineProcess:
@@ -80,7 +70,7 @@ class EngineProcess:
         self._side_channel = reserve()
         side_channel = {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self._side_channel.getsockname()[1]),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port_of(self._side_channel)),
         }
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -97,6 +87,7 @@ class EngineProcess:
         self.pid = self._process.pid
         self.sentinel = os.pidfd_open(self.pid)
         self.stopping = False
+        self._shared: set[Path] = set()
 
     @property
     def exitcode(self) -> int | None:
@@ -116,6 +107,7 @@ class EngineProcess:
                 wait_for_engine_startup(
                     socket, engines, config.parallel_config, False, config.cache_config, launch
                 )
+            self._shared = shared_memory(self.pid)
         except RuntimeError as error:
             raise StartError(
                 f"instance {self.name} did not start (exit code {self.exitcode}): {self.cause()}; "
@@ -148,36 +140,19 @@ class EngineProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Have the whole group ended now, and do not wait for it.
-
-        Python's resource tracker goes by itself, and last: it unlinks the shared memory that the others left.
-        """
+        """Have the whole group ended now, and do not wait for it."""
         self.stopping = True
-        for process in self._group():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if TRACKER in " ".join(process.cmdline()):
-                    process.resume()  # whoever stopped the engine stopped it too
-                else:
-                    process.kill()
+        self._shared |= shared_memory(self.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def end(self) -> None:
         """End the whole group now, and wait until nothing is left of it."""
         self.kill()
         self._process.wait()
-        until = time.monotonic() + TRACKER_SECONDS
-        while self._group() and time.monotonic() < until:
-            time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        for path in self._shared:  # whoever made it had no time to take it away
+            path.unlink(missing_ok=True)
         self._side_channel.close()
-
-    def _group(self) -> list[psutil.Process]:
-        """Its processes that still run."""
-        return [
-            process
-            for process in psutil.process_iter(["status"])
-            if process.info["status"] != psutil.STATUS_ZOMBIE and _group_of(process.pid) == self.pid
-        ]
 
     def stop(self, timeout: float) -> None:
         """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards."""
