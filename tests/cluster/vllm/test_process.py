@@ -36,7 +36,7 @@ def test_a_side_channel_that_is_taken_is_one_clear_error_and_no_wait() -> None:
 
 @pytest.fixture
 def mapped() -> Iterator[tuple[Path, Path]]:
-    """In /dev/shm that this process has mapped: named as vLLM names its queues, and somebody's model."""
+    """Shared memory mapped here: a file named as vLLM names its queues, and somebody's model."""
     ring, model = (Path("/dev/shm") / f"{name}{os.getpid()}" for name in ("psm_", "model-"))
     maps = []
     for path in (ring, model):

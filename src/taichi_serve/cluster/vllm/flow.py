@@ -266,8 +266,8 @@ class FlowScheduler(AsyncScheduler):
     ) -> set[str]:
         """KV that was to be read within the step is not here: whoever counted on it ends, and begins anew.
 
-        vLLM's own way, to compute the blocks again in place, holds without asynchronous scheduling only. With
-        it the next step is on its way already, and would bring a token that was made from what is missing.
+        vLLM's own way, to compute the blocks again in place, takes back what was computed, but neither the
+        placeholder of the token that did not come nor a step that is on its way: a wrong token comes out.
         """
         unread = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
         for request_id in unread:
