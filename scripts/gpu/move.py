@@ -43,7 +43,8 @@ REHEARSAL = bool(
 SIZES = (200, 700, 1400) if REHEARSAL else (1000, 4000, 8000)
 SIZE = SIZES[1]
 IDLE = 4 if REHEARSAL else 12  # requests of each size, two moves each
-LOADED = 6 if REHEARSAL else 104  # requests under load, two moves each
+PAIRS = 2 if REHEARSAL else 5  # of rounds under load, one of the two with moves
+LOADED = 4 if REHEARSAL else 28  # requests of such a round, two moves each
 AT_ONCE = 2 if REHEARSAL else 8  # of these
 BYSTANDERS = 2 if REHEARSAL else 12
 STREAMS = 4 if REHEARSAL else 32
@@ -118,9 +119,9 @@ async def beside(
     over = asyncio.Event()
 
     async def bystander(number: int) -> Answer:
-        chance = random.Random(1000 * seed + number)
-        job = bodies(1, SIZE // 2, SIZE, (10_000, 10_000), chance.randrange(1 << 30))[0]
-        job["max_tokens"] = 4 * OUTPUT if REHEARSAL else 6000
+        tokens = SIZE // 2 + number * SIZE // (2 * BYSTANDERS)
+        output = 4 * OUTPUT if REHEARSAL else 6000
+        job = bodies(1, tokens, tokens, (output, output), 1000 * seed + number)[0]
 
         async def until_over(answer: Answer) -> None:
             if over.is_set():
@@ -172,22 +173,41 @@ async def idle(client: httpx.AsyncClient, block_bytes: int) -> Rows:
 
 
 async def loaded(client: httpx.AsyncClient, block_bytes: int) -> Rows:
-    """Moves beside bystanders, between two rounds without any."""
-    rows: Rows = {}
-    for seed, name, moves in ((5, "still", 0), (6, "moving", 2), (7, "still again", 0)):
-        answers, watched = await beside(client, moves, seed, LOADED if moves else LOADED // 3)
-        rows[name] = {"tpot of bystanders": line(f"{name}: TPOT of bystanders", tpot(watched))}
-        rows[name]["tpot"] = line(f"{name}: TPOT of the others", [a.tpot for a in answers])
-        if moves:
-            rows[name] |= report("under load", await legs(client, answers, "operator"), block_bytes)
-            rows["hand-over"] = report("hand-overs", await legs(client, answers, "hand-over"), block_bytes)
+    """Pairs of rounds of the same lengths, one with moves and one without, in turn which is first. Their
+    tokens differ, or the second would find its prompts in the prefix cache."""
+    times: dict[int, list[float]] = {0: [], 2: []}
+    others: dict[int, list[float]] = {0: [], 2: []}
+    answers = []
+    for pair in range(PAIRS):
+        for moves in (0, 2) if pair % 2 == 0 else (2, 0):
+            ended, watched = await beside(client, moves, 5 + 2 * pair + (moves > 0), LOADED)
+            times[moves].append(statistics.median(tpot(watched)))
+            others[moves].append(statistics.median(a.tpot for a in ended if a.ok))
+            answers += ended if moves else []
+    return {
+        "bystanders": compared("TPOT of bystanders", times[0], times[2]),
+        "others": compared("TPOT of the others", others[0], others[2]),
+        "moving": report("under load", await legs(client, answers, "operator"), block_bytes),
+        "hand-over": report("hand-overs", await legs(client, answers, "hand-over"), block_bytes),
+    }
+
+
+def compared(name: str, still: list[float], moving: list[float]) -> dict[str, Any]:
+    """The medians of each round, and of each pair the ratio."""
+    ratios = [with_moves / without for without, with_moves in zip(still, moving, strict=True)]
+    rows = {"still": still, "moving": moving, "ratio": statistics.median(ratios)}
+    for how, values in (("still", still), ("moving", moving)):
+        print(f"    {name}, {how}: {' '.join(f'{1000 * value:.1f}' for value in values)} ms")
+    print(
+        f"    {name}: {rows['ratio']:.3f} of that without moves, pairs {min(ratios):.3f} to {max(ratios):.3f}"
+    )
     return rows
 
 
 async def streams(client: httpx.AsyncClient, block_bytes: int) -> Rows:
     """Many at once, each moved seven times, between two rounds without any."""
     rows: Rows = {}
-    for seed, how, moves in ((8, "still", 0), (9, "moving", 7), (10, "still again", 0)):
+    for seed, how, moves in ((105, "still", 0), (106, "moving", 7), (107, "still again", 0)):
         answers = await every_one(client, moves, seed)
         name = f"{STREAMS} {how}"
         rows[name] = {

@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
 
 from taichi_serve.cluster.vllm.ahead import ROOM
 from taichi_serve.cluster.vllm.cluster import FRESH, VllmCluster
@@ -64,6 +65,7 @@ class Told:
         self.told: list[tuple[Any, ...]] = []
         self.second = asyncio.Event()  # two legs were added
         self.pins: list[int] | None = None  # blocks that are full; None: nothing can be copied ahead
+        self.held = 0, 0.0  # what it says on unpinning: tokens of KV, and when
         self._heard = asyncio.Event()
 
     def add(self, request: EngineCoreRequest) -> None:
@@ -80,7 +82,7 @@ class Told:
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         self.tell(method, *args)
-        return {"taichi_pin": self.pins, "taichi_unpin": 0}.get(method, True)
+        return {"taichi_pin": self.pins, "taichi_unpin": self.held}.get(method, True)
 
     async def hears(self, method: str, *args: Any) -> None:
         """Wait until it is told this."""
@@ -458,6 +460,22 @@ async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two
     assert ("taichi_unpin", "a#1+") not in two.clients[0].told
     two.cluster.aheads.hear(Dropped("a#1+"))
     await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+@pytest.mark.parametrize(("unpinned_at", "held"), [(4.0, 0), (6.0, 16)])
+async def test_of_two_words_about_held_kv_the_later_said_counts_not_the_later_heard(
+    two: Two, unpinned_at: float, held: int
+) -> None:
+    await copied_ahead(two)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    two.clients[0].held = 16, unpinned_at
+    two.cluster.aheads.hear(Dropped("a#1+"))
+    record = [5.0, 0.1, 0, 0, 0, {}]  # a step that was done at 5.0, nothing held after it
+    stats = SchedulerStats(kv_connector_stats={KEY: record})
+    two.cluster.receive(two.engines[0], EngineCoreOutputs(scheduler_stats=stats))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert two.engines[0].kv_tokens == held
 
 
 async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:

@@ -268,4 +268,4 @@ class Aheads:
 
 def _unpinned(source: Engine, answer: asyncio.Task[Any]) -> None:
     if not answer.cancelled() and answer.exception() is None:
-        source.kv_tokens = answer.result()
+        source.holds(*answer.result())

@@ -201,11 +201,11 @@ class FlowScheduler(AsyncScheduler):
         request = self.requests.get(request_id)
         return self._pins.pin(request, reader) if request is not None and not request.is_finished() else None
 
-    def unpin(self, reader: str) -> int:
-        """The blocks that were pinned for this leg are read no more. Tokens of KV that are held then: an
-        engine without work makes no step that would tell."""
+    def unpin(self, reader: str) -> tuple[int, float]:
+        """The blocks that were pinned for this leg are read no more. Tokens of KV that are held then, and
+        when that is: an engine without work makes no step that would tell."""
         self._pins.unpin(reader)
-        return self._held_tokens()
+        return self._held_tokens(), time.monotonic()
 
     def _held_tokens(self) -> int:
         pool = self.kv_cache_manager.block_pool
@@ -319,7 +319,7 @@ def taichi_pin(core: EngineCore, request_id: str, reader: str) -> list[int] | No
     return _scheduler(core).pin(request_id, reader)
 
 
-def taichi_unpin(core: EngineCore, reader: str) -> int:
+def taichi_unpin(core: EngineCore, reader: str) -> tuple[int, float]:
     """Utility call: see FlowScheduler.unpin."""
     return _scheduler(core).unpin(reader)
 

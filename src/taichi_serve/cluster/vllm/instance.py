@@ -41,7 +41,8 @@ class Engine:
     residents: dict[str, str] = field(default_factory=dict)  # decoding here: engine id -> request id
     alive: bool = True
     heard_at: float = field(default_factory=time.monotonic)
-    kv_tokens: int = 0
+    kv_tokens: int = 0  # see holds
+    held_at: float = 0.0
     running: int = 0
     waiting: int = 0
     made_at: float = 0.0  # when its last step was done, by its own word
@@ -52,6 +53,12 @@ class Engine:
     def kv_capacity(self) -> int:
         """Tokens its KV cache holds."""
         return self.client.kv_capacity
+
+    def holds(self, kv_tokens: int, at: float) -> None:
+        """Tokens of KV that were held at `at` of the engine's own clock. A step and the answer to a call may
+        be heard in another order than they were said in: what is older than what is known says nothing."""
+        if at >= self.held_at:
+            self.kv_tokens, self.held_at = kv_tokens, at
 
     def set_chunk(self, command: SetChunk) -> None:
         """Prompt tokens per step from now on."""
