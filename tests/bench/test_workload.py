@@ -30,6 +30,16 @@ def test_synthetic_lengths_have_the_means_of_the_paper(name, prompt, output):
     assert means == (pytest.approx(prompt, rel=0.03), pytest.approx(output, rel=0.03))
 
 
+def test_a_workload_can_be_given_by_its_mean_lengths():
+    assert workload("1200/100", 32768).means(20_000) == (
+        pytest.approx(1200, rel=0.03),
+        pytest.approx(100, rel=0.03),
+    )
+    assert max(c.prompt_tokens for c in workload("1200/100", 4096).calls(1.0, 5000, 0)) <= 4096 - 800
+    with pytest.raises(ValueError, match=r"workload '0/100': prompts and outputs have at least one token"):
+        workload("0/100", 4096)
+
+
 def test_gamma_arrivals_have_the_cv_that_was_asked_for():
     calls = list(workload("sharegpt", 32768, cv=2.0).calls(10.0, 20_000, 1))
     gaps = [b.at - a.at for a, b in pairwise(calls)]

@@ -22,11 +22,11 @@ MOVED = Moved(Hop(Kind.P_HEAVY, Kind.D_HEAVY, 128), 128, 0.03)
 def test_what_was_added_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "p.json.part"
     draft = Draft(path, ENGINE)
-    for item in (ALONE, MOVED, BESIDE):
+    for item in (ALONE, MOVED, BESIDE, ALONE):
         draft.add(item)
     again = Draft(path, ENGINE)
-    assert again.cells == {ALONE.cell: ALONE.rows, BESIDE.cell: BESIDE.rows}
-    assert again.moves == {MOVED.hop: MOVED}
+    assert again.cells == {ALONE.cell: [ALONE.rows, ALONE.rows], BESIDE.cell: [BESIDE.rows]}
+    assert again.moves == {MOVED.hop: [MOVED]}
     again.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -40,7 +40,7 @@ def test_a_torn_last_line_is_measured_again_and_harms_no_other(tmp_path: Path) -
     again = Draft(path, ENGINE)
     assert list(again.cells) == [ALONE.cell]
     again.add(BESIDE)
-    assert Draft(path, ENGINE).cells == {ALONE.cell: ALONE.rows, BESIDE.cell: BESIDE.rows}
+    assert Draft(path, ENGINE).cells == {ALONE.cell: [ALONE.rows], BESIDE.cell: [BESIDE.rows]}
 
 
 def test_a_draft_of_another_engine_or_of_something_else_is_refused(tmp_path: Path) -> None:

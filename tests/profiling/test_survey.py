@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from taichi_serve.cluster.simulated.agenda import Due
 from taichi_serve.cluster.simulated.cluster import SimulatedCluster
@@ -17,9 +18,9 @@ from taichi_serve.latency.model import Roofline
 from taichi_serve.latency.profile import StepRow, load, save
 from taichi_serve.messages import Command, Event, Lost
 from taichi_serve.profiling.draft import Draft
-from taichi_serve.profiling.grid import Grid, Limits
+from taichi_serve.profiling.grid import Cell, Grid, Limits
 from taichi_serve.profiling.prober import LostError, Prober, medians
-from taichi_serve.profiling.survey import Survey, line, profile_of
+from taichi_serve.profiling.survey import Survey, disagreement, line, profile_of
 from taichi_serve.sliders import Kind, Sliders
 
 TRUTH = Roofline(launch=0.002, mixed=0.001, token=1e-4, attention=2e-9, decode=5e-5, kv=1.2e-7, knee=192)
@@ -60,7 +61,7 @@ async def test_step_model_and_link_of_a_simulated_cluster_are_found_again(tmp_pa
     survey = Survey(GRID, LIMITS, draft, CHUNKS)
     done: list[None] = []
     await survey.run(Prober(Simulated()), lambda: done.append(None))
-    assert len(done) == survey.known == 3 * 5 + 2 * 4
+    assert len(done) == survey.known == survey.total == 3 * (3 * 5 + 2 * 4)
     profile = profile_of(draft, LIMITS.kv_capacity)
     assert profile.fit.error_p95 < 0.001
     for name in ("launch", "mixed", "token", "attention", "decode", "kv", "knee"):
@@ -95,9 +96,44 @@ async def test_who_is_interrupted_goes_on_with_what_is_missing(tmp_path: Path) -
     assert survey.known == 7
     done: list[None] = []
     await survey.run(Prober(Simulated()), lambda: done.append(None))
-    assert len(done) == len(survey.cells) + len(survey.hops) - 7
+    assert len(done) == 3 * (len(survey.cells) + len(survey.hops)) - 7
     assert draft.cells.keys() == whole.cells.keys()
     assert draft.moves.keys() == whole.moves.keys()
+
+
+class Spell(Prober):
+    """Steps take twice as long in the first so many cells that are measured, and another time as long as
+    they do."""
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(Simulated())
+        self.left = cells
+
+    async def measure(self, cell: Cell, passes: int, repeats: int) -> list[StepRow]:
+        rows = await super().measure(cell, passes, repeats)
+        self.left -= 1
+        return rows if self.left < 0 else [replace(row, seconds=2 * row.seconds) for row in rows]
+
+
+async def test_a_slow_spell_of_the_machine_is_in_no_median_and_its_cells_are_measured_again(
+    tmp_path: Path,
+) -> None:
+    draft = Draft(tmp_path / "p.part", ENGINE)
+    survey = Survey(GRID, LIMITS, draft, None)
+    await survey.run(Spell(cells=7), lambda: None)
+    # 7 of 15 in which one round says twice as much as two others: a third of all is measured again.
+    assert [len(draft.cells[cell]) for cell in survey.cells] == [5] * 5 + [3] * 10
+    assert survey.known == survey.total == 5 * 5 + 10 * 3
+    assert profile_of(draft, LIMITS.kv_capacity).fit.error_p95 < 0.001
+
+
+def test_rounds_disagree_by_what_the_median_step_is_apart() -> None:
+    def rows(*seconds: float) -> list[StepRow]:
+        return [StepRow(64, float(n), 4, 100, s) for n, s in enumerate(seconds)]
+
+    # 0.1 of 1.0, 2 of 3 and nothing: the middle one.
+    assert disagreement([rows(1.0, 2.0, 5.0), rows(1.1, 3.0, 5.0), rows(1.0, 4.0, 5.0)]) == pytest.approx(0.1)
+    assert disagreement([[], []]) == 0.0
 
 
 async def test_one_instance_is_measured_without_moves(tmp_path: Path) -> None:

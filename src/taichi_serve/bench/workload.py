@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -137,15 +138,30 @@ SYNTHETIC = {
 }
 
 
+MEANS = re.compile(r"(\d+)/(\d+)")
+SPREAD, TAIL = 0.6, 8  # of lengths of which only the means are given: sigma, and the most in means
+
+
+def _synthetic(name: str) -> Synthetic | None:
+    """Known lengths, or those of given means as in 1200/100."""
+    if (given := MEANS.fullmatch(name)) is None:
+        return SYNTHETIC.get(name)
+    prompt, output = (int(mean) for mean in given.groups())
+    if not (prompt and output):
+        raise ValueError(f"workload {name!r}: prompts and outputs have at least one token")
+    return Synthetic(LogNormal(prompt, SPREAD, TAIL * prompt), LogNormal(output, SPREAD, TAIL * output))
+
+
 def workload(name: str, limit: int, cv: float = 1.0, scale: float = 1.0) -> Workload:
-    """A synthetic workload by name, or the lengths of a trace by path; ValueError says what is wrong.
+    """A synthetic workload by name or by its mean lengths ("1200/100": prompts and outputs), or the lengths
+    of a trace by path; ValueError says what is wrong.
 
     All lengths are multiplied by `scale`. `limit` is the most tokens of prompt and output together:
     synthetic lengths are cut there, while a trace that goes beyond it is an error.
     """
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, not {scale!r}")
-    known = SYNTHETIC.get(name)
+    known = _synthetic(name)
     if known is not None:
         known = Synthetic(known.prompt.scaled(scale), known.output.scaled(scale))
         longest = max(2, limit - min(known.output.most, limit // 4))
@@ -154,5 +170,7 @@ def workload(name: str, limit: int, cv: float = 1.0, scale: float = 1.0) -> Work
         return Workload(name, Synthetic(prompt, output), cv)
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"workload {name!r} is no file, and none of {', '.join(sorted(SYNTHETIC))}")
+        raise ValueError(
+            f"workload {name!r} is no file, and none of {', '.join(sorted(SYNTHETIC))}, 1200/100"
+        )
     return Workload(path.stem, Rows(read_trace(path, limit, scale)), cv)

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and how."""
     parser.add_argument("target", metavar="URL-or-MODEL", help="a running server, or a model to serve")
     parser.add_argument(
-        "--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)"
+        "--workload",
+        required=True,
+        help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
     )
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="of all lengths (default: 1)")
     parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.cluster import VllmCluster
@@ -68,10 +69,14 @@ async def _survey(task: Task, draft: Draft, cluster: VllmCluster, console: Conso
     survey = Survey(task.grid, _limits(engine.client.vllm_config, engine.kv_capacity), draft, chunks)
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        total = len(survey.cells) + len(survey.hops)
-        bar = progress.add_task("measuring", total=total, completed=survey.known)
-        await survey.run(Prober(ProbedCluster(cluster)), lambda: progress.advance(bar))
+        bar = progress.add_task("measuring", total=survey.total, completed=survey.known)
+        done = partial(_done, progress, bar, survey)
+        await survey.run(Prober(ProbedCluster(cluster)), done)
     return profile_of(draft, engine.kv_capacity)
+
+
+def _done(progress: Progress, bar: TaskID, survey: Survey) -> None:
+    progress.update(bar, completed=survey.known, total=survey.total)
 
 
 def _limits(config: Any, kv_capacity: int) -> Limits:

@@ -47,7 +47,10 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--grid-{name}", type=_numbers, default=value, metavar="N,N", help=explained)
     for name, text in (
         ("fill", "tokens of context that all decodes of a step begin with, at most"),
-        ("repeats", "times that every step is measured; its median counts"),
+        (
+            "repeats",
+            "rounds through all of it; the median counts, and where rounds differ there are more",
+        ),
     ):
         value = getattr(default, name)
         explained = f"{text} (default: {value})"

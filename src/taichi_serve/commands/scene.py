@@ -17,7 +17,9 @@ def add_scene(
 ) -> None:
     """Workload, SLO and machine. `ttft` reads the TTFT SLO, and `more` says what it takes beside seconds."""
     parser.add_argument(
-        "--workload", required=True, help="sharegpt, summarization, or the path of a trace (CSV)"
+        "--workload",
+        required=True,
+        help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
     )
     parser.add_argument("--ttft-slo", type=ttft, required=True, metavar="S", help=f"seconds{more}")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")

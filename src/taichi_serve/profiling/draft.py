@@ -6,6 +6,7 @@ interruption is measured again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import msgspec
@@ -23,14 +24,14 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Steps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="steps"):
-    """A measured cell."""
+    """A cell, measured once."""
 
     cell: Cell
     rows: list[StepRow]
 
 
 class Moved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="move"):
-    """A measured move: KV tokens that came over, and the seconds between two tokens."""
+    """A move, measured once: KV tokens that came over, and the seconds between two tokens."""
 
     hop: Hop
     kv_tokens: int
@@ -38,14 +39,15 @@ class Moved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="move")
 
 
 class Draft:
-    """The cells and moves in one file. What is added is on the disk when `add` returns."""
+    """The cells and moves in one file, each as often as it was measured. What is added is on the disk when
+    `add` returns."""
 
     def __init__(self, path: Path, engine: Identity) -> None:
         """Open or begin it. Raises ProfileError where that cannot be, or if it is of another engine."""
         self.path = path
         self.engine = engine
-        self.cells: dict[Cell, list[StepRow]] = {}
-        self.moves: dict[Hop, Moved] = {}
+        self.cells: dict[Cell, list[list[StepRow]]] = defaultdict(list)
+        self.moves: dict[Hop, list[Moved]] = defaultdict(list)
         try:
             head, *lines = (path.read_bytes() if path.exists() else b"").splitlines() or [b""]
             if head:
@@ -76,15 +78,16 @@ class Draft:
 
     def _keep(self, item: Steps | Moved) -> None:
         if isinstance(item, Steps):
-            self.cells[item.cell] = item.rows
+            self.cells[item.cell].append(item.rows)
         else:
-            self.moves[item.hop] = item
+            self.moves[item.hop].append(item)
 
     def _rewrite(self) -> None:
         """The same without a torn line, so that the next one does not stick to it."""
         head = msgspec.json.encode(Head(SCHEMA, self.engine))
-        done = [Steps(cell, rows) for cell, rows in self.cells.items()]
-        lines = [head, *(msgspec.json.encode(item) for item in (*done, *self.moves.values()))]
+        done = [Steps(cell, rows) for cell, times in self.cells.items() for rows in times]
+        moved = [move for times in self.moves.values() for move in times]
+        lines = [head, *(msgspec.json.encode(item) for item in (*done, *moved))]
         self.path.write_bytes(b"".join(line + b"\n" for line in lines))
 
     def add(self, item: Steps | Moved) -> None:

@@ -14,6 +14,7 @@ from taichi_serve.sliders import Kind
 
 PASSES = 4  # chunks of one prompt: attention of the last one is over three times its own length before it
 FEWEST = 2  # with less, the next prompt but one could not come before the one that is computed ends
+MOST_PROMPTS, ENOUGH = 3, 384  # prompts of a cell in one round, and one chunk of each of them in tokens
 TOGETHER = 2  # prompts that hold KV at the same time: one is computed, the one before is about to be freed
 OUTPUT = 1024  # tokens that a decode of a set can make before it has to be set up again
 KEEP_FREE = 0.1  # share of the KV cache that no set of decodes takes: nobody is preempted
@@ -52,7 +53,7 @@ class Grid:
     """What is asked for; what an engine cannot take is left out.
 
     `fill` bounds the context of a set of decodes together: all of it must be computed before the set stands.
-    Every cell is measured `repeats` times.
+    Everything is measured in `repeats` rounds through all of it.
     """
 
     chunks: tuple[int, ...] = (16, 64, 128, 256, 512, 1024, 2048)
@@ -60,7 +61,7 @@ class Grid:
     contexts: tuple[int, ...] = (128, 1024, 4096)
     moves: tuple[int, ...] = (128, 1024, 4096)
     fill: int = 32_768
-    repeats: int = 5
+    repeats: int = 3
 
     def __post_init__(self) -> None:
         for name in ("chunks", "decodes", "contexts", "moves"):
@@ -102,6 +103,11 @@ def passes(chunk: int, limits: Limits) -> int:
     """Chunks of one prompt of a cell."""
     held = min(limits.sequence - 1, limits.kv_capacity // TOGETHER)
     return min(PASSES, held // chunk, max(FEWEST, 4096 // chunk))
+
+
+def prompts(chunk: int) -> int:
+    """Prompts of a cell that count in one round: more of those that are over soon, whose steps vary most."""
+    return max(1, min(MOST_PROMPTS, ENOUGH // chunk))
 
 
 def room(limits: Limits) -> int:

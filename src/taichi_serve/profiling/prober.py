@@ -125,13 +125,9 @@ class Prober:
 
     # ------------------------------------------------------------------------------------- moves
 
-    async def move(self, hop: Hop, repeats: int) -> tuple[int, float]:
-        """KV tokens that came over and seconds between two tokens, of the median move."""
-        seen = [await self._move(hop.tokens) for _ in range(repeats)]
-        return round(median(kv for kv, _ in seen)), median(gap for _, gap in seen)
-
-    async def _move(self, tokens: int) -> tuple[int, float]:
-        name = await self._ask(tokens, 4 * BEFORE_A_MOVE)
+    async def move(self, hop: Hop) -> tuple[int, float]:
+        """KV tokens that came over and seconds between two tokens, of one move."""
+        name = await self._ask(hop.tokens, 4 * BEFORE_A_MOVE)
         self._cluster.send(Prefill(name, 0, HERE))
         made, found = 0, (0, 0.0)
         while True:

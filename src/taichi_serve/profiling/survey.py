@@ -5,16 +5,21 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
+from statistics import median
 
 import numpy as np
 
 from taichi_serve.latency.model import Roofline
-from taichi_serve.latency.profile import SCHEMA, Fit, Profile, Transfer, fit_steps
+from taichi_serve.latency.profile import SCHEMA, Fit, Profile, StepRow, Transfer, fit_steps
 from taichi_serve.profiling.draft import Draft, Moved, Steps
-from taichi_serve.profiling.grid import Cell, Grid, Hop, Limits, passes, room
-from taichi_serve.profiling.prober import HERE, PLAIN, THERE, Prober
+from taichi_serve.profiling.grid import Cell, Grid, Hop, Limits, passes, prompts, room
+from taichi_serve.profiling.prober import HERE, PLAIN, THERE, Prober, medians
 from taichi_serve.sliders import Kind
 
+DISAGREE = 0.1  # of what a step takes: a cell whose rounds are further apart is measured
+AGAIN = 2  # times more,
+DOUBTFUL = 3  # one in so many of them at most
 FASTEST = 1e13  # bytes/s of a link on which more bytes were seen to take no longer
 
 Done = Callable[[], None]
@@ -32,24 +37,53 @@ class Survey:
 
     @property
     def known(self) -> int:
-        """Cells and moves of the grid that need not be measured again."""
-        moves = sum(hop in self._draft.moves for hop in self.hops)
-        return moves + sum(cell in self._draft.cells for cell in self.cells)
+        """How often cells and moves were measured, all together."""
+        moves = sum(len(self._draft.moves[hop]) for hop in self.hops)
+        return moves + sum(len(self._draft.cells[cell]) for cell in self.cells)
+
+    @property
+    def total(self) -> int:
+        """How often they will have been at the end, as far as can be told."""
+        once = len(self.cells) + len(self.hops)
+        return self._grid.repeats * once + AGAIN * len(self._doubtful())
 
     async def run(self, prober: Prober, done: Done) -> None:
-        """Measure what is not known; `done` is called after each cell and move."""
-        for cell in self.cells:
-            if cell not in self._draft.cells:
+        """Measure what is not known; `done` is called after each cell and move.
+
+        Whatever else a machine does comes and goes in seconds, and would be in all of a cell that is measured
+        in one go. So everything is measured once, then once more; where that says one thing now and another
+        later, more often.
+        """
+        for turn in range(self._grid.repeats):
+            await self._round(prober, done, self.cells, turn)
+            await prober.clear()
+            for hop in self.hops:
+                if len(self._draft.moves[hop]) <= turn:
+                    await self._hop(prober, hop)
+                    done()
+        doubtful = self._doubtful()
+        for turn in range(self._grid.repeats, self._grid.repeats + AGAIN):
+            await self._round(prober, done, doubtful, turn)
+        await prober.clear()
+
+    async def _round(self, prober: Prober, done: Done, cells: Sequence[Cell], turn: int) -> None:
+        for cell in cells:
+            if len(self._draft.cells[cell]) <= turn:
                 await self._cell(prober, cell)
                 done()
-        await prober.clear()
-        for hop in self.hops:
-            if hop not in self._draft.moves:
-                await self._hop(prober, hop)
-                done()
+
+    def _doubtful(self) -> list[Cell]:
+        """Cells that were fast in one of the rounds and slow in another: those that differ most, a third of
+        all at most, so that there is an end to it."""
+        repeats, apart = self._grid.repeats, {}
+        for cell in self.cells:
+            rounds = self._draft.cells[cell][:repeats]
+            apart[cell] = disagreement(rounds) if len(rounds) == repeats > 1 else 0.0
+        worst = sorted(self.cells, key=lambda cell: -apart[cell])[: len(self.cells) // DOUBTFUL]
+        return [cell for cell in self.cells if cell in worst and apart[cell] > DISAGREE]
 
     async def _cell(self, prober: Prober, cell: Cell) -> None:
-        count, repeats = passes(cell.chunk, self._limits), self._grid.repeats
+        count, repeats = passes(cell.chunk, self._limits), prompts(cell.chunk)
         # Twice the steps that are planned: decodes do not wait for us between two cells.
         steps = 2 * (repeats + 1) * (count + PLAIN)
         if not prober.stands(cell.decodes, cell.context, room(self._limits) - steps):
@@ -61,12 +95,22 @@ class Survey:
         assert self._chunks is not None
         for kind, on in ((hop.source, HERE), (hop.target, THERE)):
             await prober.chunk(self._chunks[kind], kind, on)
-        self._draft.add(Moved(hop, *await prober.move(hop, self._grid.repeats)))
+        self._draft.add(Moved(hop, *await prober.move(hop)))
+
+
+def disagreement(rounds: Sequence[Sequence[StepRow]]) -> float:
+    """How far apart rounds are about the same work: their range as a share of their median, that of the
+    median step."""
+    seen: dict[tuple[int, float, int], list[float]] = defaultdict(list)
+    for row in chain.from_iterable(rounds):
+        seen[row.prefill_tokens, row.attention, row.decodes].append(row.seconds)
+    return median([(max(times) - min(times)) / median(times) for times in seen.values()] or [0.0])
 
 
 def profile_of(draft: Draft, kv_capacity: int) -> Profile:
     """The profile of everything in a draft; raises ValueError if that is too little."""
-    rows = [row for cell in draft.cells.values() for row in cell]
+    rows = [row for rounds in draft.cells.values() for row in medians(chain.from_iterable(rounds))]
+    moves = [_usual(times) for times in draft.moves.values() if times]
     # Held out is every fifth row in turn, which must not be every fifth of one kind.
     random.Random(0).shuffle(rows)
     fit = fit_steps(rows)
@@ -80,8 +124,13 @@ def profile_of(draft: Draft, kv_capacity: int) -> Profile:
         draft.engine.bytes_per_token,
         sorted(rows, key=lambda row: (row.decodes, row.kv_tokens, row.prefill_tokens, row.attention)),
         fit,
-        transfers(list(draft.moves.values()), fit, draft.engine.bytes_per_token),
+        transfers(moves, fit, draft.engine.bytes_per_token),
     )
+
+
+def _usual(times: Sequence[Moved]) -> Moved:
+    """The median of the same move."""
+    return Moved(times[0].hop, round(median(m.kv_tokens for m in times)), median(m.gap for m in times))
 
 
 def transfers(moves: Sequence[Moved], fit: Fit, bytes_per_token: int) -> list[Transfer]:
