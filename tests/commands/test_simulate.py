@@ -56,7 +56,10 @@ BAD = [
     ("--d-heavy -1", "d_heavy must be a whole number of at least 0, not -1"),
     ("--p-chunk 64", r"p_chunk \(64\) must not be below d_chunk \(128\)"),
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
-    ("--workload nothing.csv", r"workload 'nothing.csv' is no file, and none of sharegpt, summarization, 1200/100"),
+    (
+        "--workload nothing.csv",
+        r"workload 'nothing.csv' is no file, and none of sharegpt, summarization, 1200/100",
+    ),
     ("--profile nothing", "profile 'nothing' is no file"),
     ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
     ("--watermark 0", "watermark must be a positive number, not 0.0"),
