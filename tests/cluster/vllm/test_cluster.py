@@ -148,6 +148,15 @@ class Two:
         output = EngineCoreOutput(request, list(tokens), **end)
         self.cluster.receive(self.engines[instance], EngineCoreOutputs(outputs=[output]))
 
+    def stepped(self, instance: int, record: list[Any]) -> None:
+        """An engine's record of a step."""
+        stats = SchedulerStats(kv_connector_stats={KEY: record})
+        self.cluster.receive(self.engines[instance], EngineCoreOutputs(scheduler_stats=stats))
+
+    def computed(self, instance: int, leg: str, *blocks: int) -> None:
+        """A step computed a chunk of a prompt, all of whose full blocks so far are pinned."""
+        self.stepped(instance, [1.0, 0.1, 16, 0, 16, {}, {leg: ("a#1+", list(blocks))}])
+
     def leave(self, instance: int, request: str, *tokens: int) -> None:
         """The leg ends with these tokens because the request goes on elsewhere."""
         end = {"finish_reason": FinishReason.STOP, "stop_reason": LEFT, "kv_transfer_params": dict(KV)}
@@ -188,7 +197,8 @@ async def test_a_request_is_prefilled_here_decoded_there_and_its_user_sees_one_s
     two.say(1, "a#1", 52, finish_reason=FinishReason.LENGTH)
 
     first, second = two.clients[0].added[0], two.clients[1].added[0]
-    assert (first.request_id, first.sampling_params.extra_args[KEY]) == ("a", {"hand_over": True})
+    assert first.request_id == "a"
+    assert first.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1+"}
     assert (second.request_id, second.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
     assert second.sampling_params.extra_args["kv_transfer_params"] == KV
 
@@ -470,9 +480,7 @@ async def test_of_two_words_about_held_kv_the_later_said_counts_not_the_later_he
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
     two.clients[0].held = 16, unpinned_at
     two.cluster.aheads.hear(Dropped("a#1+"))
-    record = [5.0, 0.1, 0, 0, 0, {}]  # a step that was done at 5.0, nothing held after it
-    stats = SchedulerStats(kv_connector_stats={KEY: record})
-    two.cluster.receive(two.engines[0], EngineCoreOutputs(scheduler_stats=stats))
+    two.stepped(0, [5.0, 0.1, 0, 0, 0, {}, {}])  # it was done at 5.0, and nothing is held after it
     await two.clients[0].hears("taichi_unpin", "a#1+")
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
     assert two.engines[0].kv_tokens == held
@@ -513,24 +521,60 @@ async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: T
 
 
 async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: Two) -> None:
-    two.clients[0].pins = [7]
     two.ask()
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    assert two.clients[0].added[0].sampling_params.extra_args[KEY]["reader"] == "a#1+"
+    two.computed(0, "a", 7)
     two.cluster.send(Ahead("a", 1, "i1"))
     await two.orders[1].has(More("a#1+", "e0", [7]))
-    two.cluster.aheads.hear(Copied("a#1+", 1, False, 1, 0.1, 1.0, 1.1))
-    two.clients[0].pins = [7, 8]
-    two.cluster.aheads.stepped(two.engines[0])
+    two.computed(0, "a", 7, 8)
     await two.orders[1].has(More("a#1+", "e0", [7, 8]))
+    two.cluster.aheads.hear(Copied("a#1+", 2, False, 2, 0.1, 1.0, 1.1))
     two.leave(0, "a", 50)
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
     await two.orders[1].has(More("a#1+", "e0", [7], "a"))
+    assert not [told for told in two.clients[0].told if told[0] in ("taichi_pin", "taichi_unpin")]
+    two.cluster.aheads.hear(Copied("a#1+", 1, True, 3, 0.1, 2.0, 2.1))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+async def test_what_was_pinned_for_a_leg_that_nobody_copies_ahead_is_unpinned_when_it_has_left(
+    two: Two,
+) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.computed(0, "a", 7)
+    assert two.clients[0].told == []
+    two.leave(0, "a", 50)
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+async def test_what_was_pinned_while_its_request_was_ended_from_outside_is_unpinned(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    two.computed(0, "a", 7)  # that step was on its way
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+async def test_what_is_pinned_once_its_copy_was_given_up_is_not_copied(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.computed(0, "a", 7)
+    two.cluster.send(Ahead("a", 1, "i1"))
+    await two.orders[1].has(More("a#1+", "e0", [7]))
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    two.cluster.aheads.hear(Dropped("a#1+"))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+    two.computed(0, "a", 7, 8)  # said before that was heard
+    assert two.engines[0].pinned == {"a": None}
+    assert More("a#1+", "e0", [7, 8]) not in two.orders[1]
 
 
 async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> None:
-    two.clients[0].pins = [7]
     two.ask()
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.computed(0, "a", 7)
     two.cluster.send(Ahead("a", 1, "i1"))
     await two.orders[1].has(More("a#1+", "e0", [7]))
     two.leave(0, "a", 50)

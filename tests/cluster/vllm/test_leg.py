@@ -38,7 +38,7 @@ def test_a_request_that_stays_goes_to_its_engine_as_it_came() -> None:
 def test_a_prefill_that_hands_over_says_so_and_leaves_the_users_request_alone() -> None:
     here = live()
     leg = first_leg(here, hand_over=True)
-    assert leg.sampling_params.extra_args[KEY] == {"hand_over": True}
+    assert leg.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1+"}
     assert leg.request_id == "a"
     assert here.request.sampling_params.extra_args is None
 

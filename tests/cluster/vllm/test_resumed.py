@@ -83,3 +83,30 @@ def test_pinning_again_adds_what_is_full_since(pool: BlockPool) -> None:
     pool.free_blocks(reversed(one.blocks))
     pins.unpin("a#1+")
     assert pool.get_num_free_blocks() == before
+
+
+def test_of_a_followed_request_every_step_pins_what_is_full_until_nobody_reads_it(pool: BlockPool) -> None:
+    before = pool.get_num_free_blocks()
+    one, pins = running(pool, blocks=3, tokens=11, in_flight=7)
+    first, second, _ = (block.block_id for block in one.blocks)
+    assert pins.news([one]) == {}  # type: ignore[list-item]  # nobody reads it
+    pins.follow(one, "a#1+")  # type: ignore[arg-type]
+    assert pins.news([one]) == {"a": ("a#1+", [first])}  # type: ignore[list-item]
+    one.num_in_flight_tokens = 0
+    assert pins.news([one]) == {"a": ("a#1+", [first, second])}  # type: ignore[list-item]
+    pins.unpin("a#1+")
+    assert pins.news([one]) == {}  # type: ignore[list-item]
+    pool.free_blocks(reversed(one.blocks))
+    assert pool.get_num_free_blocks() == before
+
+
+def test_what_a_followed_request_leaves_behind_stays_pinned(pool: BlockPool) -> None:
+    before = pool.get_num_free_blocks()
+    one, pins = running(pool, blocks=3, tokens=11, in_flight=0)
+    pins.follow(one, "a#1+")  # type: ignore[arg-type]
+    pins.news([one])  # type: ignore[list-item]
+    pins.leave("a")
+    pool.free_blocks(reversed(one.blocks))
+    assert pool.get_num_free_blocks() == before - 2
+    pins.unpin("a#1+")
+    assert pool.get_num_free_blocks() == before

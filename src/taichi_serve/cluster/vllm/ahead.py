@@ -3,6 +3,8 @@
 A full block never changes. So the target gets the request before it has left, keeps blocks for it, and copies
 what is full (More); then the source is told to let it go, and after its last token only the tail is missing.
 After a prefill it is the same: what was computed by earlier chunks travels while later ones are computed.
+There the source pins what is full after each step, and its word on that step has it: a question would wait
+until the step after is over, and with it, maybe, the prompt.
 
     source                          server                           target
     pin full blocks        <------  begin
@@ -47,7 +49,6 @@ class Ahead:
     request: str = ""  # its id at the target
     known: int = -1  # output tokens that the target was sent; -1 before
     room: int = 0  # tokens more that it keeps blocks for
-    asked: bool = False  # the source is being asked for full blocks
     ready: bool = False  # full blocks are there
     over: bool = False
     gone: bool = False  # it left, and its tail was asked for
@@ -92,34 +93,46 @@ class Aheads:
         live.ahead = self._by_request[ahead.request] = ahead
         if leave:
             ahead.late = asyncio.get_running_loop().call_later(self._patience, self._late, ahead)
-        self._ask(ahead)
+        pinned = source.pinned.get(ahead.source_leg)
+        if not leave:
+            source.pinned[ahead.source_leg] = None
+        if pinned and not leave:
+            self._have(ahead, pinned)
+        else:
+            self._ask(ahead)
         return True
 
-    def stepped(self, source: Engine) -> None:
-        """An instance computed more of its prompts: there may be more to copy."""
-        for ahead in self._by_request.values():
-            if ahead.source is source and ahead.ready and not (ahead.leave or ahead.gone):
-                self._ask(ahead)
+    def pinned(self, source: Engine, leg: str, reader: str, blocks: list[int]) -> None:
+        """A prefill that will be handed over has computed so much, and it is pinned for `reader`."""
+        live = source.legs.get(leg)
+        if live is None:  # it was ended from outside while that step ran
+            source.unpin(reader)
+        elif (ahead := live.ahead) is not None and ahead.source is source and not ahead.over:
+            self._have(ahead, blocks)
+        elif source.pinned.get(leg, blocks) is not None:
+            source.pinned[leg] = blocks
 
     def _ask(self, ahead: Ahead) -> None:
-        if ahead.asked or ahead.over:
-            return
-        ahead.asked = True
         answer = asyncio.ensure_future(
             ahead.source.client.call_utility_async("taichi_pin", ahead.source_leg, ahead.request)
         )
         answer.add_done_callback(lambda task: self._pinned(ahead, task))
 
     def _pinned(self, ahead: Ahead, answer: asyncio.Task[Any]) -> None:
-        ahead.asked = False
         failed = answer.cancelled() or answer.exception() is not None
         if failed or ahead.over or ahead.gone:
-            self._unpin(ahead)  # what was pinned just now, after everything else had been given back
+            ahead.source.unpin(
+                ahead.request
+            )  # what was pinned just now, after everything else had been given back
             return
         blocks: list[int] | None = answer.result()
         if blocks is None:  # it is over there, or its model's KV cannot be copied so
             self._give_up(ahead)
-            return
+        else:
+            self._have(ahead, blocks)
+
+    def _have(self, ahead: Ahead, blocks: list[int]) -> None:
+        """These are full and pinned: the target is to copy what it does not have of them."""
         if ahead.known < 0:
             longest = ahead.target.client.vllm_config.model_config.max_model_len
             ahead.room = min(
@@ -257,15 +270,4 @@ class Aheads:
             ahead.late.cancel()
         if ahead.gone and not ahead.landed and ahead.source.alive:
             ahead.source.release(ahead.source_leg)  # no reader will say that it has it
-        self._unpin(ahead)
-
-    def _unpin(self, ahead: Ahead) -> None:
-        if not ahead.source.alive:
-            return
-        answer = asyncio.ensure_future(ahead.source.client.call_utility_async("taichi_unpin", ahead.request))
-        answer.add_done_callback(lambda task: _unpinned(ahead.source, task))
-
-
-def _unpinned(source: Engine, answer: asyncio.Task[Any]) -> None:
-    if not answer.cancelled() and answer.exception() is None:
-        source.holds(*answer.result())
+        ahead.source.unpin(ahead.request)

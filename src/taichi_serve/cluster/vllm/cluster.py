@@ -280,8 +280,8 @@ class VllmCluster:
         engine.heard_at = now
         if (step := facts.stepped(engine, outputs, now)) is not None:
             self._events.put_nowait(step)
-            if step.prefill_tokens:
-                self.aheads.stepped(engine)
+            for leg, (reader, blocks) in engine.news.items():
+                self.aheads.pinned(engine, leg, reader, blocks)
         kept: list[EngineCoreOutput] = []
         for output in outputs.outputs:
             live = engine.legs.get(output.request_id)

@@ -31,6 +31,7 @@ class MovedIn(NamedTuple):
 
 
 def extra(request: Request) -> dict[str, Any]:
-    """Our own entry: `hand_over`; or `moved` and `output`; or these and `ahead`, tokens of room to keep."""
+    """Our own entry: `hand_over`, and `reader`, the leg that its KV is pinned for; or `moved` and `output`;
+    or these and `ahead`, tokens of room to keep."""
     params = request.sampling_params
     return (params.extra_args or {}).get(KEY) or {} if params is not None else {}

@@ -22,7 +22,7 @@ def stepped(engine: Engine, outputs: EngineCoreOutputs, now: float) -> Stepped |
     if record is None or stats is None:
         return None
     stats.kv_connector_stats = stats.kv_connector_stats or None
-    engine.made_at, seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in = record
+    engine.made_at, seconds, prefill_tokens, decodes, kv_tokens, engine.moved_in, engine.news = record
     engine.holds(kv_tokens, engine.made_at)
     engine.running, engine.waiting = stats.num_running_reqs, stats.num_waiting_reqs
     if not (prefill_tokens or decodes):

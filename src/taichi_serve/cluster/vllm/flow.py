@@ -61,6 +61,7 @@ class FlowScheduler(AsyncScheduler):
         self._arrived: dict[str, float] = {}  # requests that are moving in: when they came
         self._landed: dict[str, float] = {}  # and when their KV was here
         self._step: Step | None = None
+        self._in_step: list[str] = []  # the requests of it
         self._stepped_at = 0.0
         self._before = 0.0  # when the last step with anything in it was scheduled
         self._pins = Pins(self.kv_cache_manager, self.block_size)
@@ -167,6 +168,8 @@ class FlowScheduler(AsyncScheduler):
             self._arrived[request.request_id] = time.monotonic()
         if output and self.use_v2_model_runner:
             as_output(request, output)
+        if reader := extra(request).get("reader"):
+            self._pins.follow(request, reader)
         if room := extra(request).get("ahead"):
             keep_room(request, room)
         super().add_request(request)
@@ -243,13 +246,14 @@ class FlowScheduler(AsyncScheduler):
         for memory in (self._arrived, self._landed):
             memory.pop(request.request_id, None)
         self._leaving.discard(request.request_id)
+        self._pins.leave(request.request_id)
         return super()._free_request(request, delay_free_blocks)
 
     # --------------------------------------------------------------------------------- what the step was
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Take the step's tokens, and remember for make_stats which step this is."""
-        self._step = self._steps.popleft()
+        self._step, self._in_step = self._steps.popleft(), list(scheduler_output.num_scheduled_tokens)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
         )
@@ -288,7 +292,9 @@ class FlowScheduler(AsyncScheduler):
         if step.prefill_tokens or step.decodes:
             self._stepped_at = now
         held = self._held_tokens()
-        record = [now, now - began, step.prefill_tokens, step.decodes, held, step.moved_in]
+        here = [r for i in self._in_step if (r := self.requests.get(i)) is not None and not r.is_finished()]
+        news = self._pins.news(here) if step.prefill_tokens else {}
+        record = [now, now - began, step.prefill_tokens, step.decodes, held, step.moved_in, news]
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
 

@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 from taichi_serve.cluster.vllm.copier import Word
 from taichi_serve.cluster.vllm.copiers import Copiers
 from taichi_serve.cluster.vllm.engine_client import InstanceClient, Outputs
-from taichi_serve.cluster.vllm.leg import Live
+from taichi_serve.cluster.vllm.leg import Live, ahead_id
 from taichi_serve.cluster.vllm.process import EngineProcess, StartError
 from taichi_serve.messages import SetChunk
 from taichi_serve.sliders import Kind
@@ -47,6 +47,9 @@ class Engine:
     waiting: int = 0
     made_at: float = 0.0  # when its last step was done, by its own word
     moved_in: dict[str, list[float]] = field(default_factory=dict)  # of its last step: see flow.MovedIn
+    news: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # of its last step: see Pins.news
+    # legs whose full blocks are pinned for the leg after: these blocks, until somebody copies them
+    pinned: dict[str, list[int] | None] = field(default_factory=dict)
     recomputed_late: int = 0  # legs whose KV did not come in time
 
     @property
@@ -91,16 +94,28 @@ class Engine:
         """Free the blocks of a leg that ended and that nobody will read."""
         self.client.tell("taichi_release", [engine_request])
 
+    def unpin(self, reader: str) -> None:
+        """What was pinned for this leg is read no more."""
+        if self.alive:
+            call = self.client.call_utility_async("taichi_unpin", reader)
+            asyncio.ensure_future(call).add_done_callback(self._unpinned)
+
+    def _unpinned(self, answer: asyncio.Task[tuple[int, float]]) -> None:
+        if not answer.cancelled() and answer.exception() is None:
+            self.holds(*answer.result())
+
     def forget(self, live: Live) -> None:
         """The leg is over by itself."""
         self.legs.pop(live.engine_request, None)
         self.residents.pop(live.engine_request, None)
+        if self.pinned.pop(live.engine_request, None):
+            self.unpin(ahead_id(live, live.leg + 1))
 
     def drop(self, live: Live) -> None:
         """End the leg from outside."""
-        if self.legs.pop(live.engine_request, None) is not None:
-            self.residents.pop(live.engine_request, None)
+        if live.engine_request in self.legs:
             self.client.abort([live.engine_request])
+            self.forget(live)
 
 
 Receive = Callable[[Engine, Outputs], None]

@@ -69,13 +69,16 @@ class Live:
 
 
 def first_leg(live: Live, hand_over: bool) -> EngineCoreRequest:
-    """The engine request of a prefill; with `hand_over` it ends after the first token."""
+    """The engine request of a prefill; with `hand_over` it ends after the first token, and what it has
+    computed is pinned for the leg after it."""
     if not hand_over and live.leg == 0:
         return live.request
     request = copy.copy(live.request)
     request.request_id = engine_id(live)
     if hand_over:
-        request.sampling_params = _with_extra(_params(live), {KEY: {"hand_over": True}})
+        request.sampling_params = _with_extra(
+            _params(live), {KEY: {"hand_over": True, "reader": ahead_id(live, live.leg + 1)}}
+        )
     return request
 
 

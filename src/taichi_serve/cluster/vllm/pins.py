@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
@@ -16,12 +18,33 @@ if TYPE_CHECKING:
 
 class Pins:
     """Blocks pinned for every leg that is copied ahead, by that leg: two may read from one request, one after
-    the other."""
+    the other. Of a followed request, what is full is pinned after each of its steps, unasked: a question
+    would be heard when the step after is over, and with it, maybe, the prompt."""
 
     def __init__(self, manager: KVCacheManager, block_size: int) -> None:
         self._manager = manager
         self._block_size = block_size
         self._blocks: dict[str, dict[int, KVCacheBlock]] = {}
+        self._readers: dict[str, str] = {}  # of the requests that are followed
+        self._followed: dict[str, str] = {}  # the other way round
+
+    def follow(self, request: Request, reader: str) -> None:
+        """From now on, pin for this leg whatever the request has computed."""
+        self._readers[request.request_id], self._followed[reader] = reader, request.request_id
+
+    def leave(self, request_id: str) -> None:
+        """The request is over; what is pinned stays."""
+        if reader := self._readers.pop(request_id, ""):
+            self._followed.pop(reader, None)
+
+    def news(self, requests: Iterable[Request]) -> dict[str, tuple[str, list[int]]]:
+        """Of those of these that are followed, the reader and all full blocks, pinned."""
+        found = {}
+        for request in requests:
+            reader = self._readers.get(request.request_id, "")
+            if reader and (blocks := self.pin(request, reader)):
+                found[request.request_id] = reader, blocks
+        return found
 
     def pin(self, request: Request, reader: str) -> list[int] | None:
         """Pin what is full by now; the ids of all full blocks. None where the model keeps several kinds of
@@ -32,6 +55,8 @@ class Pins:
         # Steps that are under way have been counted already, and may not have written their KV yet.
         final = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1)
         full = {block.block_id: block for block in groups[0][: max(0, final) // self._block_size]}
+        if not full:
+            return []
         pinned = self._blocks.setdefault(reader, {})
         fresh = {number: block for number, block in full.items() if number not in pinned}
         self._manager.block_pool.touch(list(fresh.values()))
@@ -39,6 +64,8 @@ class Pins:
         return list(full)
 
     def unpin(self, reader: str) -> None:
-        """They are read no more."""
+        """They are read no more, and no others will be."""
+        if request_id := self._followed.pop(reader, ""):
+            self._readers.pop(request_id, None)
         if blocks := self._blocks.pop(reader, None):
             self._manager.block_pool.free_blocks(reversed(blocks.values()))
