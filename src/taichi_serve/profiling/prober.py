@@ -167,12 +167,17 @@ class Prober:
         return event
 
 
+def alike(rows: Iterable[StepRow]) -> dict[tuple[int, float, int], list[StepRow]]:
+    """Rows by their work: prompt tokens, attention, decodes."""
+    found: dict[tuple[int, float, int], list[StepRow]] = defaultdict(list)
+    for row in rows:
+        found[row.prefill_tokens, row.attention, row.decodes].append(row)
+    return found
+
+
 def medians(rows: Iterable[StepRow]) -> list[StepRow]:
     """Rows with the same work as one: the median of their seconds, to 0.1 us, and of the KV that grew."""
-    alike: dict[tuple[int, float, int], list[StepRow]] = defaultdict(list)
-    for row in rows:
-        alike[row.prefill_tokens, row.attention, row.decodes].append(row)
     return [
         StepRow(*work, round(median(r.kv_tokens for r in same)), round(median(r.seconds for r in same), 7))
-        for work, same in alike.items()
+        for work, same in alike(rows).items()
     ]

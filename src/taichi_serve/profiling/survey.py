@@ -14,7 +14,7 @@ from taichi_serve.latency.model import Roofline
 from taichi_serve.latency.profile import SCHEMA, Fit, Profile, StepRow, Transfer, fit_steps
 from taichi_serve.profiling.draft import Draft, Moved, Steps
 from taichi_serve.profiling.grid import Cell, Grid, Hop, Limits, passes, prompts, room
-from taichi_serve.profiling.prober import HERE, PLAIN, THERE, Prober, medians
+from taichi_serve.profiling.prober import HERE, PLAIN, THERE, Prober, alike, medians
 from taichi_serve.sliders import Kind
 
 DISAGREE = 0.1  # of what a step takes: a cell whose rounds are further apart is measured
@@ -101,10 +101,8 @@ class Survey:
 def disagreement(rounds: Sequence[Sequence[StepRow]]) -> float:
     """How far apart rounds are about the same work: their range as a share of their median, that of the
     median step."""
-    seen: dict[tuple[int, float, int], list[float]] = defaultdict(list)
-    for row in chain.from_iterable(rounds):
-        seen[row.prefill_tokens, row.attention, row.decodes].append(row.seconds)
-    return median([(max(times) - min(times)) / median(times) for times in seen.values()] or [0.0])
+    seen = [[row.seconds for row in same] for same in alike(chain.from_iterable(rounds)).values()]
+    return median([(max(times) - min(times)) / median(times) for times in seen] or [0.0])
 
 
 def profile_of(draft: Draft, kv_capacity: int) -> Profile:

@@ -520,13 +520,18 @@ async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: T
     assert two.tokens == [50, 51, 52]
 
 
-async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: Two) -> None:
+async def first_chunk_travels(two: Two) -> None:
+    """A prompt on i0 that i1 will decode: block 7 is full, and i1 copies it."""
     two.ask()
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
-    assert two.clients[0].added[0].sampling_params.extra_args[KEY]["reader"] == "a#1+"
     two.computed(0, "a", 7)
     two.cluster.send(Ahead("a", 1, "i1"))
     await two.orders[1].has(More("a#1+", "e0", [7]))
+
+
+async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: Two) -> None:
+    await first_chunk_travels(two)
+    assert two.clients[0].added[0].sampling_params.extra_args[KEY]["reader"] == "a#1+"
     two.computed(0, "a", 7, 8)
     await two.orders[1].has(More("a#1+", "e0", [7, 8]))
     two.cluster.aheads.hear(Copied("a#1+", 2, False, 2, 0.1, 1.0, 1.1))
@@ -558,11 +563,7 @@ async def test_what_was_pinned_while_its_request_was_ended_from_outside_is_unpin
 
 
 async def test_what_is_pinned_once_its_copy_was_given_up_is_not_copied(two: Two) -> None:
-    two.ask()
-    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
-    two.computed(0, "a", 7)
-    two.cluster.send(Ahead("a", 1, "i1"))
-    await two.orders[1].has(More("a#1+", "e0", [7]))
+    await first_chunk_travels(two)
     two.cluster.aheads.hear(Failed("a#1+", "no such process"))
     two.cluster.aheads.hear(Dropped("a#1+"))
     await two.clients[0].hears("taichi_unpin", "a#1+")
@@ -572,11 +573,7 @@ async def test_what_is_pinned_once_its_copy_was_given_up_is_not_copied(two: Two)
 
 
 async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> None:
-    two.ask()
-    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
-    two.computed(0, "a", 7)
-    two.cluster.send(Ahead("a", 1, "i1"))
-    await two.orders[1].has(More("a#1+", "e0", [7]))
+    await first_chunk_travels(two)
     two.leave(0, "a", 50)
     two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
     assert two.clients[1].aborted == ["a#1+"]

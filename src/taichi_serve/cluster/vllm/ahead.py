@@ -93,11 +93,11 @@ class Aheads:
         live.ahead = self._by_request[ahead.request] = ahead
         if leave:
             ahead.late = asyncio.get_running_loop().call_later(self._patience, self._late, ahead)
-        pinned = source.pinned.get(ahead.source_leg)
+        blocks = None
         if not leave:
-            source.pinned[ahead.source_leg] = None
-        if pinned and not leave:
-            self._have(ahead, pinned)
+            blocks, source.pinned[ahead.source_leg] = source.pinned.get(ahead.source_leg), None
+        if blocks:
+            self._have(ahead, blocks)
         else:
             self._ask(ahead)
         return True

@@ -61,7 +61,7 @@ class FlowScheduler(AsyncScheduler):
         self._arrived: dict[str, float] = {}  # requests that are moving in: when they came
         self._landed: dict[str, float] = {}  # and when their KV was here
         self._step: Step | None = None
-        self._in_step: list[str] = []  # the requests of it
+        self._in_step: dict[str, int] = {}  # the requests of it, and their tokens
         self._stepped_at = 0.0
         self._before = 0.0  # when the last step with anything in it was scheduled
         self._pins = Pins(self.kv_cache_manager, self.block_size)
@@ -253,7 +253,7 @@ class FlowScheduler(AsyncScheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Take the step's tokens, and remember for make_stats which step this is."""
-        self._step, self._in_step = self._steps.popleft(), list(scheduler_output.num_scheduled_tokens)
+        self._step, self._in_step = self._steps.popleft(), scheduler_output.num_scheduled_tokens
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
         )
@@ -292,8 +292,8 @@ class FlowScheduler(AsyncScheduler):
         if step.prefill_tokens or step.decodes:
             self._stepped_at = now
         held = self._held_tokens()
-        here = [r for i in self._in_step if (r := self.requests.get(i)) is not None and not r.is_finished()]
-        news = self._pins.news(here) if step.prefill_tokens else {}
+        here = (self.requests[i] for i in self._in_step if i in self.requests)  # looked at for prompts only
+        news = self._pins.news(r for r in here if not r.is_finished()) if step.prefill_tokens else {}
         record = [now, now - began, step.prefill_tokens, step.decodes, held, step.moved_in, news]
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
