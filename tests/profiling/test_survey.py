@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from miniature import CHUNKS, ENGINE, GRID, LIMITS, TRUTH, Miniature
 from msgspec.structs import replace
 
 from taichi_serve.cluster.simulated.agenda import Due
-from taichi_serve.cluster.simulated.cluster import SimulatedCluster
-from taichi_serve.cluster.simulated.job import Call
-from taichi_serve.cluster.simulated.link import Link
-from taichi_serve.cluster.simulated.step import EngineShape
-from taichi_serve.latency.identity import Identity
-from taichi_serve.latency.model import Roofline
 from taichi_serve.latency.profile import StepRow, load, save
-from taichi_serve.messages import Command, Event, Lost
+from taichi_serve.messages import Lost
 from taichi_serve.profiling.draft import Draft
-from taichi_serve.profiling.grid import Cell, Grid, Limits
+from taichi_serve.profiling.grid import Cell
 from taichi_serve.profiling.prober import LostError, Prober, medians
 from taichi_serve.profiling.survey import Survey, disagreement, line, profile_of
-from taichi_serve.sliders import Kind, Sliders
-
-TRUTH = Roofline(launch=0.002, mixed=0.001, token=1e-4, attention=2e-9, decode=5e-5, kv=1.2e-7, knee=192)
-ENGINE = Identity("tiny", "none", 2048, {}, {})
-LIMITS = Limits(kv_capacity=100_000, sequence=8192, step=2304, sequences=128)
-GRID = Grid(chunks=(64, 256, 1024), decodes=(0, 4, 16), contexts=(128, 2048), moves=(128, 1024), repeats=3)
-CHUNKS = {Kind.P_HEAVY: 1024, Kind.D_HEAVY: 64}
-
-
-class Simulated:
-    """Two engines in miniature that can be asked, with a link of 5 ms and 1 GB/s."""
-
-    def __init__(self) -> None:
-        shape = EngineShape(LIMITS.kv_capacity)
-        link = Link(bytes_per_token=2048, bandwidth=1e9, latency=0.005)
-        self.cluster = SimulatedCluster(Sliders(1, 1, 1024, 64), [TRUTH], shape, link, [])
-        self.asked = 0
-
-    def events(self) -> AsyncIterator[Event]:
-        return self.cluster.events()
-
-    def send(self, command: Command) -> None:
-        self.cluster.send(command)
-
-    def ask(self, prompt_tokens: int, output_tokens: int) -> str:
-        agenda, name = self.cluster.agenda, f"p{self.asked}"
-        self.asked += 1
-        agenda.push(agenda.now, Due.ARRIVAL, Call(agenda.now, prompt_tokens, output_tokens, name))
-        return name
+from taichi_serve.sliders import Kind
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -60,7 +26,7 @@ async def test_step_model_and_link_of_a_simulated_cluster_are_found_again(tmp_pa
     draft = Draft(tmp_path / "p.part", ENGINE)
     survey = Survey(GRID, LIMITS, draft, CHUNKS)
     done: list[None] = []
-    await survey.run(Prober(Simulated()), lambda: done.append(None))
+    await survey.run(Prober(Miniature()), lambda: done.append(None))
     assert len(done) == survey.known == survey.total == 3 * (3 * 5 + 2 * 4)
     profile = profile_of(draft, LIMITS.kv_capacity)
     assert profile.fit.error_p95 < 0.001
@@ -79,7 +45,7 @@ async def test_step_model_and_link_of_a_simulated_cluster_are_found_again(tmp_pa
 async def test_who_is_interrupted_goes_on_with_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "p.part"
     whole = Draft(tmp_path / "whole.part", ENGINE)
-    await Survey(GRID, LIMITS, whole, CHUNKS).run(Prober(Simulated()), lambda: None)
+    await Survey(GRID, LIMITS, whole, CHUNKS).run(Prober(Miniature()), lambda: None)
 
     left = 7
 
@@ -90,12 +56,12 @@ async def test_who_is_interrupted_goes_on_with_what_is_missing(tmp_path: Path) -
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        await Survey(GRID, LIMITS, Draft(path, ENGINE), CHUNKS).run(Prober(Simulated()), interrupt)
+        await Survey(GRID, LIMITS, Draft(path, ENGINE), CHUNKS).run(Prober(Miniature()), interrupt)
     draft = Draft(path, ENGINE)
     survey = Survey(GRID, LIMITS, draft, CHUNKS)
     assert survey.known == 7
     done: list[None] = []
-    await survey.run(Prober(Simulated()), lambda: done.append(None))
+    await survey.run(Prober(Miniature()), lambda: done.append(None))
     assert len(done) == 3 * (len(survey.cells) + len(survey.hops)) - 7
     assert draft.cells.keys() == whole.cells.keys()
     assert draft.moves.keys() == whole.moves.keys()
@@ -106,7 +72,7 @@ class Spell(Prober):
     they do."""
 
     def __init__(self, cells: int) -> None:
-        super().__init__(Simulated())
+        super().__init__(Miniature())
         self.left = cells
 
     async def measure(self, cell: Cell, passes: int, repeats: int) -> list[StepRow]:
@@ -140,12 +106,12 @@ async def test_one_instance_is_measured_without_moves(tmp_path: Path) -> None:
     draft = Draft(tmp_path / "p.part", ENGINE)
     survey = Survey(GRID, LIMITS, draft, None)
     assert survey.hops == []
-    await survey.run(Prober(Simulated()), lambda: None)
+    await survey.run(Prober(Miniature()), lambda: None)
     assert profile_of(draft, LIMITS.kv_capacity).transfers == []
 
 
 async def test_an_instance_that_ends_is_an_error_that_names_it(tmp_path: Path) -> None:
-    simulated = Simulated()
+    simulated = Miniature()
     simulated.cluster.agenda.push(0.5, Due.FACT, Lost(0.5, "i0", "exit code -9"))
     survey = Survey(GRID, LIMITS, Draft(tmp_path / "p.part", ENGINE), CHUNKS)
     with pytest.raises(LostError, match="instance i0 ended while it was measured: exit code -9"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from taichi_serve.cluster.vllm.cluster import VllmCluster
 from taichi_serve.cluster.vllm.fleet import fleet, prepare, scratch
 from taichi_serve.cluster.vllm.identity import identity
 from taichi_serve.cluster.vllm.probe import ProbedCluster
+from taichi_serve.latency.identity import Identity, Setting
 from taichi_serve.latency.profile import Profile, save
 from taichi_serve.profiling.draft import Draft
 from taichi_serve.profiling.grid import Grid, Limits
+from taichi_serve.profiling.neighbours import Load, Neighbours
 from taichi_serve.profiling.prober import Prober
 from taichi_serve.profiling.survey import Survey, profile_of
 from taichi_serve.sliders import Kind
@@ -32,16 +34,22 @@ class Task:
     output: Path
     words: list[str]
     args: argparse.Namespace
-    alone: bool
+    moves: bool
+    neighbours: int
+
+    def beside(self, engine: Identity) -> Identity:
+        """The engine, and how many neighbours are at work on its device."""
+        beside: dict[str, Setting] = {"neighbours": self.neighbours} if self.neighbours else {}
+        return replace(engine, settings={**engine.settings, **beside})
 
 
-def task(grid: Grid, output: Path, words: list[str], alone: bool) -> Task:
+def task(grid: Grid, output: Path, words: list[str], moves: bool, neighbours: int) -> Task:
     """The same, parsed; exits as argparse does when words are wrong. Raises ValueError without the model."""
     prepare()
     args = flags.parse(words)
     if args.model.startswith(("/", ".", "~")) and not Path(args.model).is_dir():
         raise ValueError(f"{args.model}: no such directory")
-    return Task(grid, output, words, args, alone)
+    return Task(grid, output, words, args, moves, neighbours)
 
 
 async def measured(task: Task, console: Console) -> Profile:
@@ -49,7 +57,7 @@ async def measured(task: Task, console: Console) -> Profile:
     with scratch(console.print) as here:
         config = flags.engine_config(task.words, here.path.name)
         part = task.output.with_name(task.output.name + ".part")
-        draft = Draft(part, identity(config, task.args.model))
+        draft = Draft(part, task.beside(identity(config, task.args.model)))
         with console.status("starting the instances") as status:
             instances = fleet(task.args, task.words, config, here, lambda outputs: None, status.update)
             async with instances as cluster:
@@ -64,14 +72,17 @@ async def _survey(task: Task, draft: Draft, cluster: VllmCluster, console: Conso
     for engine in cluster.engines:
         engine.client.tell("taichi_settle")
     sliders = flags.sliders(task.args)
-    chunks = None if task.alone else {kind: sliders.chunk(kind) for kind in Kind}
-    engine = cluster.engines[0]
-    survey = Survey(task.grid, _limits(engine.client.vllm_config, engine.kv_capacity), draft, chunks)
+    chunks = {kind: sliders.chunk(kind) for kind in Kind} if task.moves else None
+    engine, *others = cluster.engines
+    limits = _limits(engine.client.vllm_config, engine.kv_capacity)
+    survey = Survey(task.grid, limits, draft, chunks)
+    probed, names = ProbedCluster(cluster), [other.name for other in others[: task.neighbours]]
+    neighbours = Neighbours(probed, names, Load.within(limits)) if names else None
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=survey.total, completed=survey.known)
         done = partial(_done, progress, bar, survey)
-        await survey.run(Prober(ProbedCluster(cluster)), done)
+        await survey.run(Prober(probed, neighbours), done)
     return profile_of(draft, engine.kv_capacity)
 
 

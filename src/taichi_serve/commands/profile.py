@@ -15,9 +15,6 @@ from taichi_serve.latency.profile import Profile, ProfileError
 from taichi_serve.profiling.grid import Grid
 from taichi_serve.profiling.prober import LostError
 
-KINDS = ("--p-heavy", "1", "--d-heavy", "1")  # one of each is enough: a kind is a chunk, and that can change
-ALONE = ("--p-heavy", "0", "--d-heavy", "1")
-
 
 def make_parser() -> argparse.ArgumentParser:
     """Our own options; every other word is for the instances."""
@@ -34,6 +31,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--no-moves",
         action="store_true",
         help="one instance is enough; the speed of moves stays unknown, and is learned while serving",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=int,
+        default=0,
+        metavar="N",
+        help="so many more instances serve requests while one is measured: where they share a GPU, or the "
+        "cores of a host (default: 0)",
     )
     for name, text in (
         ("chunks", "prompt tokens in one step"),
@@ -73,11 +78,13 @@ def main(argv: list[str]) -> int:
             args.grid_fill, args.grid_repeats,
         )  # fmt: skip
         _check_output(args.output)
+        if args.neighbours < 0:
+            raise ValueError(f"--neighbours must be at least 0, not {args.neighbours}")
     except ValueError as wrong:
         parser.error(str(wrong))
     began = time.monotonic()
     try:
-        profile = _measured(grid, args.output, words, args.no_moves, console)
+        profile = _measured(grid, args, words, console)
     except Stopped as stopped:
         part = args.output.with_name(args.output.name + ".part")
         console.print(f"profile: stopped; the same command goes on from {part}")
@@ -96,25 +103,37 @@ def _check_output(path: Path) -> None:
         raise ProfileError(f"{path}: cannot be written")
 
 
-def _measured(grid: Grid, output: Path, words: list[str], alone: bool, console: Console) -> Profile:
+def _measured(grid: Grid, args: argparse.Namespace, words: list[str], console: Console) -> Profile:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported: the console is ours
     from taichi_serve.commands.measuring import measured, task
 
-    what = task(grid, output, [*words, *(ALONE if alone else KINDS)], alone)
+    moves, neighbours = not args.no_moves, args.neighbours
+    what = task(grid, args.output, [*words, *instances(moves, neighbours)], moves, neighbours)
     return asyncio.run(Interrupts().watch(measured(what, console)))
+
+
+def instances(moves: bool, neighbours: int) -> tuple[str, ...]:
+    """Flags for the instance that is measured and its neighbours; for moves it is P-heavy, and there is one
+    to move to. How many there are of each kind is all the same: a kind is a chunk, and that can change."""
+    if moves:
+        return "--p-heavy", "1", "--d-heavy", str(max(1, neighbours))
+    return "--p-heavy", "0", "--d-heavy", str(1 + neighbours)
 
 
 def report(profile: Profile, path: Path, seconds: float, console: Console) -> None:
     """What was measured, and how well the step model fits it."""
     fit = profile.fit
-    console.print(f"{path}: {profile.model} on {profile.device}, measured in {seconds:.0f} s")
+    others = profile.settings.get("neighbours", 0)
+    beside = f" beside {others} at work" if others else ""
+    console.print(f"{path}: {profile.model} on {profile.device}{beside}, measured in {seconds:.0f} s")
     console.print(f"  KV    {profile.kv_capacity} tokens of {profile.bytes_per_token} bytes")
     console.print(
         f"  steps {len(profile.steps)}; held-out error {fit.error_median:.1%} at the median, "
         f"{fit.error_p95:.1%} at the 95th percentile"
     )
     for move in profile.transfers:
+        more = 1000 * profile.bytes_per_token / move.bytes_per_second
+        pair = f"{move.source.value} -> {move.target.value}"
         console.print(
-            f"  {move.source.value} -> {move.target.value}: {move.latency * 1e3:.1f} ms and "
-            f"{move.bytes_per_second / 1e9:.2f} GB/s"
+            f"  {pair}: {move.latency * 1e3:.1f} ms, and {more * 1e3:.2f} ms for every 1,000 tokens"
         )

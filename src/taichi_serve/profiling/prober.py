@@ -1,7 +1,8 @@
 """Requests of our own on a running cluster, prompts back to back, and the steps that they make.
 
-It stands where a scheduler stands: facts come in, commands go out. It knows what is in every step, because
-nobody else sends anything; what a step did not hold as planned is not counted.
+It stands where a scheduler stands: facts come in, commands go out. It knows what is in every step of the
+instance that it measures, because nobody else sends that one anything; what a step did not hold as planned is
+not counted.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from statistics import median
-from typing import Protocol
 
-from taichi_serve.cluster.base import Cluster
 from taichi_serve.latency.profile import StepRow
 from taichi_serve.messages import (
     Abort,
@@ -31,20 +30,14 @@ from taichi_serve.messages import (
 )
 from taichi_serve.profiling.chain import Chain
 from taichi_serve.profiling.grid import Cell, Hop
+from taichi_serve.profiling.neighbours import Neighbours
+from taichi_serve.profiling.probed import Probed
 from taichi_serve.sliders import Kind
 
 HERE, THERE = "i0", "i1"
 SETTLE = 8  # prompt tokens of a request that only waits until an order before it was heard
 PLAIN = 3  # steps with decodes only that are measured for each prompt
 BEFORE_A_MOVE = 4  # tokens: a move is one of a running decode
-
-
-class Probed(Cluster, Protocol):
-    """A cluster that takes requests of our own; the Arrived of each is a fact like any other."""
-
-    def ask(self, prompt_tokens: int, output_tokens: int) -> str:
-        """A request with so many tokens, and the name it goes by. No two have a prefix in common."""
-        ...
 
 
 class LostError(RuntimeError):
@@ -54,12 +47,24 @@ class LostError(RuntimeError):
 class Prober:
     """Steps on the first instance of a cluster, and moves from it to the second."""
 
-    def __init__(self, cluster: Probed) -> None:
+    def __init__(self, cluster: Probed, neighbours: Neighbours | None = None) -> None:
+        """`neighbours` are the instances that can be kept at work; by default none is."""
         self._cluster = cluster
+        self._neighbours = neighbours
         self._events = cluster.events()
         self._residents: dict[str, int] = {}  # decodes that stay, and the tokens of each
         self._begun = 0  # tokens that each of them began with
         self._context = 0  # of all of them, in the step of the last fact
+
+    # -------------------------------------------------------------------------------- neighbours
+
+    async def beside(self, work: bool) -> None:
+        """Have the neighbours work, or rest, and wait until they do."""
+        if self._neighbours is None:
+            return
+        self._neighbours.work() if work else self._neighbours.rest()
+        while not self._neighbours.settled:
+            await self._next()
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -155,6 +160,8 @@ class Prober:
     async def _next(self) -> Event:
         """The next fact, booked."""
         event = await anext(self._events)
+        if self._neighbours is not None:
+            self._neighbours.saw(event)
         match event:
             case Stepped(instance=instance) if instance == HERE:
                 self._context = sum(self._residents.values())

@@ -56,20 +56,27 @@ class Survey:
         """
         for turn in range(self._grid.repeats):
             await self._round(prober, done, self.cells, turn)
-            await prober.clear()
-            for hop in self.hops:
-                if len(self._draft.moves[hop]) <= turn:
-                    await self._hop(prober, hop)
-                    done()
+            await self._moves(prober, done, turn)
         doubtful = self._doubtful()
         for turn in range(self._grid.repeats, self._grid.repeats + AGAIN):
             await self._round(prober, done, doubtful, turn)
         await prober.clear()
+        await prober.beside(work=False)
 
     async def _round(self, prober: Prober, done: Done, cells: Sequence[Cell], turn: int) -> None:
         for cell in cells:
             if len(self._draft.cells[cell]) <= turn:
+                await prober.beside(work=True)
                 await self._cell(prober, cell)
+                done()
+
+    async def _moves(self, prober: Prober, done: Done, turn: int) -> None:
+        """Every move once; with nothing else going on, or its gap would hold whatever the target is at."""
+        await prober.clear()
+        for hop in self.hops:
+            if len(self._draft.moves[hop]) <= turn:
+                await prober.beside(work=False)
+                await self._hop(prober, hop)
                 done()
 
     def _doubtful(self) -> list[Cell]:

@@ -1,0 +1,50 @@
+"""Aggregation, disaggregation and the hybrid, each tuned for one SLO, on four instances of the 7B shape.
+
+`measure 7b-beside` in the same directory first: the search stands on that profile.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common import NO_WEIGHTS, QWEN_7B, out_directory, shape
+from measure import LIMITS, SHAPES, graphs, sharing
+
+from taichi_serve.cli import main as taichi
+from taichi_serve.tiny import cached_tiny_model
+
+INSTANCES = 4
+# Summarization at half its length, log-normal; the search has the baselines within 6 % of each other there.
+GOAL = ["--workload", "3658/100", "--ttft-slo", "2", "--tpot-slo", "0.03"]
+LOAD = ["--requests", "200", "--warm-up", "20", "--start", "7"]
+
+
+def main() -> int:
+    """The families named after the directory, or all; one that was measured there is not measured again."""
+    out = out_directory()
+    name, _, profile, _, memory, _ = SHAPES["7b-beside"]
+    measured, tuned = out / f"{profile}.json", out / "tuned"
+    if not tuned.exists():
+        search = [
+            "search",
+            "--profile",
+            str(measured),
+            *GOAL,
+            "--instances",
+            str(INSTANCES),
+            "--seconds",
+            "60",
+        ]
+        if status := taichi([*search, "--tuned", str(tuned)]):
+            return status
+    model = shape(cached_tiny_model(), QWEN_7B, Path("/tmp") / name)
+    families = ",".join(sys.argv[2:]) or "hybrid,disaggregation,aggregation"
+    words = ["bench", "goodput", str(model), "--compare", families, "--tuned", str(tuned), *GOAL, *LOAD]
+    words += ["--out", str(out), "--", "--profile", str(measured), "--kv-cache-memory-bytes", memory]
+    words += [*NO_WEIGHTS, *sharing(INSTANCES), *LIMITS, *graphs()]
+    return taichi(words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
