@@ -1,6 +1,7 @@
 """`taichi bench goodput` from outside, without a server: words, files, and one clear line for bad input."""
 
 import re
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -203,3 +204,11 @@ def test_a_rate_that_ended_early_says_what_is_known_of_it():
         "the client was up to 0.20 s late, 2 s"
     )
     assert line("hybrid", THERE) == "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s"
+
+
+def test_a_source_tree_that_was_never_installed_can_measure_too(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(bench, "version", missing)
+    assert bench.own_version() == "from source"

@@ -16,7 +16,7 @@ from taichi_serve.sliders import Kind
 ENGINE = Identity("tiny", "one core", 2048, {"vllm": "0.32.0"}, {"dtype": "float32", "enforce_eager": True})
 ALONE = Steps(Cell(64, 0, 0), [StepRow(64, 2080.0, 0, 0, 0.01)])
 BESIDE = Steps(Cell(64, 4, 128), [StepRow(64, 2080.0, 4, 600, 0.02)])
-MOVED = Moved(Hop(Kind.P_HEAVY, Kind.D_HEAVY, 128), 128, 0.03)
+MOVED = Moved(Hop(Kind.P_HEAVY, Kind.D_HEAVY, 128), 128, 0.03, 0.01)
 
 
 def test_what_was_added_is_there_when_it_is_opened_again(tmp_path: Path) -> None:

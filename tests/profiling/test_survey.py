@@ -11,10 +11,10 @@ from msgspec.structs import replace
 from taichi_serve.cluster.simulated.agenda import Due
 from taichi_serve.latency.profile import StepRow, load, save
 from taichi_serve.messages import Lost
-from taichi_serve.profiling.draft import Draft
-from taichi_serve.profiling.grid import Cell
+from taichi_serve.profiling.draft import Draft, Moved
+from taichi_serve.profiling.grid import Cell, Hop
 from taichi_serve.profiling.prober import LostError, Prober, medians
-from taichi_serve.profiling.survey import Survey, disagreement, line, profile_of
+from taichi_serve.profiling.survey import Survey, disagreement, line, profile_of, transfers
 from taichi_serve.sliders import Kind
 
 
@@ -36,7 +36,7 @@ async def test_step_model_and_link_of_a_simulated_cluster_are_found_again(tmp_pa
         for target in Kind:
             link = profile.transfer(source, target)
             assert link is not None
-            assert link.latency == pytest.approx(0.005, abs=0.003)  # and the rest of a step on the target
+            assert link.latency == pytest.approx(0.005, abs=0.001)
             assert link.bytes_per_second == pytest.approx(1e9, rel=0.1)
     save(profile, tmp_path / "p.json")
     assert load(tmp_path / "p.json") == profile
@@ -122,6 +122,16 @@ def test_one_stall_in_a_cell_is_not_seen_in_its_median() -> None:
     same = [StepRow(64, 2080.0, 4, kv, s) for kv, s in ((100, 0.01), (110, 9.0), (120, 0.012))]
     other = StepRow(64, 6176.0, 4, 100, 0.013)  # deeper in its prompt
     assert medians([*same, other]) == [StepRow(64, 2080.0, 4, 110, 0.012), other]
+
+
+def test_a_transfer_is_the_gap_without_a_step_of_the_target_as_it_was_then() -> None:
+    hop = Hop(Kind.P_HEAVY, Kind.D_HEAVY, 1000)
+    # 6 ms and 1 ms for each 1,000 tokens; steps take 7 ms there, and 9 at 3,000 tokens
+    moves = [Moved(hop, 1000, 0.014, 0.007), Moved(hop, 3000, 0.018, 0.009)]
+    [link] = transfers(moves, bytes_per_token=2000)
+    assert (link.source, link.target) == (Kind.P_HEAVY, Kind.D_HEAVY)
+    assert link.latency == pytest.approx(0.006)
+    assert link.bytes_per_second == pytest.approx(2e9)
 
 
 def test_line_through_moves_is_latency_and_bandwidth() -> None:

@@ -7,7 +7,7 @@ import asyncio
 import datetime
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -145,12 +145,20 @@ def result(
         kept,
         found,
         datetime.datetime.now(datetime.UTC).date().isoformat(),
-        f"taichi-serve {version('taichi-serve')}, vLLM {server}, Python {platform.python_version()}",
+        f"taichi-serve {own_version()}, vLLM {server}, Python {platform.python_version()}",
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
     )
     if path:
         write(made, path)
     return made
+
+
+def own_version() -> str:
+    """Ours; a source tree that was never installed has none, and is no reason to lose what was measured."""
+    try:
+        return version("taichi-serve")
+    except PackageNotFoundError:
+        return "from source"
 
 
 def without_key(flags: tuple[str, ...]) -> tuple[str, ...]:

@@ -31,11 +31,13 @@ class Steps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="steps"
 
 
 class Moved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="move"):
-    """A move, measured once: KV tokens that came over, and the seconds between two tokens."""
+    """A move, measured once: KV tokens that came over, the seconds between two tokens, and those of a step of
+    that decode on the target."""
 
     hop: Hop
     kv_tokens: int
     gap: float
+    step: float
 
 
 class Draft:

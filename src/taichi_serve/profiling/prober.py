@@ -130,11 +130,11 @@ class Prober:
 
     # ------------------------------------------------------------------------------------- moves
 
-    async def move(self, hop: Hop) -> tuple[int, float]:
-        """KV tokens that came over and seconds between two tokens, of one move."""
+    async def move(self, hop: Hop) -> tuple[int, float, float]:
+        """KV tokens that came over, seconds between two tokens, and those of a step there, of one move."""
         name = await self._ask(hop.tokens, 4 * BEFORE_A_MOVE)
         self._cluster.send(Prefill(name, 0, HERE))
-        made, found = 0, (0, 0.0)
+        made, found, after = 0, (0, 0.0), list[float]()
         while True:
             match await self._next():
                 case Prefilled(request=request) if request == name:
@@ -143,10 +143,13 @@ class Prober:
                     made += 1
                     if made == BEFORE_A_MOVE:
                         self._cluster.send(Flow(name, 1, THERE, Move.OPERATOR))
+                case Stepped(instance=instance, seconds=seconds) if instance == THERE:
+                    after.append(seconds)
                 case Flowed(request=request, kv_tokens=kv, gap=gap) if request == name:
                     found = kv, gap
+                    after.clear()  # the step that the gap ended with began before it was heard
                 case Finished(request=request) if request == name:
-                    return found
+                    return *found, median(after or [0.0])
 
     # ------------------------------------------------------------------------------------- facts
 

@@ -10,8 +10,7 @@ from statistics import median
 
 import numpy as np
 
-from taichi_serve.latency.model import Roofline
-from taichi_serve.latency.profile import SCHEMA, Fit, Profile, StepRow, Transfer, fit_steps
+from taichi_serve.latency.profile import SCHEMA, Profile, StepRow, Transfer, fit_steps
 from taichi_serve.profiling.draft import Draft, Moved, Steps
 from taichi_serve.profiling.grid import Cell, Grid, Hop, Limits, passes, prompts, room
 from taichi_serve.profiling.prober import HERE, PLAIN, THERE, Prober, alike, medians
@@ -118,7 +117,6 @@ def profile_of(draft: Draft, kv_capacity: int) -> Profile:
     moves = [_usual(times) for times in draft.moves.values() if times]
     # Held out is every fifth row in turn, which must not be every fifth of one kind.
     random.Random(0).shuffle(rows)
-    fit = fit_steps(rows)
     return Profile(
         SCHEMA,
         draft.engine.model,
@@ -128,28 +126,24 @@ def profile_of(draft: Draft, kv_capacity: int) -> Profile:
         kv_capacity,
         draft.engine.bytes_per_token,
         sorted(rows, key=lambda row: (row.decodes, row.kv_tokens, row.prefill_tokens, row.attention)),
-        fit,
-        transfers(moves, fit, draft.engine.bytes_per_token),
+        fit_steps(rows),
+        transfers(moves, draft.engine.bytes_per_token),
     )
 
 
 def _usual(times: Sequence[Moved]) -> Moved:
     """The median of the same move."""
-    return Moved(times[0].hop, round(median(m.kv_tokens for m in times)), median(m.gap for m in times))
+    gap, step = median(m.gap for m in times), median(m.step for m in times)
+    return Moved(times[0].hop, round(median(m.kv_tokens for m in times)), gap, step)
 
 
-def transfers(moves: Sequence[Moved], fit: Fit, bytes_per_token: int) -> list[Transfer]:
+def transfers(moves: Sequence[Moved], bytes_per_token: int) -> list[Transfer]:
     """Latency and bandwidth between every two kinds, without the step that every move ends with."""
-    model = fit.model()
     points: dict[tuple[Kind, Kind], list[tuple[float, float]]] = defaultdict(list)
     for moved in moves:
-        point = float(moved.kv_tokens * bytes_per_token), max(0.0, moved.gap - _step(model, moved))
+        point = float(moved.kv_tokens * bytes_per_token), max(0.0, moved.gap - moved.step)
         points[moved.hop.source, moved.hop.target].append(point)
     return [Transfer(*kinds, *line(seen)) for kinds, seen in points.items()]
-
-
-def _step(model: Roofline, moved: Moved) -> float:
-    return model.of(0, 0.0, 1, moved.kv_tokens)
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
