@@ -21,30 +21,31 @@ def seen(chain: Chain, steps: list[tuple[int, int, float]]) -> list[StepRow]:
 
 
 def test_first_and_last_step_with_prompt_tokens_and_the_first_without_are_left_out() -> None:
-    steps = [(64, 2, FIRST), (64, 2, USUAL), (64, 2, USUAL), (64, 2, USUAL), (64, 2, USUAL), (64, 2, LAST)]
+    steps = [(64, 2, FIRST), (64, 2, USUAL), (64, 2, USUAL), (64, 2, USUAL), (64, 2, LAST)]
     steps += [(0, 2, 0.03), (0, 2, 0.007), (0, 2, 0.008), (0, 2, 0.009)]
-    # Two prompts of three chunks: 64 tokens attend 64 x 65 / 2 pairs, and 64 x 64 more for each chunk before.
+    # A prompt of three chunks, and a last one of two: 64 tokens attend 64 x 65 / 2 pairs, and 64 x 64
+    # more for each chunk before.
     assert seen(Chain(BESIDE, passes=3, prompts=2), steps) == [
         StepRow(64, 2080.0 + 4096, 2, 202, USUAL),
         StepRow(64, 2080.0 + 8192, 2, 204, USUAL),
         StepRow(64, 2080.0, 2, 206, USUAL),
-        StepRow(64, 2080.0 + 4096, 2, 208, USUAL),
-        StepRow(0, 0.0, 2, 214, 0.007),
-        StepRow(0, 0.0, 2, 216, 0.008),
+        StepRow(0, 0.0, 2, 212, 0.007),
+        StepRow(0, 0.0, 2, 214, 0.008),
     ]
 
 
-def test_without_decodes_every_depth_is_left_but_two_steps_of_the_chain() -> None:
-    steps = [(64, 0, FIRST), *[(64, 0, USUAL)] * 6, (64, 0, LAST)]
-    rows = seen(Chain(Cell(64, 0, 0), passes=4, prompts=2), steps)
-    assert sorted(row.attention for row in rows) == [2080, 6176, 6176, 10272, 10272, 14368]
+def test_without_decodes_every_depth_is_left_once_for_each_prompt_but_one() -> None:
+    chain = Chain(Cell(64, 0, 0), passes=4, prompts=3)
+    assert chain.prompts == [256, 256, 128]
+    rows = seen(chain, [(64, 0, FIRST), *[(64, 0, USUAL)] * 8, (64, 0, LAST)])
+    assert sorted(row.attention for row in rows) == [2080, 2080, 6176, 6176, 10272, 10272, 14368, 14368]
     assert {row.seconds for row in rows} == {USUAL}
 
 
 def test_where_the_next_prompt_came_late_the_steps_around_the_gap_are_left_out() -> None:
     steps = [(64, 2, FIRST), (64, 2, USUAL), (64, 2, LAST), (0, 2, 0.03), (64, 2, FIRST), (64, 2, USUAL)]
-    rows = seen(Chain(BESIDE, passes=3, prompts=2), [*steps, (64, 2, LAST)])
-    assert rows == [StepRow(64, 2080.0 + 4096, 2, 202, USUAL), StepRow(64, 2080.0 + 4096, 2, 210, USUAL)]
+    rows = seen(Chain(BESIDE, passes=3, prompts=3), [*steps, (64, 2, USUAL), (64, 2, USUAL), (64, 2, LAST)])
+    assert [row.attention for row in rows] == [6176, 6176, 10272, 2080]
 
 
 def test_a_chunk_that_was_split_is_dropped_and_those_after_it_keep_their_depth() -> None:

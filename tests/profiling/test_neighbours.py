@@ -103,7 +103,8 @@ async def test_neighbours_are_at_work_in_every_step_and_at_rest_in_every_move(tm
     assert cluster.live == {}
     at_work = [beside for beside in cluster.steps if beside]
     assert all(beside == {"i1", "i2"} for beside in at_work)
-    assert len(at_work) > 1000
+    rows = sum(len(rows) for rounds in draft.cells.values() for rows in rounds)
+    assert len(at_work) > rows > 0
     # Engines in miniature have a device each: what is found is what is true.
     fit = profile_of(draft, LIMITS.kv_capacity).fit
     assert fit.error_p95 < 0.001

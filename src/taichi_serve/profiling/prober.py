@@ -110,7 +110,7 @@ class Prober:
         """The steps of a cell, each `repeats` times; its decodes must stand."""
         await self.chunk(cell.chunk)
         chain = Chain(cell, passes, repeats + 1)  # one more: the first and the last step do not count
-        names = [await self._ask(chain.prompt_tokens, 1) for _ in range(chain.prompts)]
+        names = [await self._ask(tokens, 1) for tokens in chain.prompts]
         ahead = iter(names)
         # Never more than two at a time. Until its output is taken, a prompt that is through looks like a
         # decode to the engine's scheduler: a third would get the token that is left over for it, and chunks
