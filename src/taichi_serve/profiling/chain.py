@@ -18,8 +18,8 @@ LAST = 2  # chunks of the last prompt: its first, and one after it that does not
 
 
 class Chain:
-    """So many prompts of a cell, of `passes` chunks each but for a shorter last one, and the steps after them,
-    which have decodes only."""
+    """So many prompts of a cell, of `passes` chunks each but for a shorter last one, and the steps after them
+    that have decodes only."""
 
     def __init__(self, cell: Cell, passes: int, prompts: int) -> None:
         self._prompt = passes * cell.chunk
