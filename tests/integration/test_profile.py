@@ -115,3 +115,27 @@ def test_a_draft_of_another_setting_is_one_clear_line(scratch: Path) -> None:
     assert run.returncode == 2
     assert said.strip().splitlines()[-1].endswith("remove it to begin anew")
     assert sorted(scratch.glob("*")) == [draft.path]
+
+
+def test_an_instance_is_measured_beside_another_that_is_at_work(scratch: Path) -> None:
+    few = (
+        "--grid-chunks",
+        "32,128",
+        "--grid-decodes",
+        "0,2",
+        "--grid-contexts",
+        "128",
+        "--grid-repeats",
+        "1",
+    )
+    run = start(scratch, str(cached_tiny_model()), *ENGINE, *few, "--neighbours", "1", "--no-moves")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert " beside 1 at work, " in said
+    profile = load(scratch / "p.json")
+    assert profile.settings["neighbours"] == 1
+    assert {(row.prefill_tokens, row.decodes) for row in profile.steps} == {
+        (32, 0), (128, 0), (32, 2), (128, 2), (0, 2),
+    }  # fmt: skip
+    assert profile.transfers == []
+    assert sorted(scratch.glob("*")) == [scratch / "p.json"]
