@@ -46,7 +46,7 @@ def sharing(count: int) -> list[str]:
     return ["--devices", ";".join("0" * count), "--gpu-memory-utilization", f"{0.8 / count:g}"]
 
 
-def beside(neighbours: int) -> list[str]:
+def survey_flags(neighbours: int) -> list[str]:
     """Flags for a survey with so many neighbours; two rounds, not three, where all of it is slower."""
     rounds = "2" if neighbours else "3"
     return ["--grid-repeats", rounds, "--neighbours", str(neighbours), *sharing(max(2, 1 + neighbours))]
@@ -77,7 +77,7 @@ def main() -> int:
             "-o",
             str(path),
             *GRID,
-            *beside(neighbours),
+            *survey_flags(neighbours),
             *ENGINE,
             *graphs(),
             "--kv-cache-memory-bytes",

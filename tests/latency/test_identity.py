@@ -61,3 +61,9 @@ def test_how_much_an_engine_may_take_is_no_difference() -> None:
     assert (
         list(differences(profile, replace(HERE, settings={"max_model_len": 512, "max_num_seqs": 256}))) == []
     )
+
+
+def test_neighbours_that_were_at_work_are_told() -> None:
+    profile = msgspec.structs.replace(PROFILE, settings={**PROFILE.settings, "neighbours": 3})
+    assert refusal(profile, HERE) is None
+    assert list(differences(profile, HERE)) == ["it was measured beside 3 more at work"]

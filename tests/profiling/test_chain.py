@@ -36,7 +36,7 @@ def test_first_and_last_step_with_prompt_tokens_and_the_first_without_are_left_o
 
 def test_without_decodes_every_depth_is_left_once_for_each_prompt_but_one() -> None:
     chain = Chain(Cell(64, 0, 0), passes=4, prompts=3)
-    assert chain.prompts == [256, 256, 128]
+    assert chain.prompt_sizes == [256, 256, 128]
     rows = seen(chain, [(64, 0, FIRST), *[(64, 0, USUAL)] * 8, (64, 0, LAST)])
     assert sorted(row.attention for row in rows) == [2080, 2080, 6176, 6176, 10272, 10272, 14368, 14368]
     assert {row.seconds for row in rows} == {USUAL}

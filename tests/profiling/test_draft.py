@@ -46,8 +46,10 @@ def test_a_torn_last_line_is_measured_again_and_harms_no_other(tmp_path: Path) -
 def test_a_draft_of_another_engine_or_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.json.part"
     Draft(path, ENGINE).add(ALONE)
-    with pytest.raises(ProfileError, match="another model, device, version or setting; remove it"):
-        Draft(path, replace(ENGINE, device="two cores"))
+    beside = replace(ENGINE, settings={**ENGINE.settings, "neighbours": 3})
+    for other in (replace(ENGINE, device="two cores"), beside):
+        with pytest.raises(ProfileError, match="another model, device, version or setting; remove it"):
+            Draft(path, other)
     path.write_text("shopping list\n")  # whatever that was, it is not ours to overwrite
     with pytest.raises(ProfileError, match="remove it to begin anew"):
         Draft(path, ENGINE)

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 
 from taichi_serve.cluster.simulated.agenda import Due
 from taichi_serve.latency.profile import StepRow, load, save
-from taichi_serve.messages import Lost
+from taichi_serve.messages import Command, Flow, Lost
 from taichi_serve.profiling.draft import Draft, Moved
 from taichi_serve.profiling.grid import Cell, Hop
-from taichi_serve.profiling.prober import LostError, Prober, medians
+from taichi_serve.profiling.probed import LostError
+from taichi_serve.profiling.prober import Prober, medians
 from taichi_serve.profiling.survey import Survey, disagreement, line, profile_of, transfers
 from taichi_serve.sliders import Kind
 
@@ -116,6 +117,35 @@ async def test_an_instance_that_ends_is_an_error_that_names_it(tmp_path: Path) -
     survey = Survey(GRID, LIMITS, Draft(tmp_path / "p.part", ENGINE), CHUNKS)
     with pytest.raises(LostError, match="instance i0 ended while it was measured: exit code -9"):
         await survey.run(Prober(simulated), lambda: None)
+
+
+class Immovable(Miniature):
+    """No request leaves the first so many times that one is told to."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def send(self, command: Command) -> None:
+        if isinstance(command, Flow) and self.left:
+            self.left -= 1
+            return
+        super().send(command)
+
+
+async def test_a_move_that_did_not_happen_is_tried_again(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "p.part", ENGINE)
+    survey = Survey(GRID, LIMITS, draft, CHUNKS)
+    await survey.run(Prober(Immovable(times=2)), lambda: None)
+    gaps = [moved.gap for hop in survey.hops for moved in draft.moves[hop]]
+    assert len(gaps) == GRID.repeats * len(survey.hops)
+    assert min(gaps) > 0.005
+
+
+async def test_a_request_that_cannot_be_moved_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    survey = Survey(GRID, LIMITS, Draft(tmp_path / "p.part", ENGINE), CHUNKS)
+    with pytest.raises(LostError, match="128 tokens could not be moved from i0 to i1; --no-moves"):
+        await survey.run(Prober(Immovable(times=3)), lambda: None)
 
 
 def test_one_stall_in_a_cell_is_not_seen_in_its_median() -> None:

@@ -37,10 +37,10 @@ class Task:
     moves: bool
     neighbours: int
 
-    def beside(self, engine: Identity) -> Identity:
+    def labelled(self, engine: Identity) -> Identity:
         """The engine, and how many neighbours are at work on its device."""
-        beside: dict[str, Setting] = {"neighbours": self.neighbours} if self.neighbours else {}
-        return replace(engine, settings={**engine.settings, **beside})
+        more: dict[str, Setting] = {"neighbours": self.neighbours} if self.neighbours else {}
+        return replace(engine, settings={**engine.settings, **more})
 
 
 def task(grid: Grid, output: Path, words: list[str], moves: bool, neighbours: int) -> Task:
@@ -57,7 +57,7 @@ async def measured(task: Task, console: Console) -> Profile:
     with scratch(console.print) as here:
         config = flags.engine_config(task.words, here.path.name)
         part = task.output.with_name(task.output.name + ".part")
-        draft = Draft(part, task.beside(identity(config, task.args.model)))
+        draft = Draft(part, task.labelled(identity(config, task.args.model)))
         with console.status("starting the instances") as status:
             instances = fleet(task.args, task.words, config, here, lambda outputs: None, status.update)
             async with instances as cluster:

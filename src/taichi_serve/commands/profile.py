@@ -13,7 +13,7 @@ from rich.console import Console
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.latency.profile import Profile, ProfileError
 from taichi_serve.profiling.grid import Grid
-from taichi_serve.profiling.prober import LostError
+from taichi_serve.profiling.probed import LostError
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -46,6 +46,8 @@ def refusal(profile: Profile, engine: Identity) -> str | None:
 
 def differences(profile: Profile, engine: Identity) -> Iterator[str]:
     """What else was different when it was measured, one phrase each."""
+    if beside := profile.settings.get("neighbours"):
+        yield f"it was measured beside {beside} more at work"
     if profile.device != engine.device:
         yield f"device was {profile.device}, here it is {engine.device}"
     for kind, then, now in (

@@ -22,13 +22,13 @@ class Chain:
     that have decodes only."""
 
     def __init__(self, cell: Cell, passes: int, prompts: int) -> None:
-        self._prompt = passes * cell.chunk
+        self._prompt_tokens = passes * cell.chunk
         last = min(passes, LAST) if prompts > 1 else passes
-        self.prompts = [self._prompt] * (prompts - 1) + [last * cell.chunk]  # tokens of each
+        self.prompt_sizes = [self._prompt_tokens] * (prompts - 1) + [last * cell.chunk]
         self.plain = 0  # steps with decodes only since the last one with prompt tokens
         self._computed = 0  # prompt tokens of all prompts together: they are computed in order
         self._rows: list[StepRow] = []
-        depths = range(0, self._prompt, cell.chunk)
+        depths = range(0, self._prompt_tokens, cell.chunk)
         self._planned = {(cell.chunk, _pairs(depth, cell.chunk), cell.decodes) for depth in depths}
         self._planned.add((0, 0.0, cell.decodes))
 
@@ -37,13 +37,13 @@ class Chain:
         tokens = step.prefill_tokens
         self.plain = 0 if tokens else self.plain + 1
         if tokens or self._rows:  # while prompts are only being asked for, the machine is busy with that
-            pairs = _pairs(self._computed % self._prompt, tokens)
+            pairs = _pairs(self._computed % self._prompt_tokens, tokens)
             self._rows.append(StepRow(tokens, pairs, step.decodes, kv_tokens, step.seconds))
             self._computed += tokens
 
     def rows(self) -> list[StepRow]:
         """Steps that held what was planned, between two of their kind: with prompt tokens, or without."""
-        if self._computed != sum(self.prompts):
+        if self._computed != sum(self.prompt_sizes):
             return []  # who was in which step is not known
         return [
             row

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taichi_serve.messages import Arrived, Event, Finished, Prefill, Prefilled, SetChunk
+from taichi_serve.messages import Arrived, Event, Finished, Outcome, Prefill, Prefilled, SetChunk
 from taichi_serve.profiling.grid import Limits
-from taichi_serve.profiling.probed import Probed
+from taichi_serve.profiling.probed import LostError, Probed
 from taichi_serve.sliders import Kind
 
 AT_ONCE, PROMPT, OUTPUT, CHUNK = 16, 1024, 128, 256  # about every second step has a chunk in it
@@ -39,47 +39,58 @@ class Load:
 
 
 class Neighbours:
-    """Their requests: one that has finished is followed by another until they are to rest."""
+    """Their requests: one that has ended is followed by another until they are to rest."""
 
     def __init__(self, cluster: Probed, instances: Sequence[str], load: Load) -> None:
         """`instances` are all but the one that is measured."""
         self._cluster, self._instances, self._load = cluster, instances, load
         self._where: dict[str, str] = {}  # request: instance
-        self._started: set[str] = set()  # instances that have computed a prompt since they began
+        self._unseen: set[str] = set()  # the first requests of all, as long as their prompts are not computed
         self._working = False
 
     @property
     def settled(self) -> bool:
-        """Whether all of them are at work, or at rest, as they were told."""
-        return self._started == set(self._instances) if self._working else not self._where
+        """Whether all of them are in the midst of work, or at rest, as they were told."""
+        return not (self._unseen if self._working else self._where)
 
     def work(self) -> None:
-        """Begin, unless they work already."""
+        """Begin, unless they work already.
+
+        First requests differ in length, or all would prefill together, then decode together, for ever.
+        """
         if self._working:
             return
         self._working = True
-        self._started.clear()
-        for instance in self._instances:
+        for number, instance in enumerate(self._instances):
             self._cluster.send(SetChunk(instance, Kind.D_HEAVY, self._load.chunk))
-            for _ in range(self._load.at_once):
-                self._another(instance)
+            late = number / len(self._instances)  # no two instances are at the same point either
+            for turn in range(self._load.at_once):
+                share = (turn + 1 - late) / self._load.at_once
+                self._unseen.add(self._another(instance, max(1, round(share * self._load.output))))
 
     def rest(self) -> None:
         """No more requests; those under way end by themselves."""
         self._working = False
+        self._unseen.clear()
 
     def saw(self, event: Event) -> None:
-        """Book a fact, whoever it is about."""
+        """Book a fact, whoever it is about. Raises LostError where a neighbour cannot work."""
         match event:
             case Arrived(request=request) if request in self._where:
                 self._cluster.send(Prefill(request, 0, self._where[request]))
-            case Prefilled(request=request) if request in self._where:
-                self._started.add(self._where[request])
-            case Finished(request=request) if request in self._where:
+            case Prefilled(request=request):
+                self._unseen.discard(request)
+            case Finished(request=request, outcome=outcome) if request in self._where:
                 instance = self._where.pop(request)
+                self._unseen.discard(request)
+                if outcome is not Outcome.FINISHED:
+                    raise LostError(
+                        f"instance {instance} could not serve while another was measured: {outcome.value}"
+                    )
                 if self._working:
-                    self._another(instance)
+                    self._another(instance, self._load.output)
 
-    def _another(self, instance: str) -> None:
-        name = self._cluster.ask(self._load.prompt, self._load.output)
+    def _another(self, instance: str, output: int) -> str:
+        name = self._cluster.ask(self._load.prompt, output)
         self._where[name] = instance
+        return name

@@ -7,6 +7,10 @@ from typing import Protocol
 from taichi_serve.cluster.base import Cluster
 
 
+class LostError(RuntimeError):
+    """What is measured did not do what it was told, or ended."""
+
+
 class Probed(Cluster, Protocol):
     """A cluster that takes requests of our own; the Arrived of each is a fact like any other."""
 

@@ -31,17 +31,13 @@ from taichi_serve.messages import (
 from taichi_serve.profiling.chain import Chain
 from taichi_serve.profiling.grid import Cell, Hop
 from taichi_serve.profiling.neighbours import Neighbours
-from taichi_serve.profiling.probed import Probed
+from taichi_serve.profiling.probed import LostError, Probed
 from taichi_serve.sliders import Kind
 
 HERE, THERE = "i0", "i1"
 SETTLE = 8  # prompt tokens of a request that only waits until an order before it was heard
 PLAIN = 3  # steps with decodes only that are measured for each prompt
-BEFORE_A_MOVE = 4  # tokens: a move is one of a running decode
-
-
-class LostError(RuntimeError):
-    """An instance ended while it was measured."""
+BEFORE_A_MOVE, AFTER_A_MOVE = 4, 28  # tokens: a move is one of a running decode, which then goes on
 
 
 class Prober:
@@ -58,12 +54,20 @@ class Prober:
 
     # -------------------------------------------------------------------------------- neighbours
 
-    async def beside(self, work: bool) -> None:
-        """Have the neighbours work, or rest, and wait until they do."""
-        if self._neighbours is None:
-            return
-        self._neighbours.work() if work else self._neighbours.rest()
-        while not self._neighbours.settled:
+    async def neighbours_at_work(self) -> None:
+        """Have them work, and wait until each is in the midst of it."""
+        if self._neighbours is not None:
+            self._neighbours.work()
+            await self._settle(self._neighbours)
+
+    async def neighbours_at_rest(self) -> None:
+        """Have them rest, and wait until their last request has ended."""
+        if self._neighbours is not None:
+            self._neighbours.rest()
+            await self._settle(self._neighbours)
+
+    async def _settle(self, neighbours: Neighbours) -> None:
+        while not neighbours.settled:
             await self._next()
 
     # ------------------------------------------------------------------------------------- steps
@@ -110,7 +114,7 @@ class Prober:
         """The steps of a cell, each `repeats` times; its decodes must stand."""
         await self.chunk(cell.chunk)
         chain = Chain(cell, passes, repeats + 1)  # one more: the first and the last step do not count
-        names = [await self._ask(tokens, 1) for tokens in chain.prompts]
+        names = [await self._ask(tokens, 1) for tokens in chain.prompt_sizes]
         ahead = iter(names)
         # Never more than two at a time. Until its output is taken, a prompt that is through looks like a
         # decode to the engine's scheduler: a third would get the token that is left over for it, and chunks
@@ -130,11 +134,12 @@ class Prober:
 
     # ------------------------------------------------------------------------------------- moves
 
-    async def move(self, hop: Hop) -> tuple[int, float, float]:
-        """KV tokens that came over, seconds between two tokens, and those of a step there, of one move."""
-        name = await self._ask(hop.tokens, 4 * BEFORE_A_MOVE)
+    async def move(self, hop: Hop) -> tuple[int, float, float] | None:
+        """KV tokens that came over, seconds between two tokens, and those of a step there, of one move; None
+        where it did not happen, or too late to see a step after it."""
+        name = await self._ask(hop.tokens, BEFORE_A_MOVE + AFTER_A_MOVE)
         self._cluster.send(Prefill(name, 0, HERE))
-        made, found, after = 0, (0, 0.0), list[float]()
+        made, found, after = 0, None, list[float]()
         while True:
             match await self._next():
                 case Prefilled(request=request) if request == name:
@@ -149,7 +154,7 @@ class Prober:
                     found = kv, gap
                     after.clear()  # the step that the gap ended with began before it was heard
                 case Finished(request=request) if request == name:
-                    return *found, median(after or [0.0])
+                    return (*found, median(after)) if found and after else None
 
     # ------------------------------------------------------------------------------------- facts
 

@@ -13,12 +13,14 @@ import numpy as np
 from taichi_serve.latency.profile import SCHEMA, Profile, StepRow, Transfer, fit_steps
 from taichi_serve.profiling.draft import Draft, Moved, Steps
 from taichi_serve.profiling.grid import Cell, Grid, Hop, Limits, passes, prompts, room
+from taichi_serve.profiling.probed import LostError
 from taichi_serve.profiling.prober import HERE, PLAIN, THERE, Prober, alike, medians
 from taichi_serve.sliders import Kind
 
 DISAGREE = 0.1  # of what a step takes: a cell whose rounds are further apart is measured
 AGAIN = 2  # times more,
 DOUBTFUL = 3  # one in so many of them at most
+TRIES = 3  # of one move
 FASTEST = 1e13  # bytes/s of a link on which more bytes were seen to take no longer
 
 Done = Callable[[], None]
@@ -60,12 +62,12 @@ class Survey:
         for turn in range(self._grid.repeats, self._grid.repeats + AGAIN):
             await self._round(prober, done, doubtful, turn)
         await prober.clear()
-        await prober.beside(work=False)
+        await prober.neighbours_at_rest()
 
     async def _round(self, prober: Prober, done: Done, cells: Sequence[Cell], turn: int) -> None:
         for cell in cells:
             if len(self._draft.cells[cell]) <= turn:
-                await prober.beside(work=True)
+                await prober.neighbours_at_work()
                 await self._cell(prober, cell)
                 done()
 
@@ -74,7 +76,7 @@ class Survey:
         await prober.clear()
         for hop in self.hops:
             if len(self._draft.moves[hop]) <= turn:
-                await prober.beside(work=False)
+                await prober.neighbours_at_rest()
                 await self._hop(prober, hop)
                 done()
 
@@ -101,7 +103,14 @@ class Survey:
         assert self._chunks is not None
         for kind, on in ((hop.source, HERE), (hop.target, THERE)):
             await prober.chunk(self._chunks[kind], kind, on)
-        self._draft.add(Moved(hop, *await prober.move(hop)))
+        for _ in range(TRIES):
+            if (moved := await prober.move(hop)) is not None:
+                self._draft.add(Moved(hop, *moved))
+                return
+        raise LostError(
+            f"a request of {hop.tokens} tokens could not be moved from {HERE} to {THERE}; "
+            "--no-moves leaves the speed of moves to be learned"
+        )
 
 
 def disagreement(rounds: Sequence[Sequence[StepRow]]) -> float:
