@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taichi_serve.cluster.base import drive, run
@@ -253,6 +253,8 @@ async def test_drive_and_run_are_the_same_loop():
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=213, sliders=Sliders(2, 1, 1024, 0), kv=6400, lost=True)  # told to flow, and its source is lost
+@example(seed=7385, sliders=Sliders(2, 1, 1024, 0), kv=1024, lost=False)  # those that landed fill the cache
 @given(
     seed=st.integers(0, 10_000),
     sliders=st.sampled_from([Sliders(0, 3, 0, 128), Sliders(2, 2, 512, 64), Sliders(2, 1, 1024, 0)]),

@@ -66,6 +66,10 @@ class Agenda:
     def pull(self, job: Job, source: Engine, target: Engine) -> None:
         """Pin the job's blocks on `source`, and let `target` ask for them as soon as it has room."""
         job.source, job.pinned = source, job.blocks
+        self.expect(job, target)
+
+    def expect(self, job: Job, target: Engine) -> None:
+        """Let `target` ask for what is pinned, until the lease of this leg ends."""
         target.expect(job)
         self.push(self.now + LEASE, Due.LEASE, (job, job.leg))
 

@@ -197,6 +197,13 @@ class SimulatedCluster:
                 source.land(job)
                 self.agenda.kick(source)
             return
+        if job.where is Where.DECODING and source is not None and source is not target:
+            self._leave(job, source, command.leg, target)  # it was to go where an instance was lost
+            return
+        if job.where is Where.DECODING or job.where is Where.ENDING:
+            job.target = None
+            self._refuse(job, command.leg, "it still runs there")
+            return
         if job.where is not Where.HELD or source is None or not source.alive:
             self._stranded(job, command.leg, target)
             return
@@ -210,9 +217,13 @@ class SimulatedCluster:
     def _stranded(self, job: Job, leg: int, target: Engine) -> None:
         """A leg without KV to pull, or with a pull that never began: from what is left."""
         job.leg, job.hand_over, job.began, job.pulled = leg, False, job.made, False
-        if job.source is not None and job.source.alive and job.where is Where.NOWHERE:
+        if job.source is target and job.where is Where.NOWHERE:  # back where its KV still is
+            job.blocks, job.pinned, job.source, job.engine = job.pinned, 0, None, target
             job.pulled = True
-            target.expect(job)
+            target.land(job)
+        elif job.source is not None and job.source.alive and job.where is Where.NOWHERE:
+            job.pulled = True
+            self.agenda.expect(job, target)
         else:
             job.restart()
             target.queue(job, first=job.made > 0)
@@ -225,8 +236,12 @@ class SimulatedCluster:
         if job.where is not Where.DECODING or source is None or source is target or not target.alive:
             self._refuse(job, command.leg, f"it is {job.where.value}, or {target.name} cannot take it")
             return
-        job.target = (command.leg, target)
-        source.leaving.append(job)
+        self._leave(job, source, command.leg, target)
+
+    def _leave(self, job: Job, source: Engine, leg: int, target: Engine) -> None:
+        job.target = (leg, target)
+        if job not in source.leaving:
+            source.leaving.append(job)
 
     def _abort(self, job: Job, command: Abort) -> None:
         engine, made = job.engine, self._made(job)
@@ -290,7 +305,7 @@ class SimulatedCluster:
         self.agenda.kick(target)
 
     def _kill(self, name: str) -> None:
-        """The instance is gone with all its KV; who was on it waits for orders."""
+        """It is gone with all its KV; who was on it waits for orders, or goes on where it was to go."""
         lost = self.engines[name]
         lost.alive = False
         for job in list(self.jobs.values()):
@@ -300,3 +315,6 @@ class SimulatedCluster:
                     self.agenda.again(job, job.engine)
             if job.engine is lost:
                 lost.strand(job)
+                if job.target is not None:
+                    (leg, target), job.target = job.target, None
+                    self._stranded(job, leg, target)
