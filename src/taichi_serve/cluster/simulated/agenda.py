@@ -90,10 +90,7 @@ class Agenda:
 
     def again(self, job: Job, engine: Engine) -> None:
         """The KV cannot be had: compute it on the target, before anybody else's prompt."""
-        engine.residents.free += job.blocks
-        job.pulled = False
-        job.restart()
-        engine.queue(job, first=True)
+        engine.again(job)
         self.kick(engine)
 
     def unpin(self, job: Job) -> None:

@@ -158,20 +158,21 @@ class Engine:
                 if not self._take_blocks(job, job.computed + 1):
                     if self.running or len(self.landed) == 1:
                         return  # somebody's blocks will come free
-                    self._give_up(self.landed.pop())
+                    last = self.landed.pop()
+                    if last.where is Where.LANDED and last.engine is self:
+                        self.again(last)
                     continue
                 self.running[job] = None
                 self.residents.join(job)
                 step.ends.append((Ends.FLOWED, job))
             self.landed.popleft()
 
-    def _give_up(self, job: Job) -> None:
-        """Landed last, where those that have landed fill the cache and none can go on: computed again."""
-        if job.where is Where.LANDED and job.engine is self:
-            self.residents.free += job.blocks
-            job.pulled = False
-            job.restart()
-            self.queue(job, first=True)
+    def again(self, job: Job) -> None:
+        """Its KV cannot be had, or not be kept: compute it here, before anybody else's prompt."""
+        self.residents.free += job.blocks
+        job.pulled = False
+        job.restart()
+        self.queue(job, first=True)
 
     def _start_pulls(self) -> bool:
         """Give blocks to those that come from elsewhere; False when the first in line has to wait for
