@@ -512,7 +512,7 @@ def test_configuration_says_what_a_profile_records() -> None:
 def test_everything_that_sampling_parameters_can_ask_for_is_known_to_move_or_to_stay() -> None:
     from vllm.sampling_params import SamplingParams
 
-    from taichi_serve.cluster.vllm.exact import BOUND_BY_PARAMS
+    from taichi_serve.cluster.vllm.server.exact import BOUND_BY_PARAMS
 
     moves = {
         *(

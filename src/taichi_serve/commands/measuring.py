@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from taichi_serve.cluster.vllm import args as flags
-from taichi_serve.cluster.vllm.cluster import VllmCluster
-from taichi_serve.cluster.vllm.fleet import fleet, prepare, scratch
 from taichi_serve.cluster.vllm.identity import identity
-from taichi_serve.cluster.vllm.probe import ProbedCluster
+from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.fleet import fleet, prepare, scratch
+from taichi_serve.cluster.vllm.server.probe import ProbedCluster
 from taichi_serve.latency.identity import Identity, Setting
 from taichi_serve.latency.profile import Profile, save
 from taichi_serve.profiling.draft import Draft

@@ -20,7 +20,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
-from taichi_serve.cluster.vllm.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 
 # Parameters that steer KV transfers inside a cluster; vLLM would trust them from anybody.
 INTERNAL = ("kv_transfer_params", "ec_transfer_params", "taichi")

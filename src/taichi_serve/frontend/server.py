@@ -24,12 +24,13 @@ from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
-from taichi_serve.cluster.vllm.cluster import VllmCluster
-from taichi_serve.cluster.vllm.fleet import fleet, prepare, scratch
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
-from taichi_serve.cluster.vllm.process import StartError
-from taichi_serve.cluster.vllm.warm import measure
+from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.fleet import fleet, prepare, scratch
+from taichi_serve.cluster.vllm.server.process import StartError
+from taichi_serve.cluster.vllm.server.warm import measure
+from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
@@ -73,7 +74,7 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
         async with fleet(args, argv, config, here, outputs.put_nowait, say) as cluster:
             await measure(cluster)
             for engine in cluster.engines:
-                engine.client.tell("taichi_settle")
+                engine.client.tell(Call.SETTLE)
             yield _system(args, cluster, predictor, outputs)
 
 

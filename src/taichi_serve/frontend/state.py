@@ -7,11 +7,11 @@ from dataclasses import asdict
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
-from taichi_serve.cluster.vllm.host import direct
+from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.messages import Move, Outcome
 
 if TYPE_CHECKING:
-    from taichi_serve.cluster.vllm.instance import Engine
+    from taichi_serve.cluster.vllm.server.instance import Engine
     from taichi_serve.frontend.server import System
 
 

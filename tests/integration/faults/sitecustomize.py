@@ -4,7 +4,7 @@ peer's memory asks the kernel for a process that does not exist, which the kerne
 from itertools import count
 from typing import Any
 
-from taichi_serve.cluster.vllm.process_memory import CpuMemory
+from taichi_serve.cluster.vllm.worker.process_memory import CpuMemory
 
 NOBODY = 1 << 22  # above every process id of Linux
 EVERY = 3

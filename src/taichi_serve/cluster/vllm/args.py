@@ -15,7 +15,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from taichi_serve.cluster.vllm.kv import transfer_config
+from taichi_serve.cluster.vllm.transfer import transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
 from taichi_serve.scheduling.policy import Policy
@@ -25,7 +25,7 @@ from taichi_serve.slo import SLO
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SCHEDULER = "taichi_serve.cluster.vllm.flow.FlowScheduler"
+SCHEDULER = "taichi_serve.cluster.vllm.core.scheduler.FlowScheduler"
 # Several CPU instances share one memory: each takes at most this much for KV unless told otherwise.
 CPU_KV_BYTES = 1 << 30
 

@@ -1,0 +1,68 @@
+"""What the server may call on an engine core. vLLM names a utility call by a method of EngineCore and has no
+other way in, so these are added to it (contract: tests/contract)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from vllm.v1.engine.core import EngineCore
+
+from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
+from taichi_serve.cluster.vllm.heap import settle
+from taichi_serve.cluster.vllm.wire import Call
+
+
+def _scheduler(core: EngineCore) -> FlowScheduler:
+    return cast(FlowScheduler, core.scheduler)
+
+
+def taichi_leave(core: EngineCore, request_ids: list[str]) -> None:
+    """Utility call: see FlowScheduler.leave."""
+    _scheduler(core).leave(request_ids)
+
+
+def taichi_release(core: EngineCore, request_ids: list[str]) -> None:
+    """Utility call: see FlowScheduler.release."""
+    _scheduler(core).release(request_ids)
+
+
+def taichi_pin(core: EngineCore, request_id: str, reader: str) -> list[int] | None:
+    """Utility call: see FlowScheduler.pin."""
+    return _scheduler(core).pin(request_id, reader)
+
+
+def taichi_unpin(core: EngineCore, reader: str) -> tuple[int, float]:
+    """Utility call: see FlowScheduler.unpin."""
+    return _scheduler(core).unpin(reader)
+
+
+def taichi_arrive(core: EngineCore, request_id: str, tokens: list[int]) -> bool:
+    """Utility call: see FlowScheduler.arrive."""
+    return _scheduler(core).arrive(request_id, tokens)
+
+
+def taichi_chunk(core: EngineCore, chunk: int) -> None:
+    """Utility call: at most `chunk` prompt tokens in each step from the next one on."""
+    _scheduler(core).chunk = chunk
+
+
+def taichi_settle(core: EngineCore) -> None:
+    """Utility call: the engine core is warm."""
+    settle()
+
+
+CALLS = {
+    Call.ARRIVE: taichi_arrive,
+    Call.CHUNK: taichi_chunk,
+    Call.LEAVE: taichi_leave,
+    Call.PIN: taichi_pin,
+    Call.RELEASE: taichi_release,
+    Call.SETTLE: taichi_settle,
+    Call.UNPIN: taichi_unpin,
+}
+
+
+def install() -> None:
+    """Add them."""
+    for name, function in CALLS.items():
+        setattr(EngineCore, name, function)

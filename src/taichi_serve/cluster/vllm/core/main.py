@@ -1,0 +1,66 @@
+"""The program of one engine process: `python -m taichi_serve.cluster.vllm.core.main SPEC.json`.
+
+The spec is written by process.py into a directory that only its user can read. It holds vLLM's own command
+line and what differs from instance to instance; nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from taichi_serve.cluster.vllm.wire import Spec
+
+PR_SET_PDEATHSIG = 1
+# Seconds after which a thread that waits for the interpreter gets it. Where kernels are launched from Python
+# the steps hold it nearly all the time, and words to and from the engine would wait for 5 ms, several times
+# each.
+SWITCH_INTERVAL = 0.0005
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to end this process when the server's, `parent`, ends in whatever way."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        sys.exit(1)
+
+
+def main(path: str) -> None:
+    """Build vLLM's configuration from the spec and run its engine core until told to stop."""
+    spec = msgspec.json.decode(Path(path).read_bytes(), type=Spec)
+    die_with_parent(spec.parent)
+    # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # vLLM leaves the file that its ranks meet at: in our directory it goes with the others.
+    tempfile.tempdir = str(Path(path).parent)
+
+    # Only now what takes seconds to import: the server may be killed meanwhile.
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor import Executor
+
+    from taichi_serve.cluster.vllm.args import engine_config
+    from taichi_serve.cluster.vllm.core.calls import install
+
+    if not current_platform.is_cpu():  # there the model runs in a process of its own
+        sys.setswitchinterval(SWITCH_INTERVAL)
+
+    install()
+    config = engine_config(spec.argv, spec.engine_id, str(Path(path).parent))
+    EngineCoreProc.run_engine_core(
+        vllm_config=config,
+        local_client=True,
+        handshake_address=spec.handshake,
+        executor_class=Executor.get_class(config),
+        log_stats=True,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,82 @@
+"""What the outputs of an engine say, as facts for the scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from taichi_serve.cluster.vllm.wire import KEY, MovedIn, Record
+from taichi_serve.messages import Flowed, Prefilled, Stepped, Timeline
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+    from taichi_serve.cluster.vllm.server.instance import Engine
+    from taichi_serve.cluster.vllm.server.leg import Live
+
+
+def stepped(engine: Engine, outputs: EngineCoreOutputs, now: float) -> Stepped | None:
+    """The step that these outputs are of; None where nothing was computed in it. Takes our record out of
+    them."""
+    stats = outputs.scheduler_stats
+    record = stats.kv_connector_stats.pop(KEY, None) if stats and stats.kv_connector_stats else None
+    if record is None or stats is None:
+        return None
+    stats.kv_connector_stats = stats.kv_connector_stats or None
+    step = msgspec.convert(record, Record)
+    engine.made_at, engine.moved_in, engine.news = step.made, step.moved_in, step.news
+    engine.holds(step.kv_tokens, step.made)
+    engine.running, engine.waiting = stats.num_running_reqs, stats.num_waiting_reqs
+    if not (step.prefill_tokens or step.decodes):
+        return None
+    missed = engine.residents.keys() - {output.request_id for output in outputs.outputs}
+    return Stepped(
+        at=now,
+        instance=engine.name,
+        seconds=step.seconds,
+        prefill_tokens=step.prefill_tokens,
+        decodes=step.decodes,
+        kv_tokens=step.kv_tokens,
+        waiting=engine.waiting,
+        missed=tuple(engine.residents[i] for i in missed),
+    )
+
+
+def began(engine: Engine, live: Live, output: EngineCoreOutput, gap: float, held: bool) -> Prefilled | Flowed:
+    """The first token of a leg: of the request's first, or of one that it moved to."""
+    now = live.last_at
+    if len(live.tokens) == len(output.new_token_ids):
+        cached = int(output.prefill_stats.num_cached_tokens) if output.prefill_stats is not None else 0
+        return Prefilled(now, live.id, live.leg, engine.name, cached, held)
+    moved_in = engine.moved_in.get(live.engine_request, MovedIn())
+    return Flowed(
+        now,
+        live.id,
+        live.leg,
+        engine.name,
+        len(live.tokens),
+        int(moved_in.pulled),
+        gap,
+        int(moved_in.reused),
+        _timeline(engine, live, moved_in, now - gap) if moved_in.scheduled else None,
+    )
+
+
+def _timeline(engine: Engine, live: Live, moved_in: MovedIn, heard: float) -> Timeline:
+    ahead = live.ahead
+    return Timeline(
+        left=live.left_at,
+        heard=heard,
+        arrived=moved_in.arrived,
+        began=ahead.tail_began if ahead else moved_in.began,
+        landed=ahead.landed if ahead else moved_in.landed,
+        scheduled=moved_in.scheduled,
+        made=engine.made_at,
+        at=live.last_at,
+        before=moved_in.before,
+        ahead=ahead.began if ahead else 0.0,
+        copied=ahead.copied if ahead else 0.0,
+        copied_blocks=ahead.blocks if ahead else 0,
+        copy_seconds=ahead.seconds if ahead else 0.0,
+    )

@@ -1,0 +1,28 @@
+"""vLLM's settings of the KV transfer between the instances of one server."""
+
+from __future__ import annotations
+
+from vllm.config import KVTransferConfig
+
+# Seconds that a source keeps the blocks of a request that left, unless the reader sends heartbeats.
+LEASE = 30
+
+
+def transfer_config(engine_id: str, directory: str, direct: bool = True) -> KVTransferConfig:
+    """vLLM's KV transfer settings for one instance. A failed load is recomputed, never an error to the user.
+
+    `directory` is where the instances of one server find each other (host.py, copier.py); without `direct`
+    everything goes over NIXL.
+    """
+    return KVTransferConfig(
+        kv_connector="FlowConnector",
+        kv_connector_module_path="taichi_serve.cluster.vllm.connector",
+        kv_role="kv_both",
+        engine_id=engine_id,
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={
+            "kv_lease_duration": LEASE,
+            "taichi_directory": directory,
+            "taichi_direct": direct,
+        },
+    )

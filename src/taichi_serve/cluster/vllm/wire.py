@@ -1,0 +1,234 @@
+"""Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour.
+
+| from   | to     | how                              | what                                        |
+|--------|--------|----------------------------------|---------------------------------------------|
+| server | core   | file, read once at its start     | Spec                                        |
+| server | core   | SamplingParams.extra_args[KEY]   | Marks                                       |
+| server | core   | kv_transfer_params               | TransferParams                              |
+| server | core   | utility calls                    | the names in Call                           |
+| core   | server | the outputs of a step            | stop reasons LEFT and UNREAD, TransferParams |
+| core   | server | SchedulerStats, under KEY        | Record                                      |
+| core   | worker | the connector's metadata         | Given, Return, in Orders                    |
+| server | worker | the copier's socket              | More, Drop, Gone                            |
+| worker | server | the copier's socket              | Copied, Failed, Dropped                     |
+| worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
+
+Users see none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import msgspec
+
+# Key of our entry in SamplingParams.extra_args, and in SchedulerStats.kv_connector_stats.
+KEY = "taichi"
+# The stop reason of a leg that ended because the request goes on elsewhere. Users never see it.
+LEFT = "taichi:left"
+# The stop reason of a leg whose KV could not be read within its first step.
+UNREAD = "taichi:unread"
+
+# ------------------------------------------------------------------------------------------ server to core
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What one engine process is started with: vLLM's command line, and what differs between instances."""
+
+    argv: list[str]
+    engine_id: str
+    handshake: str  # where vLLM's start-up handshake is spoken
+    parent: int  # the server's process: the engine ends with it
+
+
+class Marks(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Our own entry in the sampling parameters of an engine request."""
+
+    hand_over: bool = False  # the leg ends after its first token
+    reader: str | None = None  # the leg that what it computes is pinned for
+    moved: bool = False  # it was already generating
+    output: int = 0  # how many of its prompt tokens are output of the request
+    min_tokens_done: int = 0  # of its min_tokens
+    ahead: int = 0  # it is copied ahead, with room for so many tokens that are still to come
+
+    def entry(self) -> dict[str, Any]:
+        """As it goes into `extra_args`."""
+        return {KEY: msgspec.to_builtins(self)}
+
+
+NO_MARKS = Marks()
+
+
+def marks(extra_args: dict[str, Any] | None) -> Marks:
+    """The entry of a request; the default one where it has none."""
+    ours = (extra_args or {}).get(KEY)
+    return NO_MARKS if ours is None else msgspec.convert(ours, Marks)
+
+
+class TransferParams(TypedDict, total=False):
+    """vLLM's `kv_transfer_params` as its NIXL connector gives and takes them, with one key of ours."""
+
+    do_remote_prefill: bool
+    do_remote_decode: bool
+    remote_block_ids: tuple[list[int], ...]  # by group of KV
+    remote_engine_id: str
+    remote_request_id: str
+    remote_host: str
+    remote_port: int
+    tp_size: int
+    remote_num_tokens: int  # ours: tokens whose KV is final at the source
+
+
+class Call(StrEnum):
+    """Methods that are added to vLLM's EngineCore (core/calls.py), called by server/engine_client.py."""
+
+    ARRIVE = "taichi_arrive"
+    CHUNK = "taichi_chunk"
+    LEAVE = "taichi_leave"
+    PIN = "taichi_pin"
+    RELEASE = "taichi_release"
+    SETTLE = "taichi_settle"
+    UNPIN = "taichi_unpin"
+
+
+# ------------------------------------------------------------------------------------------ core to server
+
+
+class MovedIn(NamedTuple):
+    """What became of a request that moved in, known when it is scheduled."""
+
+    reused: int = 0  # tokens it need not compute: pulled, or still cached here
+    pulled: int = 0  # of these, from the instance before
+    arrived: float = 0.0  # it came here
+    began: float = 0.0  # its blocks were given and the pull was asked for
+    landed: float = 0.0  # the last byte was known to be here
+    before: float = 0.0  # the last step without it was scheduled
+    scheduled: float = 0.0  # it went into a step
+
+
+class News(NamedTuple):
+    """What a followed prefill has computed so far: its full blocks, pinned for this reader."""
+
+    reader: str
+    blocks: list[int]
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """One step of an engine. `moved_in` and `news` are by the ids of legs."""
+
+    made: float  # when it was done
+    seconds: float  # from the end of the step before, or from when there was work
+    prefill_tokens: int
+    decodes: int
+    kv_tokens: int  # blocks in use times block size
+    moved_in: dict[str, MovedIn] = {}
+    news: dict[str, News] = {}
+
+
+# --------------------------------------------------------------------------------------- core and its workers
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The blocks of a leg here; those before `first` hold its KV already (prefix cache)."""
+
+    leg: str
+    blocks: list[int]
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """The scheduler here wants the leg's blocks back."""
+
+    leg: str
+
+
+@dataclass(slots=True)
+class Orders:
+    """With the metadata of one step: orders for the copier, and legs whose last block must be here when the
+    step begins."""
+
+    copier: list[Given | Return] = field(default_factory=list)
+    awaited: list[Given] = field(default_factory=list)
+
+
+# -------------------------------------------------------------------------------------- server and copiers
+
+
+class More(msgspec.Struct, frozen=True, tag=True):
+    """These blocks of the source are final: all from the first one on. With `note` they are all there will
+    be, and the source is told `note` when they are here."""
+
+    leg: str
+    source: str  # engine id
+    blocks: list[int]
+    note: str = ""
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """The leg is not wanted any more: nothing is read or written for it once Dropped is the answer."""
+
+    leg: str
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """This engine (by its id) is lost: let go of its memory."""
+
+    source: str
+
+
+class Copied(msgspec.Struct, frozen=True, tag=True):
+    """As many blocks from the first one on are here; `last` says that these are all. `copied` of them have
+    been copied by now in so many `seconds`; times are time.monotonic()."""
+
+    leg: str
+    blocks: int
+    last: bool
+    copied: int
+    seconds: float
+    began: float
+    ended: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The leg's KV cannot be had this way."""
+
+    leg: str
+    why: str
+
+
+class Dropped(msgspec.Struct, frozen=True, tag=True):
+    """Nothing is read or written for the leg any more."""
+
+    leg: str
+
+
+Order = More | Drop | Gone
+Word = Copied | Failed | Dropped
+
+
+def copier_endpoint(directory: Path, engine_id: str, rank: int) -> str:
+    """Where the copier of one worker is spoken to: a file in the server's directory."""
+    return f"ipc://{directory}/{engine_id}-{rank}.copy"
+
+
+# ------------------------------------------------------------------------------------- files among workers
+
+
+def offer_file(directory: Path, agent: str) -> Path:
+    """Where the worker with this NIXL agent says how its memory is reached."""
+    return directory / f"kv-{agent}.json"
+
+
+def direct_marker(directory: Path, reader: str, source: str, rank: int) -> Path:
+    """The sign that this rank of the engine `reader` reads the memory of the engine `source` itself."""
+    return directory / f"direct-{reader}--{source}--{rank}"
+
+
+def direct(directory: Path, reader: str, source: str, ranks: int = 1) -> bool:
+    """Whether every rank of the engine `reader` reads the memory of `source` itself."""
+    return all(direct_marker(directory, reader, source, rank).exists() for rank in range(ranks))

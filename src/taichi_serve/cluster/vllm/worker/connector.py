@@ -1,0 +1,170 @@
+"""The worker's side of a move: an agent that reads peers on this host directly, and a thread that copies
+ahead."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.distributed.nixl_utils import NixlWrapper
+from vllm.platforms import current_platform
+
+from taichi_serve.cluster.vllm.wire import Orders
+from taichi_serve.cluster.vllm.worker.copier import Copier
+from taichi_serve.cluster.vllm.worker.host import HostAgent, Memory
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+# Microseconds that NIXL's progress thread sleeps for at most when nothing happens; an event wakes it at once.
+PROGRESS_DELAY = 10_000
+
+# Seconds that a step waits at most for the last blocks of a leg; they are on their way before it begins.
+TAIL_SECONDS = 1.0
+
+
+def let_progress_sleep(bindings: Any) -> None:
+    """Have the agents that NIXL makes from now on wait for events instead of looking for them all the time.
+
+    NIXL's Python API sets the delay of its progress thread to 0 and takes no other value: the thread spins.
+    On a CPU instance it would take half of the core that the model runs on.
+    """
+    stock = bindings.nixlAgentConfig
+
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    def delay(config: Any) -> int:
+        return int(stock.pthrDelay.__get__(config))
+
+    def set_delay(config: Any, delay: int) -> None:
+        stock.pthrDelay.__set__(config, delay or PROGRESS_DELAY)
+
+    members = {"__wrapped__": stock, "pthrDelay": property(delay, set_delay)}
+    bindings.nixlAgentConfig = type("PatientAgentConfig", (stock,), members)
+
+
+class FlowConnectorWorker(NixlPullConnectorWorker):
+    """The worker's side of the pull, whose agent reads peers on this host directly."""
+
+    nixl_wrapper: Any
+
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
+        if current_platform.is_cpu():
+            let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind)
+        cores = os.sched_getaffinity(0)
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        # vLLM binds this thread, which also runs the model, to the last core: the same for every instance.
+        os.sched_setaffinity(0, cores)
+        settings = self.kv_transfer_config.get_from_extra_config
+        self._host: HostAgent | None = None
+        self._copier: Copier | None = None
+        self._in_step: set[str] = set()  # requests whose KV is read within the step they are in
+        if directory := settings("taichi_directory", ""):
+            memory = _memory() if settings("taichi_direct", True) else None
+            me = (engine_id, self.tp_rank)
+            self.nixl_wrapper = self._host = HostAgent(self.nixl_wrapper, Path(directory), memory, *me)
+            self._host.knows = lambda request: (
+                request in self._reqs_to_send or request in self._reqs_to_process
+            )
+            self._copier = Copier(Path(directory), *me, self)
+
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
+        """vLLM's own, with orders to the thread that copies beside the steps. A leg whose last block should
+        be here by now is waited for; what is missing of it is computed again."""
+        super().start_load_kv(metadata)
+        orders = getattr(metadata, "taichi", None) or Orders()
+        if self._copier is None:
+            return
+        if orders.copier:
+            self._copier.order(*orders.copier)
+        for given in orders.awaited:
+            if (here := self._copier.wait(given.leg, TAIL_SECONDS)) is not None:
+                self._invalid_block_ids.put(set(given.blocks[max(here, given.first) :]))
+
+    def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
+        """Read blocks of a peer from whatever thread; see copier.Reader. The peer is told `note`
+        afterwards."""
+        plan, info = self.tp_mappings[source], self.transfer_topo.get_engine_info(source)
+        (rank,) = plan.all_source_ranks
+        word = f"{note}:{plan.local_consumers}".encode() if note else b""
+        if not local:
+            self.nixl_wrapper.send_notif(self._remote_agents[source][0, rank], notif_msg=word)
+            return lambda: True
+        there = self._rows(source, remote, info.remote_physical_blocks_per_logical)
+        here = self._rows(self.engine_id, local, self._physical_blocks_per_logical_kv_block)
+        agent = self.nixl_wrapper
+        mine, theirs = self.src_xfer_handles_by_block_size[info.remote_block_size], self.dst_xfer_side_handles
+        handle = agent.make_prepped_xfer("READ", mine, here, theirs[source][rank], there, notif_msg=word)
+        agent.transfer(handle)
+
+        def over() -> bool:
+            state = agent.check_xfer_state(handle)
+            if state == "PROC":
+                return False
+            agent.release_xfer_handle(handle)
+            if state != "DONE":
+                raise OSError(f"the transfer ended as {state}")
+            return True
+
+        return over
+
+    def forget(self, source: str) -> None:
+        """A peer is lost; see copier.Reader."""
+        assert self._host is not None
+        self._host.forget(source)
+
+    def _rows(self, engine: str, blocks: list[int], ratio: int) -> NDArray[np.int64]:
+        """The descriptors of these blocks in an engine's prepared list."""
+        rows: NDArray[np.int64] = self._compute_desc_ids(
+            block_ids=self._logical_to_kernel_block_ids([blocks], ratio),
+            dst_num_blocks=self.dst_num_blocks[engine],
+            block_size_ratio=None,
+            physical_blocks_per_logical=ratio,
+        )
+        return rows
+
+    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
+        """Read now, within the step, what the scheduler counts on; everything else as vLLM does."""
+        assert meta.remote is not None
+        if meta.awaiting_kvs or not any(meta.local_block_ids) or self._host is None:
+            super()._read_blocks_for_req(req_id, meta)
+        elif meta.remote.engine_id in self._remote_agents:
+            self._in_step.add(req_id)
+            with self._host.within_step():
+                super()._read_blocks_for_req(req_id, meta)
+        else:  # the peer was forgotten in between: have the tokens computed again
+            self._recving_metadata.pop(req_id, None)
+            self._invalid_block_ids.put(set(meta.local_block_ids[0]))
+
+    def get_transfer_results(self) -> KVConnectorTransferResults:
+        """Requests that were read within their step are not waited for by the scheduler."""
+        results = super().get_transfer_results()
+        over = results.finished_recving & self._in_step
+        results.finished_recving -= over
+        results.failed_recving -= over
+        self._in_step -= over
+        if self._copier is not None:
+            results.finished_recving |= self._copier.returned()
+        return results
+
+
+def _memory() -> Memory | None:
+    if current_platform.is_cpu():
+        from taichi_serve.cluster.vllm.worker.process_memory import CpuMemory
+
+        return CpuMemory()
+    if current_platform.is_cuda():
+        from taichi_serve.cluster.vllm.worker.cuda_ipc import CudaMemory
+
+        return CudaMemory()
+    return None

@@ -1,0 +1,609 @@
+"""Decisions become engine requests and outputs become facts: two engines whose clients keep all they hear."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
+
+from taichi_serve.cluster.vllm.server.ahead import ROOM
+from taichi_serve.cluster.vllm.server.cluster import FRESH, VllmCluster
+from taichi_serve.cluster.vllm.server.instance import Engine
+from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD
+from taichi_serve.cluster.vllm.worker.copier import Copied, Drop, Dropped, Failed, Gone, More, Order
+from taichi_serve.messages import (
+    Abort,
+    Ahead,
+    Arrived,
+    Cancelled,
+    Decode,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Lost,
+    Move,
+    Outcome,
+    Prefill,
+    Prefilled,
+    Refused,
+    SetChunk,
+)
+from taichi_serve.sliders import Kind
+
+# What an engine says of a leg that left after two tokens: its KV of 4 tokens is in block 7.
+KV = {
+    "do_remote_prefill": True,
+    "remote_num_tokens": 4,
+    "remote_block_ids": ([7],),
+    "remote_request_id": "a",
+}
+
+
+class Told:
+    """A client that keeps what it is told."""
+
+    class vllm_config:  # noqa: N801
+        use_v2_model_runner = False
+        model_config = SimpleNamespace(max_model_len=100)
+
+    dead = False
+
+    def __init__(self) -> None:
+        self.added: list[EngineCoreRequest] = []
+        self.aborted: list[str] = []
+        self.told: list[tuple[Any, ...]] = []
+        self.second = asyncio.Event()  # two legs were added
+        self.pins: list[int] | None = None  # blocks that are full; None: nothing can be copied ahead
+        self.held = 0, 0.0  # what it says on unpinning: tokens of KV, and when
+        self._heard = asyncio.Event()
+
+    def add(self, request: EngineCoreRequest) -> None:
+        self.added.append(request)
+        if len(self.added) == 2:
+            self.second.set()
+
+    def abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+
+    def tell(self, method: str, *args: Any) -> None:
+        self.told.append((method, *args))
+        self._heard.set()
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        self.tell(method, *args)
+        return {"taichi_pin": self.pins, "taichi_unpin": self.held}.get(method, True)
+
+    async def hears(self, method: str, *args: Any) -> None:
+        """Wait until it is told this."""
+        while (method, *args) not in self.told:
+            self._heard.clear()
+            await asyncio.wait_for(self._heard.wait(), 10)
+
+
+class Orders(list[Order]):
+    """Copiers that keep what they are told."""
+
+    ranks = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard = asyncio.Event()
+
+    def send(self, order: Order) -> None:
+        self.append(order)
+        self._heard.set()
+
+    async def has(self, order: Order) -> None:
+        """Wait until they are told this."""
+        while order not in self:
+            self._heard.clear()
+            await asyncio.wait_for(self._heard.wait(), 10)
+
+
+class Two:
+    """A cluster of i0 and i1, what its users got, and its facts."""
+
+    def __init__(self, directory: Path, move_timeout: float = 10.0) -> None:
+        self.clients = Told(), Told()
+        self.orders = Orders(), Orders()
+        processes = [SimpleNamespace(engine_id=f"e{k}", log=directory / f"i{k}.log") for k in range(2)]
+        self.engines = [
+            Engine(k, f"i{k}", processes[k], self.clients[k], self.orders[k], Kind.D_HEAVY, 256)  # type: ignore[arg-type]
+            for k in range(2)
+        ]
+        self.got: list[EngineCoreOutput] = []
+        self.cluster = VllmCluster(
+            self.engines, lambda outputs: self.got.extend(outputs.outputs), move_timeout
+        )
+
+    def ask(self, **params: Any) -> None:
+        """Request `a`: 3 prompt tokens, at most 10 out."""
+        self.cluster.accept(
+            EngineCoreRequest(
+                request_id="a",
+                prompt_token_ids=[1, 2, 3],
+                mm_features=None,
+                sampling_params=SamplingParams(**{"temperature": 0.0, "max_tokens": 10, **params}),
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    def say(self, instance: int, request: str, *tokens: int, **end: Any) -> None:
+        """An engine puts out tokens of a leg."""
+        output = EngineCoreOutput(request, list(tokens), **end)
+        self.cluster.receive(self.engines[instance], EngineCoreOutputs(outputs=[output]))
+
+    def stepped(self, instance: int, record: list[Any]) -> None:
+        """An engine's record of a step."""
+        stats = SchedulerStats(kv_connector_stats={KEY: record})
+        self.cluster.receive(self.engines[instance], EngineCoreOutputs(scheduler_stats=stats))
+
+    def computed(self, instance: int, leg: str, *blocks: int) -> None:
+        """A step computed a chunk of a prompt, all of whose full blocks so far are pinned."""
+        self.stepped(instance, [1.0, 0.1, 16, 0, 16, {}, {leg: ("a#1+", list(blocks))}])
+
+    def leave(self, instance: int, request: str, *tokens: int) -> None:
+        """The leg ends with these tokens because the request goes on elsewhere."""
+        end = {"finish_reason": FinishReason.STOP, "stop_reason": LEFT, "kv_transfer_params": dict(KV)}
+        self.say(instance, request, *tokens, **end)
+
+    def prefilled_and_held(self) -> None:
+        """Prefilled on i0; its KV waits there."""
+        self.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+        self.leave(0, "a", 50)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the user got."""
+        return [token for output in self.got for token in output.new_token_ids]
+
+    def facts(self) -> list[Event]:
+        """Those since the last look."""
+        queue, found = self.cluster._events, []
+        while not queue.empty():
+            found.append(queue.get_nowait())
+        return found
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[Two]:
+    """In a running loop, whose timers deadlines are. When a request is over, nobody remembers it."""
+    here = Two(tmp_path)
+    yield here
+    if not here.cluster.live:
+        assert [(e.legs, e.residents) for e in here.engines] == [({}, {})] * 2
+
+
+async def test_a_request_is_prefilled_here_decoded_there_and_its_user_sees_one_stream(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    two.say(1, "a#1", 51)
+    two.say(1, "a#1", 52, finish_reason=FinishReason.LENGTH)
+
+    first, second = two.clients[0].added[0], two.clients[1].added[0]
+    assert first.request_id == "a"
+    assert first.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1+"}
+    assert (second.request_id, second.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+    assert second.sampling_params.extra_args["kv_transfer_params"] == KV
+
+    assert two.tokens == [50, 51, 52]
+    assert {output.request_id for output in two.got} == {"a"}
+    assert [(o.finish_reason, o.stop_reason, o.kv_transfer_params) for o in two.got] == [
+        (None, None, None),
+        (None, None, None),
+        (FinishReason.LENGTH, None, None),
+    ]
+    arrived, prefilled, flowed, finished = two.facts()
+    assert isinstance(arrived, Arrived)
+    assert (arrived.prompt_tokens, arrived.max_tokens, arrived.movable) == (3, 10, True)
+    assert isinstance(prefilled, Prefilled)
+    assert (prefilled.instance, prefilled.leg, prefilled.held) == ("i0", 0, True)
+    assert isinstance(flowed, Flowed)
+    assert (flowed.instance, flowed.leg, flowed.output_tokens) == ("i1", 1, 2)
+    assert isinstance(finished, Finished)
+    assert (finished.output_tokens, finished.outcome) == (3, Outcome.FINISHED)
+
+
+async def test_a_flow_lets_the_token_it_is_on_come_out_and_needs_no_second_word(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    two.say(0, "a", 51)
+    await two.clients[0].hears("taichi_leave", ["a"])
+    two.leave(0, "a", 52)
+    two.say(1, "a#1", 53)
+    assert two.tokens == [50, 51, 52, 53]
+    assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
+
+
+async def test_a_flow_between_two_legs_is_dropped(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    assert two.clients[0].told == []
+
+
+async def test_a_request_that_ends_before_it_can_leave_just_ends(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    two.say(0, "a", 51, finish_reason=FinishReason.STOP)
+    assert two.clients[1].added == []
+    assert two.facts()[-1].outcome is Outcome.FINISHED
+
+
+@pytest.mark.parametrize("why", ["old", "dead", "same"])
+async def test_kv_that_cannot_be_had_in_time_is_computed_again(two: Two, why: str) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    if why == "old":
+        two.cluster.live["a"].held.at -= FRESH
+    if why == "dead":
+        two.cluster.lose(two.engines[0], "exit code -9")
+    to = 0 if why == "same" else 1
+    two.cluster.send(Decode("a", 1, f"i{to}", Move.HAND_OVER))
+    leg = two.clients[to].added[-1]
+    assert leg.prompt_token_ids == [1, 2, 3, 50]
+    assert "kv_transfer_params" not in leg.sampling_params.extra_args
+    assert ("taichi_release", ["a"]) in two.clients[0].told
+
+
+async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_under_another_id(
+    tmp_path: Path,
+) -> None:
+    two = Two(tmp_path, move_timeout=0.0)
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    await asyncio.wait_for(two.clients[1].second.wait(), 10)
+    assert two.clients[1].aborted == ["a#1"]
+    again = two.clients[1].added[1]
+    assert again.request_id == "a#1~"
+    assert "kv_transfer_params" not in again.sampling_params.extra_args
+    two.say(1, "a#1", 99)  # a late word of the pull that was given up
+    two.say(1, "a#1~", 51)
+    assert two.tokens == [50, 51]
+    assert two.engines[1].recomputed_late == 1
+
+
+async def test_kv_that_could_not_be_read_within_the_step_is_computed_again_and_the_user_sees_nothing(
+    two: Two,
+) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    two.say(1, "a#1", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
+    two.say(1, "a#1~", 51, finish_reason=FinishReason.LENGTH)
+    assert [request.request_id for request in two.clients[1].added] == ["a#1", "a#1~"]
+    assert "kv_transfer_params" not in two.clients[1].added[1].sampling_params.extra_args
+    assert [(o.new_token_ids, o.finish_reason) for o in two.got] == [
+        ([50], None),
+        ([51], FinishReason.LENGTH),
+    ]
+    assert two.engines[1].recomputed_late == 1
+    assert ("taichi_release", ["a"]) in two.clients[0].told  # nobody else will say so
+    assert two.facts()[-1].outcome is Outcome.FINISHED
+
+
+async def test_a_client_that_leaves_while_its_kv_is_held_frees_it(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.abandon("a", cancelled=True)
+    assert isinstance(two.facts()[-1], Cancelled)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    assert ("taichi_release", ["a"]) in two.clients[0].told
+    assert two.facts()[-1].outcome is Outcome.CANCELLED
+    assert two.got[-1].new_token_ids == [50]  # nobody is told anything more
+
+
+async def test_a_client_that_leaves_while_it_decodes_is_aborted_and_late_tokens_are_dropped(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    two.say(0, "a", 51)
+    assert two.clients[0].aborted == ["a"]
+    assert two.tokens == [50]
+
+
+async def test_a_stop_string_ends_a_request_as_finished(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.abandon("a", cancelled=False)
+    assert two.clients[0].aborted == ["a"]
+    assert two.facts()[-1].outcome is Outcome.FINISHED
+
+
+async def test_a_request_whose_instance_died_goes_on_from_its_tokens(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.lose(two.engines[0], "told twice")
+    assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Lost]
+    two.cluster.send(Decode("a", 1, "i1", Move.RESCUE))
+    two.say(1, "a#1", 51)
+    assert two.tokens == [50, 51]
+
+
+async def test_a_request_on_its_way_out_of_an_instance_that_dies_goes_where_it_was_told_to(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    two.cluster.lose(two.engines[0], "exit code -9")
+    leg = two.clients[1].added[0]
+    assert (leg.request_id, leg.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+
+
+async def test_a_bound_request_fails_when_its_instance_dies_after_its_first_token(two: Two) -> None:
+    two.ask(presence_penalty=1.0)
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.send(Decode("a", 1, "i1", Move.RESCUE))
+    assert two.clients[1].added == []
+    assert two.got[-1].finish_reason is FinishReason.ERROR
+    assert two.facts()[-1].outcome is Outcome.FAILED
+
+
+async def test_before_its_first_token_a_bound_request_may_begin_again_elsewhere(two: Two) -> None:
+    two.ask(presence_penalty=1.0)
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.send(Prefill("a", 1, "i1"))
+    assert two.clients[1].added[0].request_id == "a#1"
+    two.say(1, "a#1", 50)
+    assert two.tokens == [50]
+    assert two.facts()[-1].leg == 1
+
+
+async def test_a_failed_leg_is_an_error_to_the_user_and_a_failure_in_the_books(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", finish_reason=FinishReason.ERROR)
+    assert two.got[-1].finish_reason is FinishReason.ERROR
+    assert two.facts()[-1].outcome is Outcome.FAILED
+
+
+async def test_decisions_about_requests_that_are_gone_are_dropped(two: Two) -> None:
+    for command in (Prefill("b", 0, "i0"), Decode("b", 1, "i1", Move.RESCUE), Flow("b", 1, "i1", Move.DRAIN)):
+        two.cluster.send(command)
+    assert [client.added for client in two.clients] == [[], []]
+
+
+async def test_a_chunk_reaches_its_engine(two: Two) -> None:
+    two.cluster.send(SetChunk("i1", Kind.P_HEAVY, 512))
+    assert two.clients[1].told == [("taichi_chunk", 512)]
+    assert (two.engines[1].kind, two.engines[1].chunk) == (Kind.P_HEAVY, 512)
+
+
+# ------------------------------------------------------------------------------------- moves copied ahead
+
+
+async def copied_ahead(two: Two) -> None:
+    """Request `a` decodes on i0 and is to go to i1, which has copied what is full of it."""
+    two.clients[0].pins = []
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    await two.orders[1].has(More("a#1+", "e0", []))
+    two.cluster.aheads.hear(Copied("a#1+", 0, False, 0, 0.0, 1.0, 1.5))
+
+
+def direct_pair(tmp_path: Path) -> None:
+    """e1 reads the memory of e0."""
+    (tmp_path / "direct-e1--e0--0").touch()
+
+
+async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_only_what_came_since(
+    two: Two, tmp_path: Path
+) -> None:
+    direct_pair(tmp_path)
+    await copied_ahead(two)
+    early = two.clients[1].added[0]
+    assert (early.request_id, early.prompt_token_ids) == ("a#1+", [1, 2, 3, 50])
+    assert early.sampling_params.extra_args[KEY]["ahead"] == ROOM
+    await two.clients[0].hears("taichi_leave", ["a"])
+    two.leave(0, "a", 51)
+    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
+    await two.clients[1].hears("taichi_arrive", "a#1+", [51])
+    two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+    two.say(1, "a#1+", 52)
+    assert two.tokens == [50, 51, 52]
+    assert len(two.clients[1].added) == 1
+    assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
+
+
+async def test_over_the_network_a_request_arrives_when_its_last_block_has(two: Two) -> None:
+    await copied_ahead(two)
+    two.leave(0, "a", 51)
+    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
+    assert ("taichi_arrive", "a#1+", [51]) not in two.clients[1].told
+    two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.clients[1].hears("taichi_arrive", "a#1+", [51])
+
+
+async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> None:
+    two.clients[0].pins = []
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    await two.orders[1].has(More("a#1+", "e0", []))
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    refused = two.facts()[-1]
+    assert isinstance(refused, Refused)
+    assert (refused.leg, refused.why, refused.output_tokens) == (1, "no such process", 1)
+    assert two.clients[1].aborted == ["a#1+"]
+    assert ("taichi_leave", ["a"]) not in two.clients[0].told
+    two.say(0, "a", 51)
+    assert two.tokens == [50, 51]
+
+
+async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two) -> None:
+    await copied_ahead(two)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    assert two.clients[1].aborted == ["a#1+"]
+    assert Drop("a#1+") in two.orders[1]
+    assert ("taichi_unpin", "a#1+") not in two.clients[0].told
+    two.cluster.aheads.hear(Dropped("a#1+"))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+@pytest.mark.parametrize(("unpinned_at", "held"), [(4.0, 0), (6.0, 16)])
+async def test_of_two_words_about_held_kv_the_later_said_counts_not_the_later_heard(
+    two: Two, unpinned_at: float, held: int
+) -> None:
+    await copied_ahead(two)
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    two.clients[0].held = 16, unpinned_at
+    two.cluster.aheads.hear(Dropped("a#1+"))
+    two.stepped(0, [5.0, 0.1, 0, 0, 0, {}, {}])  # it was done at 5.0, and nothing is held after it
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    assert two.engines[0].kv_tokens == held
+
+
+async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
+    await copied_ahead(two)
+    two.leave(0, "a", 51)
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    assert two.clients[1].aborted == ["a#1+"]
+    again = two.clients[1].added[-1]
+    assert (again.request_id, again.prompt_token_ids) == ("a#1+~", [1, 2, 3, 50, 51])
+    assert ("taichi_release", ["a"]) in two.clients[0].told  # nobody else will say so
+    two.say(1, "a#1+", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)  # its engine found out later
+    assert len(two.clients[1].added) == 2
+
+
+async def test_a_tail_that_its_engine_misses_first_is_computed_again_once(two: Two) -> None:
+    await copied_ahead(two)
+    two.leave(0, "a", 51)
+    two.say(1, "a#1+", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
+    assert ("taichi_release", ["a"]) not in two.clients[0].told  # its copier may still read
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    assert [request.request_id for request in two.clients[1].added] == ["a#1+", "a#1+~"]
+    assert ("taichi_release", ["a"]) in two.clients[0].told
+
+
+async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: Two) -> None:
+    await copied_ahead(two)
+    two.cluster.lose(two.engines[1], "exit code -9")
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+    assert Gone("e1") in two.orders[0]
+    two.say(0, "a", 51)
+    two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
+    assert isinstance(two.facts()[-1], Refused)
+    two.say(0, "a", 52)
+    assert two.tokens == [50, 51, 52]
+
+
+async def first_chunk_travels(two: Two) -> None:
+    """A prompt on i0 that i1 will decode: block 7 is full, and i1 copies it."""
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.computed(0, "a", 7)
+    two.cluster.send(Ahead("a", 1, "i1"))
+    await two.orders[1].has(More("a#1+", "e0", [7]))
+
+
+async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: Two) -> None:
+    await first_chunk_travels(two)
+    assert two.clients[0].added[0].sampling_params.extra_args[KEY]["reader"] == "a#1+"
+    two.computed(0, "a", 7, 8)
+    await two.orders[1].has(More("a#1+", "e0", [7, 8]))
+    two.cluster.aheads.hear(Copied("a#1+", 2, False, 2, 0.1, 1.0, 1.1))
+    two.leave(0, "a", 50)
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
+    assert not [told for told in two.clients[0].told if told[0] in ("taichi_pin", "taichi_unpin")]
+    two.cluster.aheads.hear(Copied("a#1+", 1, True, 3, 0.1, 2.0, 2.1))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+async def test_what_was_pinned_for_a_leg_that_nobody_copies_ahead_is_unpinned_when_it_has_left(
+    two: Two,
+) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.computed(0, "a", 7)
+    assert two.clients[0].told == []
+    two.leave(0, "a", 50)
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+async def test_what_was_pinned_while_its_request_was_ended_from_outside_is_unpinned(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
+    two.computed(0, "a", 7)  # that step was on its way
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+
+
+async def test_what_is_pinned_once_its_copy_was_given_up_is_not_copied(two: Two) -> None:
+    await first_chunk_travels(two)
+    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    two.cluster.aheads.hear(Dropped("a#1+"))
+    await two.clients[0].hears("taichi_unpin", "a#1+")
+    two.computed(0, "a", 7, 8)  # said before that was heard
+    assert two.engines[0].pinned == {"a": None}
+    assert More("a#1+", "e0", [7, 8]) not in two.orders[1]
+
+
+async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> None:
+    await first_chunk_travels(two)
+    two.leave(0, "a", 50)
+    two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
+    assert two.clients[1].aborted == ["a#1+"]
+    assert Drop("a#1+") in two.orders[1]
+
+
+async def test_room_ends_where_the_context_of_the_model_does(two: Two) -> None:
+    two.clients[1].vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=9))
+    await copied_ahead(two)
+    early = two.clients[1].added[0]
+    assert early.sampling_params.extra_args[KEY]["ahead"] == 9 - 4
+
+
+async def test_a_hint_outlives_the_first_token_of_a_prefill_that_began_again(two: Two) -> None:
+    two.clients[1].pins = [7]
+    two.ask()
+    two.cluster.send(Prefill("a", 1, "i1", hand_over=True))  # i0 was lost
+    two.cluster.send(Ahead("a", 2, "i0"))
+    await two.orders[0].has(More("a#2+", "e1", [7]))
+    two.cluster.aheads.hear(Copied("a#2+", 1, False, 1, 0.1, 1.0, 1.1))
+    two.leave(1, "a#1", 50)
+    two.cluster.send(Decode("a", 2, "i0", Move.HAND_OVER))
+    await two.orders[0].has(More("a#2+", "e1", [7], "a"))
+
+
+async def test_a_request_that_left_for_an_instance_that_is_lost_waits_for_another_decision(two: Two) -> None:
+    await copied_ahead(two)
+    two.cluster.lose(two.engines[1], "exit code -9")
+    two.leave(0, "a", 51)
+    two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
+    assert two.clients[0].added[-1].request_id == "a#2"
+    two.say(0, "a#2", 52)
+    assert two.tokens == [50, 51, 52]
