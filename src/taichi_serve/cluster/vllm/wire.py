@@ -87,6 +87,7 @@ class Call(StrEnum):
 
     ARRIVE = "taichi_arrive"
     CHUNK = "taichi_chunk"
+    DROP = "taichi_drop"
     LEAVE = "taichi_leave"
     PIN = "taichi_pin"
     RELEASE = "taichi_release"
