@@ -225,20 +225,6 @@ def test_lost_instance_sends_its_prompts_and_decodes_elsewhere() -> None:
     assert_empty(s)
 
 
-def test_last_instance_lost_fails_what_is_left() -> None:
-    s = scheduler(Sliders(p_heavy=0, d_heavy=1, p_chunk=0, d_chunk=256))
-    s.on(Arrived(0.0, "a", 500, 100))
-    s.on(Arrived(0.0, "b", 500, 100))
-    s.on(Prefilled(0.1, "b", 0, "i0"))
-    sent = s.on(Lost(0.2, "i0", "killed"))
-    assert [(c.request, c.outcome) for c in sent if isinstance(c, Abort)] == [
-        ("a", Outcome.FAILED),
-        ("b", Outcome.FAILED),
-    ]
-    assert isinstance(s.on(Arrived(0.3, "c", 500, 100))[0], Abort)
-    assert_empty(s)
-
-
 def test_drained_instance_sends_its_movable_decodes_away_and_gets_nothing_new() -> None:
     s = scheduler()
     decoding(s, "a", 500)

@@ -55,8 +55,13 @@ class Ledger:
         name = next(iter(self.queues[instance.name]), None)
         return None if name is None else self.requests[name]
 
-    def drop(self, request: Request) -> None:
-        """The prompt is not computed any further here. What was computed is that of the oldest prompt."""
+    def take_back(self, request: Request) -> None:
+        """The leg ends before its first token: the prompt is queued nowhere, its next place is a new leg."""
+        self._drop(request)
+        request.leg += 1
+
+    def _drop(self, request: Request) -> None:
+        # Not computed any further here. What was computed is that of the oldest prompt.
         instance = self.instances[request.instance]
         oldest = next(iter(self.queues[instance.name])) == request.id
         self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
@@ -86,12 +91,31 @@ class Ledger:
         if request.state is State.MOVING:
             self.instances[request.instance].leaving_tokens -= request.reserved
         elif request.state is State.PREFILLING:
-            self.drop(request)
+            self.take_back(request)
             request.enter(State.WAITING)
         elif request.state is State.DECODING:
             self.lift(request)
             request.enter(State.WAITING)
         request.instance = ""
+
+    def wait(self, request: Request) -> None:
+        """A stranded request has nowhere to go: it waits for an instance, and nothing is promised to it."""
+        if request.state is State.MOVING:
+            self._release(request)
+            request.enter(State.WAITING)
+            request.target, request.why = "", None
+
+    def waiting(self) -> list[Request]:
+        """Those that wait for an instance, in order of arrival."""
+        return [request for request in self.requests.values() if request.state is State.WAITING]
+
+    def revive(self, instance: Instance, kv_capacity: int) -> None:
+        """The instance is back and holds nothing; its tick clock goes on. Raises ValueError where
+        `kv_capacity` is not positive."""
+        if kv_capacity < 1:
+            raise ValueError(f"{instance.name} came back with a KV capacity of {kv_capacity} tokens")
+        instance.alive, instance.silent, instance.closing = True, False, False
+        instance.kv_capacity, instance.kv_tokens = kv_capacity, 0
 
     def lift(self, request: Request) -> None:
         """The request is resident no more; its output so far stays in `base`."""
@@ -132,7 +156,7 @@ class Ledger:
         """The request is over: nothing of it is left in any sum."""
         match request.state:
             case State.PREFILLING:
-                self.drop(request)
+                self._drop(request)
             case State.DECODING:
                 self.lift(request)
             case State.MOVING:
