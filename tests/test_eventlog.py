@@ -15,16 +15,21 @@ from taichi_serve.latency.predict import Learned
 from taichi_serve.latency.profile import Transfer
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.messages import (
+    Abort,
     Arrived,
     Finished,
     Flow,
     Flowed,
     Forecast,
+    Hopeless,
+    Joined,
     Lost,
     Move,
+    Outcome,
     Outlook,
     Prefill,
     SetChunk,
+    Silent,
     Slid,
     Stepped,
 )
@@ -75,6 +80,10 @@ def test_there_are_golden_logs_of_every_mode() -> None:
         ),
         (Slid(1.0, Sliders(1, 1, 64, 0)), (SetChunk("i1", Kind.D_HEAVY, 0),)),
         (Lost(2.0, "i0", "killed"), ()),
+        (Silent(2.0, "i0"), (Prefill("a", 1, "i1"),)),
+        (Silent(2.5, "i0", on=False), ()),
+        (Joined(3.0, "i0", 9_000), (SetChunk("i0", Kind.P_HEAVY, 64),)),
+        (Hopeless(4.0, "it died five times"), (Abort("a", Outcome.FAILED, "it died five times"),)),
     ],
 )  # fmt: skip
 def test_entry_survives_a_line(entry: tuple[object, ...]) -> None:

@@ -21,6 +21,7 @@ class Instance:
     kv_capacity: int
     max_decodes: int = 1 << 30
     alive: bool = True
+    silent: bool = False  # does not answer: it may be slow, or lost
     draining: bool = False
     ticks: int = 0  # steps done: the clock that resident decodes are counted by
     decodes: int = 0  # resident decodes
@@ -37,14 +38,19 @@ class Instance:
     closing: bool = False  # takes no new prompts, and gets chunk 0 once the queued ones are through
 
     @property
+    def answers(self) -> bool:
+        """Whether it lives and was heard of."""
+        return self.alive and not self.silent
+
+    @property
     def serving(self) -> bool:
         """Whether new work may be sent here."""
-        return self.alive and not self.draining
+        return self.alive and not self.draining and not self.silent
 
     @property
     def prefills(self) -> bool:
         """Whether prompts may be sent here."""
-        return self.alive and self.chunk > 0 and not self.closing
+        return self.alive and self.chunk > 0 and not self.closing and not self.silent
 
     @property
     def queued_prefill_tokens(self) -> int:

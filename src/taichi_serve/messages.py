@@ -43,14 +43,14 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """A request is here. `movable` is False where the engine could not move it exactly, for the reason
-    `bound_by` (docs/moving.md)."""
+    `bound_by` (docs/moving.md; a log of an older server may not know it)."""
 
     at: float
     request: str
     prompt_tokens: int
     max_tokens: int
     movable: bool = True
-    bound_by: str = ""
+    bound_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,9 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The move to leg `leg` did not happen: the request goes on where it was, on the leg before, with
-    `output_tokens` produced so far (0: not known; it is then counted as if it had stood still)."""
+    """Leg `leg` did not begin. After a move the request goes on where it was, on the leg before, with
+    `output_tokens` produced so far (0: not known; it is then counted as if it had stood still). A prompt that
+    was not taken in is placed anew."""
 
     at: float
     request: str
@@ -145,11 +146,38 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Silent:
+    """An instance does not answer (`on` True), or answers again (`on` False). What runs there goes on as soon
+    as it does: it may be slow, and is not lost before a Lost says so."""
+
+    at: float
+    instance: str
+    on: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """An instance is gone with all its KV. Requests on it wait for a Decode or Prefill elsewhere."""
 
     at: float
     instance: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A lost instance is back, empty and warm, with a KV cache of `kv_capacity` tokens."""
+
+    at: float
+    instance: str
+    kv_capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hopeless:
+    """No lost instance will come back: who waits for one waits in vain."""
+
+    at: float
     why: str
 
 
@@ -188,7 +216,20 @@ class Slid:
 
 
 Event = (
-    Arrived | Prefilled | Stepped | Flowed | Finished | Refused | Lost | Cancelled | Asked | Drained | Slid
+    Arrived
+    | Prefilled
+    | Stepped
+    | Flowed
+    | Finished
+    | Refused
+    | Silent
+    | Lost
+    | Joined
+    | Hopeless
+    | Cancelled
+    | Asked
+    | Drained
+    | Slid
 )
 
 

@@ -27,12 +27,15 @@ from taichi_serve.messages import (
     Finished,
     Flow,
     Flowed,
+    Hopeless,
+    Joined,
     Lost,
     Move,
     Prefill,
     Prefilled,
     Refused,
     SetChunk,
+    Silent,
     Slid,
     Stepped,
 )
@@ -70,6 +73,7 @@ class Model:
     now: float = 0.0
     chunks: dict[str, int] = field(default_factory=dict)
     dead: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
     ended: Counter[str] = field(default_factory=Counter)
     sent: list[Command] = field(default_factory=list)
     arrived: int = 0
@@ -93,19 +97,25 @@ class Model:
         work = self.work[command.request]
         match command:
             case Prefill(on=on, leg=leg, hand_over=hand_over):
-                assert on not in self.dead
+                self.assert_able(on)
+                assert leg > work.leg or (leg, work.on) == (0, "")
                 work.on, work.leg, work.hand_over, work.done = on, leg, hand_over, 0
                 self.work[work.name] = self.work.pop(work.name)  # to the end of the queue
             case Decode(on=on, leg=leg):
-                assert on not in self.dead
+                self.assert_able(on)
                 work.to, work.leg = on, leg
             case Flow(to=to, leg=leg):
-                assert to not in self.dead
+                self.assert_able(to)
                 assert work.to == "" or work.on == ""
                 work.to, work.leg = to, leg
             case Abort():
                 self.ended[work.name] += 1
                 del self.work[work.name]
+
+    def assert_able(self, instance: str) -> None:
+        """It lives; and answers, unless none that lives does."""
+        assert instance not in self.dead
+        assert instance not in self.silent or self.silent | self.dead == set(self.chunks)
 
     def arrive(self, prompt: int, output: int, movable: bool) -> None:
         name = f"r{self.arrived}"
@@ -117,7 +127,7 @@ class Model:
         return sum(w.done + w.out for w in self.work.values() if w.on == instance)
 
     def step(self, instance: str, miss: bool, refuse: bool) -> None:
-        if instance in self.dead:
+        if instance in self.dead | self.silent:
             return
         budget, prefilled, landed, grown = self.chunks[instance], [], [], []
         before = budget
@@ -156,6 +166,10 @@ class Model:
         for w in [w for w in self.work.values() if refuse and w.to == instance]:
             w.to, w.held = "", False
             self.tell(Refused(self.now, w.name, w.leg, "no room"))
+        queue = [w for w in self.work.values() if w.on == instance and not (w.done or w.out or w.to)]
+        for w in queue[:1] if refuse else ():
+            w.on = ""
+            self.tell(Refused(self.now, w.name, w.leg, "not taken in"))
         for w in [w for w in self.work.values() if w.on == instance and not w.to and w.out >= w.output]:
             self.ended[w.name] += 1
             del self.work[w.name]
@@ -168,11 +182,28 @@ class Model:
                 w.on, w.done, w.held = "", 0, False
             if w.to == instance:
                 w.to = ""
+        self.silent.discard(instance)
         self.tell(Lost(self.now, instance, "killed"))
+
+    def join(self, instance: str) -> None:
+        self.dead.remove(instance)
+        self.chunks[instance] = 0
+        self.tell(Joined(self.now, instance, CAPACITY))
+
+    def silence(self, instance: str, on: bool) -> None:
+        if on and instance not in self.dead:
+            self.silent.add(instance)
+        elif not on:
+            self.silent.discard(instance)
+        self.tell(Silent(self.now, instance, on))
 
     def check(self) -> None:
         """The ledger's sums are the cluster's."""
         assert set(self.scheduler.requests) == set(self.work)
+        up = set(self.chunks) - self.dead
+        assert not (up and any(r.state is State.WAITING for r in self.scheduler.requests.values()))
+        assert not (up - self.silent and any(self.scheduler.ledger.queues[name] for name in self.silent))
+        assert all(self.scheduler.instances[name].chunk == self.chunks[name] for name in up)
         for name, i in self.scheduler.instances.items():
             here = [w for w in self.work.values() if w.on == name]
             there = [w for w in self.work.values() if w.to == name]
@@ -195,7 +226,11 @@ class Model:
                 assert requests[w.name].output_tokens(i.ticks) == w.out
 
     def settle(self) -> None:
-        """Run until everybody is served."""
+        """Bring everybody back, and run until everybody is served."""
+        for name in sorted(self.dead):
+            self.join(name)
+        for name in sorted(self.silent):
+            self.silence(name, on=False)
         for _ in range(3_000):
             if not self.work:
                 return
@@ -227,6 +262,9 @@ OPERATORS = st.one_of(
     st.tuples(st.just("drain"), st.integers(0, 3), st.booleans()),
     st.tuples(st.just("slide"), st.integers(0, 3), st.sampled_from([0, 16, 64])),
     st.tuples(st.just("lose"), st.integers(0, 3)),
+    st.tuples(st.just("join"), st.integers(0, 3)),
+    st.tuples(st.just("silence"), st.integers(0, 3), st.booleans()),
+    st.tuples(st.just("despair"), st.booleans()),
     st.tuples(st.just("stale"), st.integers(0, 50)),
 )
 
@@ -246,12 +284,24 @@ def play(m: Model, deed: tuple[object, ...]) -> None:
         case ("slide", int(p), int(chunk)):
             chunk = chunk if p else max(chunk, 16)
             m.tell(Slid(m.now, Sliders(p, 4 - p, 128 if p else 0, chunk)))
-        case ("lose", int(n)) if len(m.dead) < 3 and f"i{n}" not in m.dead:
-            m.lose(f"i{n}")
         case ("stale", int(n)) if n < len(m.stale):
             late = m.stale[n]
             assert not isinstance(late, (Stepped, Lost, Slid))
             m.scheduler.on(late)
+        case _:
+            supervise(m, deed)
+
+
+def supervise(m: Model, deed: tuple[object, ...]) -> None:
+    match deed:
+        case ("lose", int(n)) if f"i{n}" not in m.dead:
+            m.lose(f"i{n}")
+        case ("join", int(n)) if f"i{n}" in m.dead:
+            m.join(f"i{n}")
+        case ("silence", int(n), bool(on)):
+            m.silence(f"i{n}", on)
+        case ("despair", _):
+            m.tell(Hopeless(m.now, "it failed five times in an hour"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -267,8 +317,20 @@ def test_no_request_is_lost_or_doubled_and_ledgers_equal_the_cluster(deeds: list
 
 def long_story(chance: Random) -> Iterator[tuple[object, ...]]:
     """Three hundred deeds as likely as they are on a bad day; hypothesis alone prefers short stories."""
-    deeds = ("arrive", "step", "cancel", "ask", "drain", "slide", "lose", "stale")
-    for deed in chance.choices(deeds, (15, 70, 3, 4, 2, 2, 0.5, 3.5), k=300):
+    deeds = (
+        "arrive",
+        "step",
+        "cancel",
+        "ask",
+        "drain",
+        "slide",
+        "lose",
+        "join",
+        "silence",
+        "despair",
+        "stale",
+    )
+    for deed in chance.choices(deeds, (15, 70, 3, 4, 2, 2, 1, 0.6, 2, 0.2, 3.5), k=300):
         match deed:
             case "arrive":
                 yield deed, chance.randint(1, 400), chance.randint(2, 60), chance.random() < 0.8
@@ -276,12 +338,12 @@ def long_story(chance: Random) -> Iterator[tuple[object, ...]]:
                 yield deed, chance.randrange(4), chance.random() < 0.2, chance.random() < 0.15
             case "ask":
                 yield deed, chance.randrange(40), chance.randrange(4)
-            case "drain":
+            case "drain" | "silence":
                 yield deed, chance.randrange(4), chance.random() < 0.5
             case "slide":
                 yield deed, chance.randrange(4), chance.choice((0, 16, 64))
             case _:
-                yield deed, chance.randrange(4 if deed == "lose" else 60)
+                yield deed, chance.randrange(4 if deed in ("lose", "join") else 60)
 
 
 @settings(max_examples=40, deadline=None)

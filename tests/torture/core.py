@@ -425,4 +425,6 @@ class PretendedCopiers:
             if read.note not in source.held:
                 self.core.world.wrong.append(f"{read.leg} read {read.note}, which {read.source} had let go")
         elif not set(read.blocks) <= source.pins.get(read.leg, set()):
-            self.core.world.wrong.append(f"{read.leg} read blocks of {read.source} that were not pinned for it")
+            self.core.world.wrong.append(
+                f"{read.leg} read blocks of {read.source} that were not pinned for it"
+            )

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from world import World
 
-from taichi_serve.cluster.vllm.server.itinerary import JOURNEYS, Itinerary
+from taichi_serve.cluster.vllm.server.itinerary import Itinerary
 from taichi_serve.cluster.vllm.server.passage import PASSINGS, Passage
-from taichi_serve.stage import Stage
+from taichi_serve.stage import STAGES, Stage
 
 Rows = Counter[tuple[str, str]]
 
@@ -53,7 +53,7 @@ def counting(rows: Rows) -> None:
 
 def table(rows: Rows) -> str:
     """Every row of both tables, and how often it was taken."""
-    legal = [(a.value, b.value) for a, after in JOURNEYS.items() for b in after]
+    legal = [(a.value, b.value) for a, after in STAGES.items() for b in after]
     legal += [(f"kv {a.value}", f"kv {b.value}") for a, after in PASSINGS.items() for b in after]
     return "\n".join(f"  {a:>14} -> {b:<14} {rows[a, b]:>9}" for a, b in sorted(legal))
 

@@ -24,7 +24,7 @@ from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.passage import Passage
 from taichi_serve.latency.predict import Learned
-from taichi_serve.messages import Asked, Command, Drained, Event, Hopeless, Slid
+from taichi_serve.messages import Asked, Command, Drained, Event, Slid
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
@@ -250,7 +250,9 @@ class World:
             known = self.scheduler.requests.get(name)
             state = None if known is None else (known.state.value, known.instance, known.target, known.leg)
             where = journey.seat.engine_id if journey.seat else None
-            found.append(f"{name} hangs: {journey.stage.value} at {where}, leg {journey.leg}; scheduler {state}")
+            found.append(
+                f"{name} hangs: {journey.stage.value} at {where}, leg {journey.leg}; scheduler {state}"
+            )
         if not self.cluster.journeys and self.scheduler.requests:
             found.append(f"the scheduler still has {list(self.scheduler.requests)}")
         for name, count in self.wanted.items():
@@ -280,13 +282,16 @@ class World:
                     found.append(f"{core.engine_id} has {what} {list(left)}")
         ledger = self.scheduler.instances
         for name, entry in ledger.items():
-            sums = entry.decodes, entry.arriving, entry.queued_tokens, entry.reserved_tokens, entry.leaving_tokens
+            sums = (
+                entry.decodes,
+                entry.arriving,
+                entry.queued_tokens,
+                entry.reserved_tokens,
+                entry.leaving_tokens,
+            )
             if any(sums):
                 found.append(f"the ledger of {name} has {sums}")
         return found
 
     def _passages(self) -> list[Passage]:
         return list(self.cluster.hands.passages.values())
-
-
-HOPELESS = Hopeless

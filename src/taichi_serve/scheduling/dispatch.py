@@ -14,7 +14,7 @@ from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.prefill import choose_prefill
 from taichi_serve.scheduling.room import load_after, room_for
-from taichi_serve.sliders import Kind
+from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
 
@@ -33,32 +33,48 @@ class Dispatcher:
         self.policy = policy
 
     def serving(self) -> list[Instance]:
-        """Who may get new work; when all that live are being drained, these."""
+        """Who may get new work; when all that answer are being drained, these; when none answers, all that
+        live."""
         instances = self.ledger.instances.values()
-        return [i for i in instances if i.serving] or [i for i in instances if i.alive]
+        return [i for i in instances if i.serving] or self._left()
 
     def able(self) -> list[Instance]:
-        """Who may get a prompt; an instance being drained only when nobody else can."""
+        """Who may get a prompt; an instance being drained only when nobody else can, and a silent one only
+        when no other lives."""
         able = [i for i in self.ledger.instances.values() if i.prefills]
+        if not able:
+            return [i for i in self._left() if i.chunk and not i.closing]
         return [i for i in able if i.serving] or able
 
-    def prefill(self, request: Request, now: float, p_chunk: int) -> list[Command]:
-        """Place a prompt by Algorithm 2. Where all who prefill are lost, one of the rest becomes P-heavy."""
+    def _left(self) -> list[Instance]:
+        alive = [i for i in self.ledger.instances.values() if i.alive]
+        return [i for i in alive if i.answers] or alive
+
+    def place(self, request: Request, now: float, sliders: Sliders) -> list[Command]:
+        """A place for a request that has none: as a prompt, or with the tokens it has, as a rescue."""
+        if request.first_at is None:
+            return self.prefill(request, now, sliders)
+        return self.rescue(request, now)
+
+    def prefill(self, request: Request, now: float, sliders: Sliders) -> list[Command]:
+        """Place a prompt by Algorithm 2. Where all who prefill are lost, one of the rest becomes P-heavy;
+        with no instance left the prompt waits."""
         commands: list[Command] = []
         able = self.able()
         if not able:
             left = self.serving()
             if not left:
-                return [self.fail(request, "no instance is left")]
+                return commands
             heir = min(left, key=lambda i: i.decodes)
-            heir.kind, heir.chunk, heir.closing = Kind.P_HEAVY, p_chunk, False
+            heir.kind, heir.closing = Kind.P_HEAVY, False
+            heir.chunk = max(sliders.p_chunk, sliders.d_chunk)
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
         serving = self.serving()
         placed = choose_prefill(request, now, able, decoders(serving), self.predictor, self.slo, self.policy)
         self.ledger.enqueue(request, placed.instance)
         request.predicted_ttft = placed.ttft
-        request.hand_over, request.ahead = placed.hand_over, ""
+        request.hand_over, request.ahead = placed.hand_over, None
         name, forecasts = placed.instance.name, placed.forecasts
         commands.append(Prefill(request.id, request.leg, name, placed.hand_over, forecasts, placed.why))
         return commands
@@ -67,10 +83,10 @@ class Dispatcher:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
         serving = self.serving()
         target, why = choose_start(request, here, serving, self.policy)
-        known = self.ledger.instances.get(request.ahead)
-        # What it takes there is in that instance's own figures already.
-        if known in decoders(serving) and load_after(known, 0, self.policy) <= self.policy.full_mark:
-            target, why = known, "a D-heavy instance with room, and most of its KV is there"
+        for known in decoders(serving):
+            # What it takes there is in that instance's own figures already.
+            if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
+                target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, serving)
 
     def copy_ahead(self, here: Instance) -> list[Command]:
@@ -86,12 +102,16 @@ class Dispatcher:
         request.ahead = target.name
         return [Ahead(request.id, request.leg + 1, target.name, why)]
 
-    def rescue(self, request: Request, now: float) -> Command:
-        """Compute the tokens so far again: where a prompt may be computed, D-heavy ones first."""
+    def rescue(self, request: Request, now: float) -> list[Command]:
+        """Compute the tokens so far again: where a prompt may be computed, D-heavy ones first. With no
+        instance left the request waits."""
+        if not request.movable:
+            return [self.fail(request, "its instance was lost, and no other can go on exactly")]
         alive = self.serving()
         able = [i for i in alive if i.prefills] or alive
         if not able:
-            return self.fail(request, "no instance is left")
+            self.ledger.wait(request)
+            return []
         kv_tokens = request.prompt_tokens + request.base
         low = [i for i in able if i.kind is Kind.D_HEAVY]
         target = (
@@ -99,7 +119,7 @@ class Dispatcher:
             or choose_target(able, kv_tokens, 1.0, self.policy)
             or min(able, key=lambda i: i.kv_usage)
         )
-        return self._decode(request, target, Move.RESCUE, now, "its instance was lost", able)
+        return [self._decode(request, target, Move.RESCUE, now, "its instance was lost", able)]
 
     def flow(
         self, request: Request, target: Instance, move: Move, now: float, why: str, among: list[Instance]
@@ -127,7 +147,7 @@ class Dispatcher:
 
     def _room(self, request: Request) -> int:
         """KV tokens to promise to a request that is about to move."""
-        here = self.ledger.instances.get(request.instance)
+        here = self.ledger.source(request)
         output = request.output_tokens(here.ticks) if here else request.base
         return room_for(request.prompt_tokens + output, self.policy)
 

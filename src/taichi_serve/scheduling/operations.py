@@ -1,9 +1,9 @@
-"""What is not the algorithms' own idea: an operator's hand, and the loss of an instance."""
+"""What is not the algorithms' own idea: an operator's hand."""
 
 from __future__ import annotations
 
 from taichi_serve.instance import Instance
-from taichi_serve.messages import Asked, Command, Drained, Lost, Move, SetChunk
+from taichi_serve.messages import Asked, Command, Drained, Move, SetChunk
 from taichi_serve.request import State
 from taichi_serve.scheduling.decode import choose_target
 from taichi_serve.scheduling.dispatch import Dispatcher
@@ -16,7 +16,8 @@ def ask(dispatcher: Dispatcher, event: Asked) -> list[Command]:
     request, target = ledger.requests.get(event.request), ledger.instances.get(event.to)
     if request is None or target is None or request.state is not State.DECODING:
         return []
-    if not (request.movable and target.alive) or request.instance == target.name:
+    source = ledger.home(request)
+    if not (request.movable and source.answers and target.answers) or source is target:
         return []
     return [dispatcher.flow(request, target, Move.OPERATOR, event.at, "an operator asked", [target])]
 
@@ -27,7 +28,7 @@ def drain(dispatcher: Dispatcher, event: Drained) -> list[Command]:
     if instance is None:
         return []
     instance.draining = event.on
-    return empty(dispatcher, instance, event.at) if event.on and instance.alive else []
+    return empty(dispatcher, instance, event.at) if event.on and instance.answers else []
 
 
 def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]:
@@ -71,27 +72,3 @@ def close(instance: Instance) -> list[Command]:
         return []
     instance.closing, instance.chunk = False, 0
     return [SetChunk(instance.name, instance.kind, 0)] if instance.alive else []
-
-
-def lose(dispatcher: Dispatcher, event: Lost, p_chunk: int) -> list[Command]:
-    """Find another place for everybody on a lost instance or on the way to it, in order of arrival."""
-    ledger = dispatcher.ledger
-    instance = ledger.instances.get(event.instance)
-    if instance is None or not instance.alive:
-        return []
-    instance.alive = False
-    commands: list[Command] = []
-    for request in list(ledger.requests.values()):
-        if request.instance == instance.name:
-            prefilling = request.state is State.PREFILLING
-            on_its_way = request.state is State.MOVING and request.target != instance.name
-            ledger.strand(request)
-            if prefilling:
-                request.leg += 1
-                commands += dispatcher.prefill(request, event.at, p_chunk)
-            elif not on_its_way:  # else the cluster goes on with the tokens so far, at the target
-                commands.append(dispatcher.rescue(request, event.at))
-        elif request.target == instance.name:
-            commands.append(dispatcher.rescue(request, event.at))
-    instance.kv_tokens = 0
-    return commands

@@ -2,7 +2,8 @@
 
 What is decided is in prefill.py and decode.py, what is booked in ledger.py, and dispatch.py makes commands of
 it; here is what follows from each kind of fact. Facts that come too late (their leg is over, their request
-gone, their instance lost) are dropped in `_current`, and by the table of transitions.
+gone, their instance lost) are dropped in `_current`; a transition that is not in the table of request.py is
+an error in the books, and raises.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from taichi_serve.messages import (
     Event,
     Finished,
     Flowed,
+    Hopeless,
+    Joined,
     Lost,
     Move,
     Outcome,
     Prefilled,
     Refused,
+    Silent,
     Slid,
     Stepped,
 )
@@ -35,8 +39,9 @@ from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_backflow, choose_degrade
 from taichi_serve.scheduling.dispatch import Dispatcher
 from taichi_serve.scheduling.ledger import Ledger
-from taichi_serve.scheduling.operations import ask, close, drain, empty, lose, slide
+from taichi_serve.scheduling.operations import ask, close, drain, empty, slide
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.supervision import despair, join, lose, silence
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
@@ -72,7 +77,10 @@ class GlobalScheduler:
             Flowed: self._flowed,
             Finished: self._finished,
             Refused: self._refused,
+            Silent: self._silent,
             Lost: self._lost,
+            Joined: self._joined,
+            Hopeless: self._hopeless,
             Cancelled: self._cancelled,
             Asked: self._asked,
             Drained: self._drained,
@@ -90,7 +98,7 @@ class GlobalScheduler:
             return []
         request = Request(event.request, event.at, event.prompt_tokens, event.max_tokens, event.movable)
         self.requests[request.id] = request
-        return self._count(self._dispatcher.prefill(request, event.at, self._p_chunk()))
+        return self._dispatcher.prefill(request, event.at, self.sliders)
 
     def _prefilled(self, event: Prefilled) -> list[Command]:
         request = self._current(event.request, event.leg, State.PREFILLING)
@@ -111,7 +119,7 @@ class GlobalScheduler:
         request = self._current(event.request, event.leg, State.MOVING)
         if request is None or request.target != event.instance:
             return []
-        source, target = self.instances.get(request.instance), self.instances[event.instance]
+        source, target = self.ledger.source(request), self.instances[event.instance]
         if source:
             self.predictor.flowed(source, target, event)
         if request.why:
@@ -126,13 +134,17 @@ class GlobalScheduler:
         self.ledger.settle(request, here, output_tokens)
 
     def _refused(self, event: Refused) -> list[Command]:
+        prompt = self._current(event.request, event.leg, State.PREFILLING)
+        if prompt is not None:
+            self.ledger.take_back(prompt)
+            return self._dispatcher.prefill(prompt, event.at, self.sliders)
         request = self._current(event.request, event.leg, State.MOVING)
         if request is None:
             return []
         if request.why:
             self.counters.refused[request.why] += 1
-        if request.instance == "":
-            return self._count([self._dispatcher.rescue(request, event.at)])
+        if request.instance is None:
+            return self._count(self._dispatcher.rescue(request, event.at))
         self.ledger.stay(request, event.output_tokens)
         return []
 
@@ -148,7 +160,7 @@ class GlobalScheduler:
         return [abort, *self._end(request, Outcome.CANCELLED, event.at)]
 
     def _end(self, request: Request, outcome: Outcome, now: float) -> list[Command]:
-        here = self.instances.get(request.instance)
+        here = self.ledger.source(request)
         if here and request.state is State.DECODING:
             tokens = here.ticks - request.joined
             if tokens >= ENOUGH_TOKENS:
@@ -215,8 +227,17 @@ class GlobalScheduler:
         self.sliders = event.sliders
         return slide(self._dispatcher, event.sliders)
 
+    def _silent(self, event: Silent) -> list[Command]:
+        return silence(self._dispatcher, event, self.sliders)
+
     def _lost(self, event: Lost) -> list[Command]:
-        return self._count(lose(self._dispatcher, event, self._p_chunk()))
+        return self._count(lose(self._dispatcher, event, self.sliders))
+
+    def _joined(self, event: Joined) -> list[Command]:
+        return join(self._dispatcher, event, self.sliders)
+
+    def _hopeless(self, event: Hopeless) -> list[Command]:
+        return self._count(despair(self._dispatcher, event))
 
     # ------------------------------------------------------------------------------------------ small things
 
@@ -224,9 +245,6 @@ class GlobalScheduler:
         """The request a fact is about, or None where the fact came too late. The one place for that."""
         request = self.requests.get(name)
         return request if request and request.leg == leg and request.state is state else None
-
-    def _p_chunk(self) -> int:
-        return max(self.sliders.p_chunk, self.sliders.d_chunk)
 
     def _count(self, commands: list[Command]) -> list[Command]:
         """Count those that had to be given up."""
