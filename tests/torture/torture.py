@@ -26,13 +26,14 @@ Rows = Counter[tuple[str, str]]
 
 def run(seed: int) -> list[str]:
     """What is wrong with the world of this seed."""
-    return _run(seed)[1]
+    return world(seed)[1]
 
 
-def _run(seed: int) -> tuple[World, list[str]]:
+def world(seed: int) -> tuple[World, list[str]]:
+    """The world of this seed after its run, and what is wrong with it."""
     with tempfile.TemporaryDirectory() as directory:
-        world = World(seed, Path(directory))
-        return world, asyncio.run(world.live())
+        made = World(seed, Path(directory))
+        return made, asyncio.run(made.live())
 
 
 def counting(rows: Rows) -> None:
@@ -67,8 +68,8 @@ def main() -> int:
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     if args.verbose:
-        world, found = _run(args.seed)
-        for event, commands in world.log:
+        made, found = world(args.seed)
+        for event, commands in made.log:
             print(event, *(f"\n    {command}" for command in commands))
         print("\n".join(found) or "clean")
         return int(bool(found))

@@ -1,8 +1,8 @@
-"""The real server side (VllmCluster, journeys, scheduler) over pretended engine cores, in a world where anything
-may come late, in any order that sockets and processes allow, or never.
+"""The real server side (VllmCluster, journeys, scheduler) over pretended engine cores, in a world where
+anything may come late, in any order that sockets and processes allow, or never.
 
-A world is made by its seed alone: chance is one generator, time is a counter, and the event loop runs tasks in
-the order they were made. So a seed that failed fails again.
+A world is made by its seed alone: chance is one generator, time is a counter, and the event loop runs tasks
+in the order they were made. So a seed that failed fails again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from core import FIRST, Core
+from pretended import FIRST, Core
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
 
@@ -119,7 +119,7 @@ class World:
             timer[1]()
         engine = self.chance.choice(self.cluster.engines)
         core = self.core(engine)
-        if core.dead or core.silent:
+        if core.dead:
             return
         if core.outbox and self.happens(0.9):
             self.cluster.receive(engine, core.outbox.popleft())
@@ -129,8 +129,10 @@ class World:
             self.cluster.hands.hear(core.copiers.words.popleft())
         if self.happens(0.8):
             core.answer()
+        if core.silent:  # what it said before is still on its way
+            return
         core.copiers.work()
-        if len(core.outbox) < 3:
+        if len(core.outbox) < 3 and core.busy:
             core.step()
 
     def mischief(self) -> None:
@@ -209,7 +211,7 @@ class World:
 
     # -------------------------------------------------------------------------------------- a whole run
 
-    async def live(self, turns: int = 1500) -> list[str]:
+    async def live(self, turns: int = 1000) -> list[str]:
         """Mischief, then peace until everybody is served. Answers what is wrong."""
         driving = asyncio.ensure_future(drive(self, self.cluster))
         for _ in range(turns):
@@ -233,15 +235,15 @@ class World:
             await asyncio.sleep(0)
 
     async def _peace(self, driving: asyncio.Future[None]) -> None:
-        for turn in range(12_000):
-            quiet = not self.cluster.journeys and not any(core.outbox for core in self.cores.values())
-            if driving.done() or (quiet and turn > 600):
+        """Until nothing is on its way any more; whoever is not served by then never will be."""
+        still = 0
+        for _ in range(12_000):
+            busy = bool(self.cluster.journeys) or any(core.busy for core in self.cores.values())
+            still = 0 if busy else still + 1
+            if driving.done() or still > 20:
                 break
             self.turn()
             await self._breathe()
-        for _ in range(600):
-            self.turn()
-            await asyncio.sleep(0)
 
     def unserved(self) -> list[str]:
         """Requests that did not get what they wanted, once and in order."""
@@ -278,8 +280,8 @@ class World:
             if engine.legs or engine.residents:
                 found.append(f"{engine.name} has legs {list(engine.legs)} {list(engine.residents)}")
             for what in ("legs", "held", "pins"):
-                if left := getattr(core, what):
-                    found.append(f"{core.engine_id} has {what} {list(left)}")
+                left = list(getattr(core, what))
+                found += [f"{core.engine_id} has {what} {left}"] if left else []
         ledger = self.scheduler.instances
         for name, entry in ledger.items():
             sums = (

@@ -1,10 +1,9 @@
-"""A pretended engine core and its copiers: they hear messages late, compute in steps of any kind, and keep an
-exact account of who reads what from whom.
+"""A pretended engine core: it hears messages late, computes in steps of any kind, and keeps an exact account
+of the KV that it holds for others.
 
-Tokens are numbers: the k-th output token of every request is 1000 + k, so a stream that lost, doubled or mixed
-up a token is seen at once. KV is an account, too: a source holds blocks for a leg that left (`held`) and for a
-reader (`pins`); whoever reads after the source let go has read what may be somebody else's, and that is what
-`World.wrong` collects.
+Tokens are numbers: the k-th output token of every request is 1000 + k, so a stream that lost, doubled or
+mixed up a token is seen at once. KV is an account, too: a source holds blocks for a leg that left (`held`)
+and for a reader (`pins`); what is read after the source let go may belong to others (pretended_copiers.py).
 """
 
 from __future__ import annotations
@@ -15,24 +14,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pretended_copiers import PretendedCopiers
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 
-from taichi_serve.cluster.vllm.wire import (
-    KEY,
-    LEFT,
-    UNREAD,
-    Copied,
-    Drop,
-    Dropped,
-    Failed,
-    Gone,
-    More,
-    Order,
-    Record,
-    Word,
-    marks,
-)
+from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, Record, marks
 
 if TYPE_CHECKING:
     from world import World
@@ -111,7 +97,8 @@ class Core:
         self._hear("add", Leg.of(request))
 
     def abort(self, request_ids: list[str]) -> None:
-        self._hear("abort", *request_ids)
+        for name in request_ids:
+            self._hear("abort", name)
 
     def tell(self, method: str, *args: Any) -> None:
         self._hear(method, *args)
@@ -126,6 +113,13 @@ class Core:
     def _hear(self, what: str, *args: Any) -> None:
         if not self.dead:
             self.inbox.append((what, args, None))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something of it is on its way to anybody, or is computed."""
+        mine = self.inbox, self.outbox, self.answers, self.legs, self.drops
+        copying = self.copiers.orders, self.copiers.words, self.copiers.reading
+        return not self.dead and any((*mine, *copying))
 
     def die(self) -> None:
         """Whoever waits for an answer learns that there is none."""
@@ -156,29 +150,30 @@ class Core:
 
     def _take(self, what: str, args: tuple[Any, ...], future: asyncio.Future[Any] | None) -> Any:
         match what:
-            case "add":
-                (leg,) = args
-                if leg.id in self.legs or leg.id in self.held:
-                    raise AssertionError(f"duplicate id {leg.id} on {self.engine_id}")
-                self.legs[leg.id] = leg
-            case "abort":
-                for name in args:
-                    self._end(name)
-            case "taichi_leave":
-                self.leaving |= {name: None for name in args[0] if name in self.legs}
-            case "taichi_release":
-                return self._release(*args)
-            case "taichi_pin":
-                return self._pin(*args)
             case "taichi_drop":
                 assert future is not None
                 self._end(args[0])
                 self.drops.append((args[0], future))
-            case "taichi_arrive":
-                return self._arrive(*args)
+                return None
+            case "taichi_leave":
+                self.leaving |= {name: None for name in args[0] if name in self.legs}
+                return None
             case "taichi_chunk":
                 self.chunk = args[0]
-        return None
+                return None
+        takes = {
+            "add": self._add,
+            "abort": self._end,
+            "taichi_release": self._release,
+            "taichi_pin": self._pin,
+            "taichi_arrive": self._arrive,
+        }
+        return takes[what](*args)  # type: ignore[operator]
+
+    def _add(self, leg: Leg) -> None:
+        if leg.id in self.legs or leg.id in self.held:
+            raise AssertionError(f"duplicate id {leg.id} on {self.engine_id}")
+        self.legs[leg.id] = leg
 
     def _end(self, name: str) -> None:
         self.legs.pop(name, None)
@@ -326,105 +321,3 @@ class Core:
         return EngineCoreOutput(
             leg.id, [token], finish_reason=FinishReason.STOP, stop_reason=LEFT, kv_transfer_params=params
         )
-
-
-@dataclass(slots=True, eq=False)
-class Read:
-    """Bytes on their way from a source."""
-
-    leg: str
-    source: str
-    blocks: list[int]
-    note: str  # the leg that is held there; "" while it still runs
-    whole: bool = False  # a pull of everything, beside the copiers
-    good: bool | None = None  # None: under way
-
-
-class PretendedCopiers:
-    """The server's port of an instance's copiers, and the copiers. Pulls of whole legs are done here too."""
-
-    ranks = 1
-
-    def __init__(self, core: Core) -> None:
-        self.core = core
-        self.orders: deque[Order] = deque()
-        self.words: deque[Word] = deque()
-        self.reading: list[Read] = []
-        self.pulls: dict[str, Read] = {}
-        self.tails: dict[str, bool] = {}  # legs whose last block is here, or never will be
-        self.refused: dict[str, None] = {}
-
-    def send(self, order: Order) -> None:
-        self.orders.append(order)
-
-    def reads(self, leg: str) -> bool:
-        """Whether anything is under way for a leg."""
-        return any(read.leg == leg for read in self.reading)
-
-    def forget(self, leg: str) -> None:
-        """Nothing of it is wanted any more."""
-        self.refused[leg] = None
-        self.tails.pop(leg, None)
-        self.pulls.pop(leg, None)
-
-    def pull(self, leg: str, kv: dict[str, Any]) -> None:
-        """Begin to read all of a leg that is held."""
-        read = Read(leg, kv["remote_engine_id"], [], kv["remote_request_id"], whole=True)
-        self.pulls[leg] = read
-        self.reading.append(read)
-
-    def pulled(self, leg: str) -> bool | None:
-        """None while it is under way; then whether it came."""
-        return self.pulls[leg].good
-
-    def landed(self, leg: str) -> bool | None:
-        """Of a leg that is copied ahead: whether its last block is here; None where that is not known."""
-        return self.tails.get(leg)
-
-    def work(self) -> None:
-        """Take an order, or bring a read to its end."""
-        world = self.core.world
-        if self.reading and (not self.orders or world.happens(0.5)):
-            self._finish(world.chance.choice(self.reading))
-            return
-        if not self.orders:
-            return
-        order = self.orders.popleft()
-        match order:
-            case Drop(leg=leg):
-                self.refused[leg] = None
-                if not self.reads(leg):
-                    self.words.append(Dropped(leg))
-            case Gone():
-                pass
-            case More(leg=leg) if leg not in self.refused:
-                self.reading.append(Read(leg, order.source, order.blocks, order.note))
-
-    def _finish(self, read: Read) -> None:
-        """The last byte was read: it counts only where the source still holds it."""
-        self.reading.remove(read)
-        world = self.core.world
-        source = world.cores.get(read.source)
-        alive = source is not None and not source.dead
-        if alive and source is not None:
-            self._check(read, source)
-        read.good = alive and not world.happens(0.05)
-        if read.good and read.note and source is not None:
-            source.held.pop(read.note, None)  # the reader's own word to the source
-        if read.whole:
-            return
-        if read.note:
-            self.tails[read.leg] = read.good
-        if read.good:
-            self.words.append(Copied(read.leg, len(read.blocks), bool(read.note), 0, 0.0, 1.0, 1.0))
-        else:
-            self.words.append(Failed(read.leg, "a read failed"))
-
-    def _check(self, read: Read, source: Core) -> None:
-        if read.note:
-            if read.note not in source.held:
-                self.core.world.wrong.append(f"{read.leg} read {read.note}, which {read.source} had let go")
-        elif not set(read.blocks) <= source.pins.get(read.leg, set()):
-            self.core.world.wrong.append(
-                f"{read.leg} read blocks of {read.source} that were not pinned for it"
-            )
