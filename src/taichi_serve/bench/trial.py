@@ -27,6 +27,7 @@ class Trial:
     start: float = 1.0  # the first rate, requests/s
     tolerance: float = 0.1
     full: bool = False  # no run ends early
+    over_limit: str = "refuse"  # rows of a trace over the model's limit: refuse, skip or cut
 
     def __post_init__(self) -> None:
         if not 0 < self.attainment <= 1:
@@ -51,7 +52,7 @@ class Trial:
 
     def lengths(self, limit: int) -> Workload:
         """Its requests for a model that takes so many tokens."""
-        return workload(self.workload, limit, scale=self.scale)
+        return workload(self.workload, limit, scale=self.scale, over_limit=self.over_limit)
 
 
 async def measure(

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
+from taichi_serve.bench.traces import OVER_LIMIT
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
 from taichi_serve.search.goodput import Scene
@@ -21,6 +22,7 @@ def add_scene(
         required=True,
         help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
     )
+    add_over_limit(parser)
     parser.add_argument("--ttft-slo", type=ttft, required=True, metavar="S", help=f"seconds{more}")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
     parser.add_argument(
@@ -45,6 +47,17 @@ def add_scene(
     parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
 
 
+def add_over_limit(parser: argparse.ArgumentParser) -> None:
+    """What is done with rows of a trace that the model cannot take."""
+    parser.add_argument(
+        "--over-limit",
+        choices=OVER_LIMIT,
+        default=OVER_LIMIT[0],
+        help="rows of a trace with more tokens than the model takes: an error, left out, or prompts cut to "
+        "fit (default: refuse)",
+    )
+
+
 def scene_of(args: argparse.Namespace) -> Scene:
     """What the options describe; ValueError is one line that says what is wrong."""
     found = machine(args.profile, args.device, args.tensor_parallel)
@@ -61,7 +74,7 @@ def scene_of(args: argparse.Namespace) -> Scene:
     limit = min(found.max_model_len, found.kv_capacity)
     return Scene(
         found,
-        workload(args.workload, limit, args.cv),
+        workload(args.workload, limit, args.cv, over_limit=args.over_limit),
         SLO(args.ttft_slo, args.tpot_slo),
         args.bandwidth,
         args.link_latency,
