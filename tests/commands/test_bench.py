@@ -72,7 +72,7 @@ def test_the_contenders_are_values_of_the_sliders(model):
     bench.add_arguments(parser)
     args = parser.parse_args(f"{model} {BASE} --compare aggregation,disaggregation,hybrid".split())
     found = contenders.contenders(args, SLO(4.0, 0.07))
-    assert {name: " ".join(words) for name, words in found.items()} == {
+    assert {name: " ".join(words.settings) for name, words in found.items()} == {
         "aggregation": "--p-heavy 0 --d-heavy 2 --d-chunk 512",
         "disaggregation": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
         "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 256",
@@ -104,10 +104,26 @@ def test_tuned_settings_come_from_the_files_of_a_search(model, tmp_path):
     parser = bench.argparse.ArgumentParser()
     bench.add_arguments(parser)
     args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
-    assert {name: " ".join(words) for name, words in contenders.contenders(args, SLO(4.0, 0.07)).items()} == {
+    found = contenders.contenders(args, SLO(4.0, 0.07))
+    assert {name: " ".join(words.settings) for name, words in found.items()} == {
         "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 2048 --d-chunk 192 --ttft-margin 0.65 "
         "--tpot-margin 1.0 --watermark 0.98 --alpha 0.96"
     }
+
+
+def test_tuned_settings_bring_the_instances_they_were_found_for_and_the_user_may_overrule_those(
+    model, tmp_path
+):
+    more = "tensor_parallel_size: 4\nprofile: p.json\nenforce_eager: true\nasync_scheduling: false\n"
+    (tmp_path / "hybrid.yaml").write_text(TUNED + more)
+    parser = bench.argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
+    words = bench.jobs_of(args, ("--tensor-parallel-size", "2"), bench.trial_of(args))["hybrid"]
+    assert " ".join(words).startswith(
+        "--ttft-slo 4.0 --tpot-slo 0.07 --tensor-parallel-size 4 --profile p.json --enforce-eager "
+        "--tensor-parallel-size 2 --p-heavy 1"
+    )
 
 
 BAD_TUNED = [

@@ -127,7 +127,7 @@ def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> d
             raise ValueError("--tuned needs --compare, which says what is to be measured")
         return {"server": (*slos, *flags)}
     compared = contenders.contenders(args, trial.slo)
-    return {name: (*slos, *flags, *words) for name, words in compared.items()}
+    return {name: (*slos, *words.instance, *flags, *words.settings) for name, words in compared.items()}
 
 
 def result(

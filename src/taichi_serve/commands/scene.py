@@ -41,7 +41,9 @@ def add_scene(
     parser.add_argument(
         "--kv-capacity", type=int, metavar="TOKENS", help="of an instance (default: what the profile says)"
     )
-    parser.add_argument("--max-running", type=int, default=256, metavar="N", help="requests in one step")
+    parser.add_argument(
+        "--max-running", type=int, metavar="N", help="requests in one step (default: as profiled, or 256)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
@@ -67,8 +69,9 @@ def scene_of(args: argparse.Namespace) -> Scene:
         if args.kv_capacity < 1024:
             raise ValueError(f"--kv-capacity: must be at least 1024, not {args.kv_capacity}")
         found = replace(found, kv_capacity=args.kv_capacity)
-    if args.max_running < 1:
-        raise ValueError(f"--max-running: must be at least 1, not {args.max_running}")
+    running = found.max_running if args.max_running is None else args.max_running
+    if running < 1:
+        raise ValueError(f"--max-running: must be at least 1, not {running}")
     if not (args.bandwidth > 0 and args.link_latency >= 0):
         raise ValueError("--bandwidth must be above 0 and --link-latency at least 0")
     limit = min(found.max_model_len, found.kv_capacity)
@@ -78,5 +81,6 @@ def scene_of(args: argparse.Namespace) -> Scene:
         SLO(args.ttft_slo, args.tpot_slo),
         args.bandwidth,
         args.link_latency,
-        args.max_running,
+        running,
+        args.kv_capacity,
     )

@@ -52,11 +52,14 @@ def main(args: argparse.Namespace) -> int:
     figures = {
         "config": config(scene, Contender("simulate", sliders, policy)),
         "workload": scene.workload.name,
+        **({"note": scene.workload.note} if scene.workload.note else {}),
         "profile": scene.machine.name,
         "rate": args.rate,
         "seed": args.seed,
         **summary(tally),
     }
+    if scene.workload.note:
+        print(f"taichi simulate: {scene.workload.note}", file=sys.stderr)  # noqa: T201
     if args.json:
         print(json.dumps(figures, indent=1))  # noqa: T201
     else:
