@@ -9,7 +9,7 @@ import pytest
 from taichi_serve.bench.report import HEADS, Result, as_json, draw, markdown, read, row, write
 from taichi_serve.bench.score import Run, Sample
 from taichi_serve.bench.trial import Goodput, Trial
-from taichi_serve.commands import bench, contenders
+from taichi_serve.commands import bench, contenders, installed
 from taichi_serve.commands.measure import line
 from taichi_serve.slo import SLO
 
@@ -257,5 +257,6 @@ def test_a_source_tree_that_was_never_installed_can_measure_too(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(bench, "version", missing)
+    monkeypatch.setattr(installed, "version", missing)
     assert bench.own_version() == "from source"
+    assert installed.versions() == "taichi-serve from source, no engines installed"

@@ -7,7 +7,6 @@ import asyncio
 import datetime
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +27,7 @@ from taichi_serve.bench.report import (
 )
 from taichi_serve.bench.trial import Trial
 from taichi_serve.commands import contenders
+from taichi_serve.commands.installed import own_version, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
 from taichi_serve.commands.scene import add_over_limit
@@ -116,6 +116,8 @@ def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> d
         if args.compare or flags:
             raise ValueError("--compare and flags of taichi serve need a MODEL, not a URL")
         return {"server": ()}
+    if why := without_engines():
+        raise ValueError(why)
     path = Path(args.target)
     if path.exists() or args.target.startswith((".", "/", "~")):
         args.target = str(path.expanduser())
@@ -165,14 +167,6 @@ def result(
     if path:
         write(made, path)
     return made
-
-
-def own_version() -> str:
-    """Ours; a source tree that was never installed has none, and is no reason to lose what was measured."""
-    try:
-        return version("taichi-serve")
-    except PackageNotFoundError:
-        return "from source"
 
 
 def without_key(flags: tuple[str, ...]) -> tuple[str, ...]:

@@ -62,6 +62,8 @@ def add_over_limit(parser: argparse.ArgumentParser) -> None:
 
 def scene_of(args: argparse.Namespace) -> Scene:
     """What the options describe; ValueError is one line that says what is wrong."""
+    if args.tensor_parallel < 1:
+        raise ValueError(f"--tensor-parallel: must be at least 1, not {args.tensor_parallel}")
     found = machine(args.profile, args.device, args.tensor_parallel)
     if args.model and args.model != found.model:
         raise ValueError(f"profile {found.name} is for {found.model}, not for {args.model}")

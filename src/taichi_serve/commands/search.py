@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from taichi_serve.commands.files import made, unwritable
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.search.balance import balance
 from taichi_serve.search.bound import bound
@@ -76,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--instances: must be at least 2, not {args.instances}")
         if args.most < 1:
             raise ValueError(f"--most: must be at least 1, not {args.most}")
+        _check_outputs(args)
         effort = Effort(seconds=args.seconds, most=args.most, knobs=True)
         with console.status("searching") as status:
 
@@ -106,8 +108,16 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError before anything is searched."""
+    if args.out and (why := unwritable(Path(args.out))):
+        raise ValueError(f"--out: {why}")
+    for folder in (args.tuned, args.plot):
+        if folder:
+            made(Path(folder))
+
+
 def _write_tuned(found: list[Found], scene: Scene, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for family, entry in best(found).items():
         (folder / f"{family}.yaml").write_text(config_text(scene, entry.contender))
 
