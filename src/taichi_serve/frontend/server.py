@@ -26,6 +26,7 @@ from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
+from taichi_serve.cluster.vllm.misuse import one_line
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.fleet import fleet, prepare, scratch
 from taichi_serve.cluster.vllm.server.process import StartError
@@ -232,5 +233,5 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as wrong:  # vLLM's words on a model path or a configuration
         if envs.VLLM_LOGGING_LEVEL == "DEBUG":
             raise
-        say(f"{args.model}: {wrong}")
+        say(f"{args.model}: {one_line(wrong)}")
         return 1

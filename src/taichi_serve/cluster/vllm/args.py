@@ -15,6 +15,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, one_line
 from taichi_serve.cluster.vllm.transfer import transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
@@ -104,6 +105,7 @@ def make_parser() -> FlexibleArgumentParser:
         usage="taichi serve MODEL [--p-heavy N --d-heavy N ...] [any flag of vllm serve]",
     )
     make_arg_parser(serve)
+    serve.set_defaults(model=None)  # vLLM would serve a model of its own choice
     _add_taichi_flags(serve)
     return parser
 
@@ -133,9 +135,15 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the words after `taichi serve`; exits as argparse does when they are wrong."""
     parser = make_parser()
-    args = parser.parse_args(["serve", *argv])
+    try:
+        args = parser.parse_args(["serve", *argv])
+    except CONFIG_FAULTS as wrong:
+        parser.error(f"--config: {one_line(wrong)}")
+        raise  # never: it has ended the process
     if args.model_tag is not None:
         args.model = args.model_tag
+    if not args.model:
+        parser.error("no MODEL: a directory, or a name on the Hugging Face Hub")
     args.watermark = 0.0  # vLLM's own, which our flag displaced
     for name, instead in REFUSED.items():
         value = getattr(args, name, None)
