@@ -34,6 +34,7 @@ from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
+from taichi_serve.frontend.connection import Connection
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
@@ -180,7 +181,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
     try:
         with our_application(system, args):
             announced = asyncio.create_task(_announce(system, sock, address))
-            shutdown_task = await build_and_serve(system.llm, address, sock, args)
+            shutdown_task = await build_and_serve(system.llm, address, sock, args, http=Connection)
         await shutdown_task
         announced.cancel()
     finally:

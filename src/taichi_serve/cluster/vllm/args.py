@@ -124,6 +124,11 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         "over NIXL (default: auto)",
     )
     group.add_argument(
+        "--metrics-without-key",
+        action="store_true",
+        help="let /metrics be read without the key of --api-key, for scrapers that have none",
+    )
+    group.add_argument(
         "--devices",
         help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
         "tensor-parallel size each; on CPU the cores are divided evenly)",
