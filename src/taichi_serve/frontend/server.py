@@ -35,6 +35,7 @@ from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.connection import Connection
+from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
@@ -157,7 +158,8 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         listen_address, sock = setup_server(args, reuse_port=False)
     except OSError as wrong:
-        say(f"cannot listen on port {args.port}: {wrong.strerror or wrong}")
+        where = f"--uds {args.uds}" if args.uds else f"port {args.port}"
+        say(f"cannot listen on {where}: {wrong.strerror or wrong}")
         return 1
     with sock:
         try:
@@ -224,6 +226,7 @@ def main(argv: list[str]) -> int:
     prepare()
     args = flags.parse(argv)
     try:
+        precheck(args)
         return int(uvloop.run(serve(args, argv)))
     except KeyboardInterrupt:
         return 130
