@@ -35,6 +35,8 @@ from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
+from taichi_serve.frontend.connection import Connection
+from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
@@ -157,7 +159,8 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         listen_address, sock = setup_server(args, reuse_port=False)
     except OSError as wrong:
-        say(f"cannot listen on port {args.port}: {wrong.strerror or wrong}")
+        where = f"--uds {args.uds}" if args.uds else f"port {args.port}"
+        say(f"cannot listen on {where}: {wrong.strerror or wrong}")
         return 1
     with sock:
         try:
@@ -181,7 +184,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
     try:
         with our_application(system, args):
             announced = asyncio.create_task(_announce(system, sock, address))
-            shutdown_task = await build_and_serve(system.llm, address, sock, args)
+            shutdown_task = await build_and_serve(system.llm, address, sock, args, http=Connection)
         await shutdown_task
         announced.cancel()
     finally:
@@ -224,6 +227,7 @@ def main(argv: list[str]) -> int:
     prepare()
     args = flags.parse(argv)
     try:
+        precheck(args)
         return int(uvloop.run(serve(args, argv)))
     except KeyboardInterrupt:
         return 130

@@ -98,10 +98,10 @@ def test_without_a_profile_nothing_is_loaded() -> None:
     [
         ("--no-such-flag", "--no-such-flag"),
         ("--p-heavy two", "--p-heavy"),
-        ("--p-heavy -1", "p_heavy must be a whole number"),
+        ("--p-heavy -1", "--p-heavy must be a whole number"),
         ("--d-heavy 0", "at least one instance"),
         ("--d-heavy 2 --d-chunk 0", "nobody could prefill"),
-        ("--p-heavy 1 --p-chunk 0 --d-chunk 0", "p_chunk must be at least 1"),
+        ("--p-heavy 1 --p-chunk 0 --d-chunk 0", "--p-chunk must be at least 1"),
         ("--p-heavy 1 --p-chunk 100 --d-chunk 200", "must not be below"),
         ("--tpot-slo -1", "tpot"),
         ("--watermark 0.01", "vLLM's own flag of that name"),
@@ -110,7 +110,7 @@ def test_without_a_profile_nothing_is_loaded() -> None:
         ("--pipeline-parallel-size 2", "use --tensor-parallel-size"),
         ("--kv-over pigeon", "--kv-over"),
         ("--profile /nowhere/p.json", "/nowhere/p.json: cannot be read"),
-        ("--headless", "every instance belongs to one server"),
+        ("--headless", "all instances of a server are on its host"),
         ("--scheduler-cls a.B", "its own scheduler class"),
     ],
 )
