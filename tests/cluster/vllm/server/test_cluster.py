@@ -19,8 +19,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from taichi_serve.cluster.vllm.server.ahead import ROOM
 from taichi_serve.cluster.vllm.server.cluster import FRESH, VllmCluster
 from taichi_serve.cluster.vllm.server.instance import Engine
-from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD
-from taichi_serve.cluster.vllm.worker.copier import Copied, Drop, Dropped, Failed, Gone, More, Order
+from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, Copied, Drop, Dropped, Failed, Gone, More, Order
 from taichi_serve.messages import (
     Abort,
     Ahead,
