@@ -158,11 +158,13 @@ class ClusterLLM(async_llm.AsyncLLM):
     def reject_rest(self) -> None:
         """End every request that is still open, with what it has got."""
         core: ClusterClient = self.engine_core
-        for live in list(core.cluster.live.values()):
+        for journey in list(core.cluster.journeys.values()):
             core.outputs.put_nowait(
-                EngineCoreOutputs(outputs=[EngineCoreOutput(live.id, [], finish_reason=FinishReason.ABORT)])
+                EngineCoreOutputs(
+                    outputs=[EngineCoreOutput(journey.id, [], finish_reason=FinishReason.ABORT)]
+                )
             )
-            core.cluster.abandon(live.id, cancelled=True)
+            core.cluster.abandon(journey.id, cancelled=True)
 
     async def drained(self, timeout: float) -> bool:
         """Wait until nothing is open, at most `timeout` seconds; says whether that came true."""

@@ -11,7 +11,7 @@ from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.messages import Move, Outcome
 
 if TYPE_CHECKING:
-    from taichi_serve.cluster.vllm.server.instance import Engine
+    from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.frontend.server import System
 
 

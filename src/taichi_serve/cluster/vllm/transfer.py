@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from vllm.config import KVTransferConfig
 
-# Seconds that a source keeps the blocks of a request that left, unless the reader sends heartbeats.
-LEASE = 30
+# Seconds that a source keeps the blocks of a request that left: for ever, as far as a process can tell. It
+# gives them up when it is told to, never because of a clock: any process may stand still for any time, and
+# who reads cannot know how long it did (docs/decisions/118). vLLM takes whole seconds, and divides them.
+LEASE = 10 * 365 * 24 * 3600
 
 
 def transfer_config(engine_id: str, directory: str, direct: bool = True) -> KVTransferConfig:

@@ -12,12 +12,14 @@
 | server | worker | the copier's socket              | More, Drop, Gone                            |
 | worker | server | the copier's socket              | Copied, Failed, Dropped                     |
 | worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
+| core   | server | a file in its directory          | `flight_file`: who is being computed        |
 
 Users see none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -87,6 +89,8 @@ class Call(StrEnum):
 
     ARRIVE = "taichi_arrive"
     CHUNK = "taichi_chunk"
+    DROP = "taichi_drop"
+    KV = "taichi_kv"
     LEAVE = "taichi_leave"
     PIN = "taichi_pin"
     RELEASE = "taichi_release"
@@ -232,3 +236,36 @@ def direct_marker(directory: Path, reader: str, source: str, rank: int) -> Path:
 def direct(directory: Path, reader: str, source: str, ranks: int = 1) -> bool:
     """Whether every rank of the engine `reader` reads the memory of `source` itself."""
     return all(direct_marker(directory, reader, source, rank).exists() for rank in range(ranks))
+
+
+# --------------------------------------------------------------------- the flight recorder of an engine core
+
+FLIGHT_BYTES = 1 << 16
+# Byte 0 says which half counts: 0 or 1. A half is the length of its text, then the ids, apart by NUL.
+FLIGHT_HALF = (FLIGHT_BYTES - 8) // 2
+FLIGHT_LENGTH = struct.Struct("<I")
+
+
+def flight_file(directory: Path, engine_id: str) -> Path:
+    """Where an engine core writes whose prompts it is about to compute, before it does (core/flight.py)."""
+    return directory / f"{engine_id}.flight"
+
+
+def flight_half(half: int) -> int:
+    """Where a half begins."""
+    return 8 + half * FLIGHT_HALF
+
+
+def read_flight(path: Path) -> list[str]:
+    """Engine-side leg ids of the prompts in the steps that were under way when the core wrote last: of a
+    dead one, whose step it died in. Empty where there was none, or the file is not there."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return []
+    if len(data) != FLIGHT_BYTES or data[0] > 1:
+        return []
+    start = flight_half(data[0])
+    (length,) = FLIGHT_LENGTH.unpack_from(data, start)
+    text = data[start + FLIGHT_LENGTH.size : start + FLIGHT_LENGTH.size + min(length, FLIGHT_HALF)]
+    return [name.decode(errors="replace") for name in text.split(b"\0") if name]

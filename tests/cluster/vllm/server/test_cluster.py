@@ -16,11 +16,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 
-from taichi_serve.cluster.vllm.server.ahead import ROOM
-from taichi_serve.cluster.vllm.server.cluster import FRESH, VllmCluster
-from taichi_serve.cluster.vllm.server.instance import Engine
+from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.engine import Engine
+from taichi_serve.cluster.vllm.server.itinerary import ROOM
 from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD
-from taichi_serve.cluster.vllm.worker.copier import Copied, Drop, Dropped, Failed, Gone, More, Order
+from taichi_serve.cluster.vllm.worker.copier import Copied, Drop, Failed, Gone, More, Order
 from taichi_serve.messages import (
     Abort,
     Ahead,
@@ -66,6 +66,8 @@ class Told:
         self.second = asyncio.Event()  # two legs were added
         self.pins: list[int] | None = None  # blocks that are full; None: nothing can be copied ahead
         self.held = 0, 0.0  # what it says on unpinning: tokens of KV, and when
+        self.dropped = asyncio.Event()  # whether nothing is read for a leg any more that was dropped
+        self.dropped.set()
         self._heard = asyncio.Event()
 
     def add(self, request: EngineCoreRequest) -> None:
@@ -82,7 +84,9 @@ class Told:
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         self.tell(method, *args)
-        return {"taichi_pin": self.pins, "taichi_unpin": self.held}.get(method, True)
+        if method == "taichi_drop":
+            await self.dropped.wait()
+        return {"taichi_pin": self.pins, "taichi_release": self.held}.get(method, True)
 
     async def hears(self, method: str, *args: Any) -> None:
         """Wait until it is told this."""
@@ -155,7 +159,7 @@ class Two:
 
     def computed(self, instance: int, leg: str, *blocks: int) -> None:
         """A step computed a chunk of a prompt, all of whose full blocks so far are pinned."""
-        self.stepped(instance, [1.0, 0.1, 16, 0, 16, {}, {leg: ("a#1+", list(blocks))}])
+        self.stepped(instance, [1.0, 0.1, 16, 0, 16, {}, {leg: ("a#1", list(blocks))}])
 
     def leave(self, instance: int, request: str, *tokens: int) -> None:
         """The leg ends with these tokens because the request goes on elsewhere."""
@@ -166,6 +170,10 @@ class Two:
         """Prefilled on i0; its KV waits there."""
         self.cluster.send(Prefill("a", 0, "i0", hand_over=True))
         self.leave(0, "a", 50)
+
+    async def quiet(self) -> None:
+        """Wait until every question was answered."""
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
     @property
     def tokens(self) -> list[int]:
@@ -185,7 +193,9 @@ async def two(tmp_path: Path) -> AsyncIterator[Two]:
     """In a running loop, whose timers deadlines are. When a request is over, nobody remembers it."""
     here = Two(tmp_path)
     yield here
-    if not here.cluster.live:
+    if not here.cluster.journeys:
+        await here.quiet()
+        assert here.cluster.hands.passages == {}
         assert [(e.legs, e.residents) for e in here.engines] == [({}, {})] * 2
 
 
@@ -193,13 +203,14 @@ async def test_a_request_is_prefilled_here_decoded_there_and_its_user_sees_one_s
     two.ask()
     two.prefilled_and_held()
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
-    two.say(1, "a#1", 51)
-    two.say(1, "a#1", 52, finish_reason=FinishReason.LENGTH)
+    two.say(1, "a#2", 51)
+    two.say(1, "a#2", 52, finish_reason=FinishReason.LENGTH)
+    await two.clients[0].hears("taichi_release", ["a"], ["a#2"])  # with the first token nobody reads any more
 
     first, second = two.clients[0].added[0], two.clients[1].added[0]
     assert first.request_id == "a"
-    assert first.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1+"}
-    assert (second.request_id, second.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+    assert first.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1"}
+    assert (second.request_id, second.prompt_token_ids) == ("a#2", [1, 2, 3, 50])
     assert second.sampling_params.extra_args["kv_transfer_params"] == KV
 
     assert two.tokens == [50, 51, 52]
@@ -228,16 +239,19 @@ async def test_a_flow_lets_the_token_it_is_on_come_out_and_needs_no_second_word(
     two.say(0, "a", 51)
     await two.clients[0].hears("taichi_leave", ["a"])
     two.leave(0, "a", 52)
-    two.say(1, "a#1", 53)
+    two.say(1, "a#2", 53)
     assert two.tokens == [50, 51, 52, 53]
     assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
 
 
-async def test_a_flow_between_two_legs_is_dropped(two: Two) -> None:
+async def test_a_flow_between_two_legs_is_in_no_table_and_ends_the_request_alone(two: Two) -> None:
     two.ask()
     two.prefilled_and_held()
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
-    assert two.clients[0].told == []
+    await two.clients[0].hears("taichi_release", ["a"], [])
+    assert two.facts()[-1].outcome is Outcome.FAILED
+    assert two.got[-1].finish_reason is FinishReason.ERROR
+    assert two.cluster.hands.astray == 1
 
 
 async def test_a_request_that_ends_before_it_can_leave_just_ends(two: Two) -> None:
@@ -250,38 +264,55 @@ async def test_a_request_that_ends_before_it_can_leave_just_ends(two: Two) -> No
     assert two.facts()[-1].outcome is Outcome.FINISHED
 
 
-@pytest.mark.parametrize("why", ["old", "dead", "same"])
-async def test_kv_that_cannot_be_had_in_time_is_computed_again(two: Two, why: str) -> None:
+async def test_on_the_same_instance_kv_is_let_go_and_found_in_the_prefix_cache(two: Two) -> None:
     two.ask()
     two.prefilled_and_held()
-    if why == "old":
-        two.cluster.live["a"].held.at -= FRESH
-    if why == "dead":
-        two.cluster.lose(two.engines[0], "exit code -9")
-    to = 0 if why == "same" else 1
-    two.cluster.send(Decode("a", 1, f"i{to}", Move.HAND_OVER))
-    leg = two.clients[to].added[-1]
+    two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
+    leg = two.clients[0].added[-1]
     assert leg.prompt_token_ids == [1, 2, 3, 50]
     assert "kv_transfer_params" not in leg.sampling_params.extra_args
-    assert ("taichi_release", ["a"]) in two.clients[0].told
+    await two.clients[0].hears("taichi_release", ["a"], [])
 
 
-async def test_kv_that_does_not_come_is_computed_again_on_the_same_instance_under_another_id(
+async def test_kv_of_an_instance_that_died_is_computed_again(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.lose(two.engines[0], "exit code -9")
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    leg = two.clients[1].added[-1]
+    assert leg.prompt_token_ids == [1, 2, 3, 50]
+    assert "kv_transfer_params" not in leg.sampling_params.extra_args
+
+
+async def test_however_long_a_decision_takes_the_source_holds_its_kv(two: Two) -> None:
+    two.ask()
+    two.prefilled_and_held()
+    two.cluster.journeys["a"].last_at -= 3600.0
+    two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
+    assert two.clients[1].added[-1].sampling_params.extra_args["kv_transfer_params"] == KV
+    assert two.clients[0].told == []
+
+
+async def test_kv_that_does_not_come_is_computed_again_and_held_until_the_target_reads_no_more(
     tmp_path: Path,
 ) -> None:
     two = Two(tmp_path, move_timeout=0.0)
+    two.clients[1].dropped.clear()
     two.ask()
     two.prefilled_and_held()
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
     await asyncio.wait_for(two.clients[1].second.wait(), 10)
-    assert two.clients[1].aborted == ["a#1"]
+    await two.clients[1].hears("taichi_drop", "a#2")
     again = two.clients[1].added[1]
-    assert again.request_id == "a#1~"
+    assert again.request_id == "a#3"
     assert "kv_transfer_params" not in again.sampling_params.extra_args
-    two.say(1, "a#1", 99)  # a late word of the pull that was given up
-    two.say(1, "a#1~", 51)
+    two.say(1, "a#2", 99)  # a late word of the pull that was given up
+    two.say(1, "a#3", 51)
     assert two.tokens == [50, 51]
     assert two.engines[1].recomputed_late == 1
+    assert two.clients[0].told == []
+    two.clients[1].dropped.set()
+    await two.clients[0].hears("taichi_release", ["a"], ["a#2"])
 
 
 async def test_kv_that_could_not_be_read_within_the_step_is_computed_again_and_the_user_sees_nothing(
@@ -290,16 +321,16 @@ async def test_kv_that_could_not_be_read_within_the_step_is_computed_again_and_t
     two.ask()
     two.prefilled_and_held()
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
-    two.say(1, "a#1", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
-    two.say(1, "a#1~", 51, finish_reason=FinishReason.LENGTH)
-    assert [request.request_id for request in two.clients[1].added] == ["a#1", "a#1~"]
+    two.say(1, "a#2", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
+    two.say(1, "a#3", 51, finish_reason=FinishReason.LENGTH)
+    assert [request.request_id for request in two.clients[1].added] == ["a#2", "a#3"]
     assert "kv_transfer_params" not in two.clients[1].added[1].sampling_params.extra_args
     assert [(o.new_token_ids, o.finish_reason) for o in two.got] == [
         ([50], None),
         ([51], FinishReason.LENGTH),
     ]
     assert two.engines[1].recomputed_late == 1
-    assert ("taichi_release", ["a"]) in two.clients[0].told  # nobody else will say so
+    await two.clients[0].hears("taichi_release", ["a"], ["a#2"])
     assert two.facts()[-1].outcome is Outcome.FINISHED
 
 
@@ -309,7 +340,7 @@ async def test_a_client_that_leaves_while_its_kv_is_held_frees_it(two: Two) -> N
     two.cluster.abandon("a", cancelled=True)
     assert isinstance(two.facts()[-1], Cancelled)
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
-    assert ("taichi_release", ["a"]) in two.clients[0].told
+    await two.clients[0].hears("taichi_release", ["a"], [])
     assert two.facts()[-1].outcome is Outcome.CANCELLED
     assert two.got[-1].new_token_ids == [50]  # nobody is told anything more
 
@@ -352,7 +383,7 @@ async def test_a_request_on_its_way_out_of_an_instance_that_dies_goes_where_it_w
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
     two.cluster.lose(two.engines[0], "exit code -9")
     leg = two.clients[1].added[0]
-    assert (leg.request_id, leg.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
+    assert (leg.request_id, leg.prompt_token_ids) == ("a#2", [1, 2, 3, 50])
 
 
 async def test_a_bound_request_fails_when_its_instance_dies_after_its_first_token(two: Two) -> None:
@@ -407,8 +438,8 @@ async def copied_ahead(two: Two) -> None:
     two.cluster.send(Prefill("a", 0, "i0"))
     two.say(0, "a", 50)
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
-    await two.orders[1].has(More("a#1+", "e0", []))
-    two.cluster.aheads.hear(Copied("a#1+", 0, False, 0, 0.0, 1.0, 1.5))
+    await two.orders[1].has(More("a#1", "e0", []))
+    two.cluster.hands.hear(Copied("a#1", 0, False, 0, 0.0, 1.0, 1.5))
 
 
 def direct_pair(tmp_path: Path) -> None:
@@ -422,15 +453,16 @@ async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_
     direct_pair(tmp_path)
     await copied_ahead(two)
     early = two.clients[1].added[0]
-    assert (early.request_id, early.prompt_token_ids) == ("a#1+", [1, 2, 3, 50])
+    assert (early.request_id, early.prompt_token_ids) == ("a#1", [1, 2, 3, 50])
     assert early.sampling_params.extra_args[KEY]["ahead"] == ROOM
     await two.clients[0].hears("taichi_leave", ["a"])
     two.leave(0, "a", 51)
-    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
-    await two.clients[1].hears("taichi_arrive", "a#1+", [51])
-    two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
-    await two.clients[0].hears("taichi_unpin", "a#1+")
-    two.say(1, "a#1+", 52)
+    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+    await two.clients[1].hears("taichi_arrive", "a#1", [51])
+    two.cluster.hands.hear(Copied("a#1", 1, True, 1, 0.5, 2.0, 2.5))
+    assert not [told for told in two.clients[0].told if told[0] == "taichi_release"]
+    two.say(1, "a#1", 52)
+    await two.clients[0].hears("taichi_release", ["a"], ["a#1"])
     assert two.tokens == [50, 51, 52]
     assert len(two.clients[1].added) == 1
     assert [type(fact) for fact in two.facts()] == [Arrived, Prefilled, Flowed]
@@ -439,10 +471,10 @@ async def test_the_target_has_the_request_before_the_source_lets_it_go_and_gets_
 async def test_over_the_network_a_request_arrives_when_its_last_block_has(two: Two) -> None:
     await copied_ahead(two)
     two.leave(0, "a", 51)
-    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
-    assert ("taichi_arrive", "a#1+", [51]) not in two.clients[1].told
-    two.cluster.aheads.hear(Copied("a#1+", 1, True, 1, 0.5, 2.0, 2.5))
-    await two.clients[1].hears("taichi_arrive", "a#1+", [51])
+    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+    assert ("taichi_arrive", "a#1", [51]) not in two.clients[1].told
+    two.cluster.hands.hear(Copied("a#1", 1, True, 1, 0.5, 2.0, 2.5))
+    await two.clients[1].hears("taichi_arrive", "a#1", [51])
 
 
 async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> None:
@@ -451,25 +483,26 @@ async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> Non
     two.cluster.send(Prefill("a", 0, "i0"))
     two.say(0, "a", 50)
     two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
-    await two.orders[1].has(More("a#1+", "e0", []))
-    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
+    await two.orders[1].has(More("a#1", "e0", []))
+    two.cluster.hands.hear(Failed("a#1", "no such process"))
     refused = two.facts()[-1]
     assert isinstance(refused, Refused)
     assert (refused.leg, refused.why, refused.output_tokens) == (1, "no such process", 1)
-    assert two.clients[1].aborted == ["a#1+"]
+    await two.clients[1].hears("taichi_drop", "a#1")
     assert ("taichi_leave", ["a"]) not in two.clients[0].told
     two.say(0, "a", 51)
     assert two.tokens == [50, 51]
 
 
 async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two) -> None:
+    two.clients[1].dropped.clear()
     await copied_ahead(two)
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
-    assert two.clients[1].aborted == ["a#1+"]
-    assert Drop("a#1+") in two.orders[1]
-    assert ("taichi_unpin", "a#1+") not in two.clients[0].told
-    two.cluster.aheads.hear(Dropped("a#1+"))
-    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await two.clients[1].hears("taichi_drop", "a#1")
+    assert Drop("a#1") in two.orders[1]
+    assert not [told for told in two.clients[0].told if told[0] == "taichi_release"]
+    two.clients[1].dropped.set()
+    await two.clients[0].hears("taichi_release", [], ["a#1"])
 
 
 @pytest.mark.parametrize(("unpinned_at", "held"), [(4.0, 0), (6.0, 16)])
@@ -479,45 +512,66 @@ async def test_of_two_words_about_held_kv_the_later_said_counts_not_the_later_he
     await copied_ahead(two)
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
     two.clients[0].held = 16, unpinned_at
-    two.cluster.aheads.hear(Dropped("a#1+"))
     two.stepped(0, [5.0, 0.1, 0, 0, 0, {}, {}])  # it was done at 5.0, and nothing is held after it
-    await two.clients[0].hears("taichi_unpin", "a#1+")
-    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+    await two.clients[0].hears("taichi_release", [], ["a#1"])
+    await two.quiet()
     assert two.engines[0].kv_tokens == held
 
 
 async def test_a_tail_that_is_lost_is_computed_again(two: Two) -> None:
     await copied_ahead(two)
     two.leave(0, "a", 51)
-    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
-    assert two.clients[1].aborted == ["a#1+"]
+    two.cluster.hands.hear(Failed("a#1", "no such process"))
+    await two.clients[1].hears("taichi_drop", "a#1")
     again = two.clients[1].added[-1]
-    assert (again.request_id, again.prompt_token_ids) == ("a#1+~", [1, 2, 3, 50, 51])
-    assert ("taichi_release", ["a"]) in two.clients[0].told  # nobody else will say so
-    two.say(1, "a#1+", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)  # its engine found out later
+    assert (again.request_id, again.prompt_token_ids) == ("a#2", [1, 2, 3, 50, 51])
+    await two.clients[0].hears("taichi_release", ["a"], ["a#1"])  # nobody else will say so
+    two.say(1, "a#1", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)  # its engine found out later
     assert len(two.clients[1].added) == 2
 
 
 async def test_a_tail_that_its_engine_misses_first_is_computed_again_once(two: Two) -> None:
+    two.clients[1].dropped.clear()
     await copied_ahead(two)
     two.leave(0, "a", 51)
-    two.say(1, "a#1+", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
-    assert ("taichi_release", ["a"]) not in two.clients[0].told  # its copier may still read
-    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
-    assert [request.request_id for request in two.clients[1].added] == ["a#1+", "a#1+~"]
-    assert ("taichi_release", ["a"]) in two.clients[0].told
+    two.say(1, "a#1", finish_reason=FinishReason.ERROR, stop_reason=UNREAD)
+    await two.clients[1].hears("taichi_drop", "a#1")
+    assert not [told for told in two.clients[0].told if told[0] == "taichi_release"]
+    two.cluster.hands.hear(Failed("a#1", "no such process"))
+    assert [request.request_id for request in two.clients[1].added] == ["a#1", "a#2"]
+    two.clients[1].dropped.set()
+    await two.clients[0].hears("taichi_release", ["a"], ["a#1"])
 
 
 async def test_when_the_target_dies_first_the_request_stays_where_it_runs(two: Two) -> None:
     await copied_ahead(two)
     two.cluster.lose(two.engines[1], "exit code -9")
-    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await two.clients[0].hears("taichi_release", [], ["a#1"])
     assert Gone("e1") in two.orders[0]
+    await two.clients[0].hears("taichi_leave", ["a"])  # it had been told before
     two.say(0, "a", 51)
     two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
+    two.leave(0, "a", 52)
+    two.say(0, two.clients[0].added[-1].request_id, 53)
+    assert two.tokens == [50, 51, 52, 53]
+    assert isinstance(two.facts()[-1], Flowed)
+
+
+async def test_when_the_target_dies_before_the_source_was_told_the_request_stays_where_it_runs(
+    two: Two,
+) -> None:
+    two.clients[0].pins = []
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    await two.orders[1].has(More("a#1", "e0", []))
+    two.cluster.lose(two.engines[1], "exit code -9")
+    two.cluster.send(Decode("a", 2, "i0", Move.RESCUE))
     assert isinstance(two.facts()[-1], Refused)
-    two.say(0, "a", 52)
-    assert two.tokens == [50, 51, 52]
+    two.say(0, "a", 51)
+    assert two.tokens == [50, 51]
+    assert ("taichi_leave", ["a"]) not in two.clients[0].told
 
 
 async def first_chunk_travels(two: Two) -> None:
@@ -526,21 +580,22 @@ async def first_chunk_travels(two: Two) -> None:
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
     two.computed(0, "a", 7)
     two.cluster.send(Ahead("a", 1, "i1"))
-    await two.orders[1].has(More("a#1+", "e0", [7]))
+    await two.orders[1].has(More("a#1", "e0", [7]))
 
 
 async def test_what_a_prefill_has_computed_travels_while_it_computes_more(two: Two) -> None:
     await first_chunk_travels(two)
-    assert two.clients[0].added[0].sampling_params.extra_args[KEY]["reader"] == "a#1+"
+    assert two.clients[0].added[0].sampling_params.extra_args[KEY]["reader"] == "a#1"
     two.computed(0, "a", 7, 8)
-    await two.orders[1].has(More("a#1+", "e0", [7, 8]))
-    two.cluster.aheads.hear(Copied("a#1+", 2, False, 2, 0.1, 1.0, 1.1))
+    await two.orders[1].has(More("a#1", "e0", [7, 8]))
+    two.cluster.hands.hear(Copied("a#1", 2, False, 2, 0.1, 1.0, 1.1))
     two.leave(0, "a", 50)
     two.cluster.send(Decode("a", 1, "i1", Move.HAND_OVER))
-    await two.orders[1].has(More("a#1+", "e0", [7], "a"))
-    assert not [told for told in two.clients[0].told if told[0] in ("taichi_pin", "taichi_unpin")]
-    two.cluster.aheads.hear(Copied("a#1+", 1, True, 3, 0.1, 2.0, 2.1))
-    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await two.orders[1].has(More("a#1", "e0", [7], "a"))
+    two.cluster.hands.hear(Copied("a#1", 1, True, 3, 0.1, 2.0, 2.1))
+    assert two.clients[0].told == []
+    two.say(1, "a#1", 51)
+    await two.clients[0].hears("taichi_release", ["a"], ["a#1"])
 
 
 async def test_what_was_pinned_for_a_leg_that_nobody_copies_ahead_is_unpinned_when_it_has_left(
@@ -551,7 +606,7 @@ async def test_what_was_pinned_for_a_leg_that_nobody_copies_ahead_is_unpinned_wh
     two.computed(0, "a", 7)
     assert two.clients[0].told == []
     two.leave(0, "a", 50)
-    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await two.clients[0].hears("taichi_release", [], ["a#1"])
 
 
 async def test_what_was_pinned_while_its_request_was_ended_from_outside_is_unpinned(two: Two) -> None:
@@ -559,25 +614,23 @@ async def test_what_was_pinned_while_its_request_was_ended_from_outside_is_unpin
     two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
     two.cluster.send(Abort("a", Outcome.CANCELLED, "the client left"))
     two.computed(0, "a", 7)  # that step was on its way
-    await two.clients[0].hears("taichi_unpin", "a#1+")
+    await two.clients[0].hears("taichi_release", [], ["a#1"])
 
 
 async def test_what_is_pinned_once_its_copy_was_given_up_is_not_copied(two: Two) -> None:
     await first_chunk_travels(two)
-    two.cluster.aheads.hear(Failed("a#1+", "no such process"))
-    two.cluster.aheads.hear(Dropped("a#1+"))
-    await two.clients[0].hears("taichi_unpin", "a#1+")
+    two.cluster.hands.hear(Failed("a#1", "no such process"))
+    await two.clients[0].hears("taichi_release", [], ["a#1"])
     two.computed(0, "a", 7, 8)  # said before that was heard
-    assert two.engines[0].pinned == {"a": None}
-    assert More("a#1+", "e0", [7, 8]) not in two.orders[1]
+    assert More("a#1", "e0", [7, 8]) not in two.orders[1]
 
 
 async def test_what_was_copied_to_the_wrong_place_is_given_back(two: Two) -> None:
     await first_chunk_travels(two)
     two.leave(0, "a", 50)
     two.cluster.send(Decode("a", 1, "i0", Move.HAND_OVER))
-    assert two.clients[1].aborted == ["a#1+"]
-    assert Drop("a#1+") in two.orders[1]
+    await two.clients[1].hears("taichi_drop", "a#1")
+    assert Drop("a#1") in two.orders[1]
 
 
 async def test_room_ends_where_the_context_of_the_model_does(two: Two) -> None:
@@ -588,15 +641,18 @@ async def test_room_ends_where_the_context_of_the_model_does(two: Two) -> None:
 
 
 async def test_a_hint_outlives_the_first_token_of_a_prefill_that_began_again(two: Two) -> None:
-    two.clients[1].pins = [7]
     two.ask()
-    two.cluster.send(Prefill("a", 1, "i1", hand_over=True))  # i0 was lost
+    two.cluster.send(Prefill("a", 0, "i0", hand_over=True))
+    two.cluster.send(Prefill("a", 1, "i1", hand_over=True))  # i0 is silent
+    assert two.clients[0].aborted == ["a"]
+    assert two.clients[1].added[0].request_id == "a#2"
+    two.stepped(1, [1.0, 0.1, 16, 0, 16, {}, {"a#2": ("a#3", [7])}])
     two.cluster.send(Ahead("a", 2, "i0"))
-    await two.orders[0].has(More("a#2+", "e1", [7]))
-    two.cluster.aheads.hear(Copied("a#2+", 1, False, 1, 0.1, 1.0, 1.1))
-    two.leave(1, "a#1", 50)
+    await two.orders[0].has(More("a#3", "e1", [7]))
+    two.cluster.hands.hear(Copied("a#3", 1, False, 1, 0.1, 1.0, 1.1))
+    two.leave(1, "a#2", 50)
     two.cluster.send(Decode("a", 2, "i0", Move.HAND_OVER))
-    await two.orders[0].has(More("a#2+", "e1", [7], "a"))
+    await two.orders[0].has(More("a#3", "e1", [7], "a"))
 
 
 async def test_a_request_that_left_for_an_instance_that_is_lost_waits_for_another_decision(two: Two) -> None:

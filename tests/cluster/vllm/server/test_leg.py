@@ -9,72 +9,56 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from taichi_serve.cluster.vllm.server.leg import Live, engine_id, first_leg, next_leg
+from taichi_serve.cluster.vllm.server.leg import first_leg, next_leg
 from taichi_serve.cluster.vllm.wire import KEY
 
 
-def live(**params: object) -> Live:
+def asked(**params: object) -> EngineCoreRequest:
     wanted = {"temperature": 0.0, "max_tokens": 10, "min_tokens": 6, **params}
-    return Live(
-        EngineCoreRequest(
-            request_id="a",
-            prompt_token_ids=[1, 2, 3, 4],
-            mm_features=None,
-            sampling_params=SamplingParams(**wanted),
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
+    return EngineCoreRequest(
+        request_id="a",
+        prompt_token_ids=[1, 2, 3, 4],
+        mm_features=None,
+        sampling_params=SamplingParams(**wanted),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
     )
 
 
 def test_a_request_that_stays_goes_to_its_engine_as_it_came() -> None:
-    here = live()
-    assert first_leg(here, hand_over=False) is here.request
+    request = asked()
+    assert first_leg(request, "a", None) is request
 
 
 def test_a_prefill_that_hands_over_says_so_and_leaves_the_users_request_alone() -> None:
-    here = live()
-    leg = first_leg(here, hand_over=True)
-    assert leg.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1+"}
+    request = asked()
+    leg = first_leg(request, "a", "a#1")
+    assert leg.sampling_params.extra_args[KEY] == {"hand_over": True, "reader": "a#1"}
     assert leg.request_id == "a"
-    assert here.request.sampling_params.extra_args is None
+    assert request.sampling_params.extra_args is None
 
 
 def test_a_prefill_that_begins_again_elsewhere_has_another_id() -> None:
-    here = live()
-    here.leg = 1
-    assert first_leg(here, hand_over=False).request_id == "a#1"
+    assert first_leg(asked(), "a#1", None).request_id == "a#1"
 
 
 @pytest.mark.parametrize(("done", "most", "least", "counted"), [(1, 9, 5, 1), (6, 4, 0, 6), (9, 1, 0, 6)])
 def test_the_next_leg_goes_on_after_the_tokens_so_far(done: int, most: int, least: int, counted: int) -> None:
-    here = live()
-    here.leg, here.tokens = 2, list(range(50, 50 + done))
-    leg = next_leg(here, None)
-    assert (leg.request_id, leg.prompt_token_ids) == ("a#2", [1, 2, 3, 4, *here.tokens])
+    request, tokens = asked(), list(range(50, 50 + done))
+    leg = next_leg(request, "a#2", tokens)
+    assert (leg.request_id, leg.prompt_token_ids) == ("a#2", [1, 2, 3, 4, *tokens])
     params = leg.sampling_params
     assert (params.max_tokens, params.min_tokens) == (most, least)
     assert params.extra_args[KEY] == {"moved": True, "output": done, "min_tokens_done": counted}
     assert "kv_transfer_params" not in params.extra_args
-    assert (here.request.prompt_token_ids, here.request.sampling_params.max_tokens) == ([1, 2, 3, 4], 10)
+    assert (request.prompt_token_ids, request.sampling_params.max_tokens) == ([1, 2, 3, 4], 10)
 
 
 def test_the_kv_to_pull_is_given_along_and_copied() -> None:
-    here = live()
-    here.leg, here.tokens = 1, [50]
     held = {"do_remote_prefill": True, "remote_num_tokens": 4}
-    leg = next_leg(here, held)
+    leg = next_leg(asked(), "a#1", [50], held)
     assert leg.sampling_params.extra_args["kv_transfer_params"] == held
     assert leg.sampling_params.extra_args["kv_transfer_params"] is not held
-
-
-def test_the_first_leg_keeps_the_users_id_and_every_other_has_its_own() -> None:
-    here = live()
-    ids = []
-    for leg in range(3):
-        here.leg = leg
-        ids.append(engine_id(here))
-    assert ids == ["a", "a#1", "a#2"]

@@ -3,6 +3,8 @@ other way in, so these are added to it (contract: tests/contract)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import cast
 
 from vllm.v1.engine.core import EngineCore
@@ -21,9 +23,21 @@ def taichi_leave(core: EngineCore, request_ids: list[str]) -> None:
     _scheduler(core).leave(request_ids)
 
 
-def taichi_release(core: EngineCore, request_ids: list[str]) -> None:
+def taichi_release(
+    core: EngineCore, request_ids: list[str], readers: Sequence[str] = ()
+) -> tuple[int, float]:
     """Utility call: see FlowScheduler.release."""
-    _scheduler(core).release(request_ids)
+    return _scheduler(core).release(request_ids, readers)
+
+
+def taichi_drop(core: EngineCore, leg: str) -> Future[bool] | bool:
+    """Utility call: see FlowScheduler.drop. vLLM answers when the future is done."""
+    return _scheduler(core).drop(leg)
+
+
+def taichi_kv(core: EngineCore) -> list[str]:
+    """Utility call: why requests of this engine stay where they are (groups.py); empty where they move."""
+    return _scheduler(core).stays
 
 
 def taichi_pin(core: EngineCore, request_id: str, reader: str) -> list[int] | None:
@@ -54,6 +68,8 @@ def taichi_settle(core: EngineCore) -> None:
 CALLS = {
     Call.ARRIVE: taichi_arrive,
     Call.CHUNK: taichi_chunk,
+    Call.DROP: taichi_drop,
+    Call.KV: taichi_kv,
     Call.LEAVE: taichi_leave,
     Call.PIN: taichi_pin,
     Call.RELEASE: taichi_release,

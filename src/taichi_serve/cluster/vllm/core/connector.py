@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 
+from taichi_serve.cluster.vllm.core.groups import stays
 from taichi_serve.cluster.vllm.core.marks import marks_of
+from taichi_serve.cluster.vllm.core.reads import Reads
 from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -39,14 +42,15 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         # engine id: tokens asked from the source, and when; until it is scheduled
         self.pulled: dict[str, tuple[int, float]] = {}
+        self.reads = Reads()
+        self.stays = stays(kv_cache_config, vllm_config)  # why no request of this engine moves
         directory = self.vllm_config.kv_transfer_config.get_from_extra_config("taichi_directory", "")
-        self._directory = Path(directory) if directory else None
-        self._known: dict[str, int] = {}  # requests about to be read for: tokens that are here already
+        self.directory = Path(directory) if directory else None
+        # Requests about to be read for: tokens that are here already, and whether the step reads the others.
+        self._known: dict[str, tuple[int, bool]] = {}
         self._direct: set[str] = set()  # engines whose memory every rank here reads directly
-        self._ahead: dict[
-            str, Given
-        ] = {}  # legs whose KV is copied beside the steps, until they are scheduled
-        self._orders = Orders()  # for the workers, with the next step
+        self._arrived: set[str] = set()  # legs copied ahead that have left their source, until scheduled
+        self._orders: list[Given | Return] = []  # for the copiers, with the next step
 
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         """Listen for peers, once. Raises OSError where the side channel's port is taken: vLLM's own would
@@ -72,25 +76,23 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         copied ahead gets all of its blocks now.
         """
         if marks_of(request).ahead:
-            self._known[request.request_id] = num_computed_tokens
+            self._known[request.request_id] = num_computed_tokens, False
             return request.num_tokens - num_computed_tokens, True
         params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
+        if self.stays or not params or not params.get("do_remote_prefill"):
             return 0, False
         final = min(params["remote_num_tokens"], request.num_tokens - 1)
         missing = max(0, final - num_computed_tokens)
         in_step = missing > 0 and self._is_direct(params["remote_engine_id"])
-        if in_step:
-            self._known[request.request_id] = num_computed_tokens
+        if missing:
+            self._known[request.request_id] = num_computed_tokens, in_step
         return missing, missing > 0 and not in_step
 
     def _is_direct(self, engine_id: str) -> bool:
-        if len(self.kv_cache_config.kv_cache_groups) > 1:
-            return False  # a failed read could not be told apart by block
         if engine_id in self._direct:
             return True
         ids = self.engine_id, engine_id
-        if self._directory is not None and direct(self._directory, *ids, self.transfer_tp_size):
+        if self.directory is not None and direct(self.directory, *ids, self.transfer_tp_size):
             self._direct.add(engine_id)
         return engine_id in self._direct
 
@@ -98,64 +100,78 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Have the missing blocks read, and remember how much that is."""
-        known = self._known.pop(request.request_id, None)
-        if marks_of(request).ahead:
-            if known is not None:
-                first = known // self.block_size
-                given = Given(request.request_id, list(blocks.get_block_ids()[0]), first)
-                self._ahead[request.request_id] = given
-                self._orders.copier.append(given)
+        known, in_step = self._known.pop(request.request_id, (0, False))
+        if not num_external_tokens:
+            if not marks_of(request).ahead:
+                super().update_state_after_alloc(request, blocks, num_external_tokens)
             return
-        if num_external_tokens:
-            self.pulled[request.request_id] = num_external_tokens, time.monotonic()
-        if known is None or not num_external_tokens:
+        ahead = bool(marks_of(request).ahead)
+        given = Given(request.request_id, list(blocks.get_block_ids()[0]), known // self.block_size)
+        self.reads.begin(given, lent=ahead)
+        if ahead:
+            self._orders.append(given)
+            return
+        self.pulled[request.request_id] = num_external_tokens, time.monotonic()
+        if in_step:
+            self._read_within_step(request, given, known + num_external_tokens)
+        else:
             super().update_state_after_alloc(request, blocks, num_external_tokens)
-            return
-        # vLLM's own would look for blocks without a hash, and those of a request in this step have theirs.
-        first, last = known // self.block_size, -(-(known + num_external_tokens) // self.block_size)
-        missing = tuple(list(group)[first:last] for group in blocks.get_block_ids())
-        computed = tuple(first for _ in missing)
-        # Nobody waits for it (the False), and its lease ends with the step.
-        wanted = self.get_exchange_clipped_blocks(missing)
-        self._reqs_need_recv[request.request_id] = (request, wanted, computed, False)
+
+    def _read_within_step(self, request: Request, given: Given, tokens: int) -> None:
+        # vLLM's own would have the request wait, and send heartbeats for it meanwhile.
+        missing = (given.blocks[given.first : -(-tokens // self.block_size)],)
         assert request.kv_transfer_params is not None
+        self._reqs_need_recv[request.request_id] = (request, missing, (given.first,), False)
         request.kv_transfer_params["do_remote_prefill"] = False
         self._stop_heartbeat(request.request_id)
 
     def arrive(self, request: Request, began: float) -> bool:
         """The source made the last token of a leg that was copied ahead: its last blocks will be here for the
-        next step. False where none were given to it."""
-        given = self._ahead.get(request.request_id)
+        step that it is in. False where none were given to it."""
+        given = self.reads.lent(request.request_id)
         if given is None:
             return False
         pulled = request.num_tokens - 1 - given.first * self.block_size
         self.pulled[request.request_id] = max(0, pulled), began
-        self._orders.awaited.append(given)
+        self._arrived.add(request.request_id)
         return True
 
-    def scheduled(self, request_id: str) -> None:
-        """A leg that was copied ahead is in a step: from here on it is like any other."""
-        self._ahead.pop(request_id, None)
+    def taken_in(self, leg: str, good: bool, alive: bool) -> None:
+        """The outputs of the step that read the leg, or that waited for its last blocks, are known. Blocks
+        that are lent are the request's own now if they are `good` and it is still `alive`; else they come
+        back with the copiers' word."""
+        if self.reads.lent(leg) is None or (good and alive):
+            self.reads.over(leg)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """vLLM's own, with the orders for the threads that copy beside the steps."""
+        """vLLM's own, with the orders for the threads that copy beside the steps, and the legs whose last
+        blocks this step waits for: the one that computes them, none before."""
         meta = super().build_connector_meta(scheduler_output)
-        if self._orders.awaited:  # workers look after loads before the step's own work only if there are such
+        here = [leg for leg in self._arrived if leg in scheduler_output.num_scheduled_tokens]
+        self._arrived.difference_update(here)
+        awaited = [given for leg in here if (given := self.reads.lent(leg)) is not None]
+        if awaited:  # workers look after loads before the step's own work only if there are such
             scheduler_output.has_sync_kv_loads = True
-        meta.taichi, self._orders = self._orders, Orders()
+        meta.taichi, self._orders = Orders(self._orders, awaited), []
         return meta
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """vLLM's own; and what was being read for these legs, or lent to the copiers, is over."""
+        super().update_connector_output(connector_output)
+        for leg in connector_output.finished_recving or ():
+            self.reads.over(leg)
 
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, TransferParams | None]:
         """Pin the blocks of a request that leaves; free those of every other one at once, but for those that
         somebody still writes into."""
-        if (given := self._ahead.pop(request.request_id, None)) is not None:
-            self._orders.copier.append(Return(request.request_id))
-            self._orders.awaited = [one for one in self._orders.awaited if one is not given]
-            return True, None
         self.pulled.pop(request.request_id, None)
         self._known.pop(request.request_id, None)
+        self._arrived.discard(request.request_id)
+        if self.reads.lent(request.request_id) is not None:
+            self._orders.append(Return(request.request_id))
+            return True, None
         leaves = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         pinned, params = super().request_finished(request, block_ids)
         if not (leaves and pinned and params):
@@ -172,6 +188,14 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         # The worker only accepts a reader's "done" for requests it saw in a batch.
         self._reqs_in_batch.add(request.request_id)
 
+    def never_read(self, request: Request) -> None:
+        """Nothing has been read for a request that waits, and nothing will be. Its source hears of it from
+        the server: vLLM's own would tell it that its blocks were read."""
+        if request.kv_transfer_params:
+            request.kv_transfer_params["do_remote_prefill"] = False
+            self._stop_heartbeat(request.request_id)
+
     def release(self, request_id: str) -> None:
-        """Let the lease of a request that left end now: nobody will read its blocks."""
+        """Have the workers give back the blocks of a request that left: nobody will read them. The time is
+        long past, so they do it with the next step."""
         self._reqs_need_send[request_id] = time.perf_counter() - 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from taichi_serve.cluster.vllm.core.reads import Reads
 from taichi_serve.cluster.vllm.wire import News
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ class Pins:
     the other. Of a followed request, what is full is pinned after each of its steps, unasked: a question
     would be heard when the step after is over, and with it, maybe, the prompt."""
 
-    def __init__(self, manager: KVCacheManager, block_size: int) -> None:
+    def __init__(self, manager: KVCacheManager, block_size: int, reads: Reads | None = None) -> None:
         self._manager = manager
+        self._reads = reads or Reads()
         self._block_size = block_size
         self._blocks: dict[str, dict[int, KVCacheBlock]] = {}
         self._readers: dict[str, str] = {}  # of the requests that are followed
@@ -56,7 +58,11 @@ class Pins:
             return None
         # Steps that are under way have been counted already, and may not have written their KV yet.
         final = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens - 1)
-        full = {block.block_id: block for block in groups[0][: max(0, final) // self._block_size]}
+        count = max(0, final) // self._block_size
+        # Nor may a read that is under way have filled its own.
+        if (certain := self._reads.certain(request.request_id)) is not None:
+            count = min(count, certain)
+        full = {block.block_id: block for block in groups[0][:count]}
         if not full:
             return []
         pinned = self._blocks.setdefault(reader, {})

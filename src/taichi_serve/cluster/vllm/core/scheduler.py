@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, cast
 
 from msgspec.structs import replace
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -21,10 +22,20 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
+from taichi_serve.cluster.vllm.core.flight import Flight
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
 from taichi_serve.cluster.vllm.core.pins import Pins
+from taichi_serve.cluster.vllm.core.record import Arrivals, Step
 from taichi_serve.cluster.vllm.core.resumed import as_output, go_on, keep_room
-from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, MovedIn, Record
+from taichi_serve.cluster.vllm.core.seats import (
+    aside,
+    only_with_a_place_for_its_adapter,
+    room_for_moving_in,
+    waits_for_kv,
+    without_room,
+)
+from taichi_serve.cluster.vllm.core.unconfirmed import Unconfirmed
+from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, flight_file
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,15 +43,6 @@ if TYPE_CHECKING:
 
 # A chunk of 0 keeps new prompts away by policy; what was preempted or lost its KV must still be computed.
 RECOVERY_CHUNK = 128
-
-
-class Step(NamedTuple):
-    """What one scheduled step holds, until its output is there."""
-
-    scheduled_at: float
-    prefill_tokens: int
-    decodes: int
-    moved_in: dict[str, MovedIn]  # by engine id
 
 
 class FlowScheduler(AsyncScheduler):
@@ -55,120 +57,70 @@ class FlowScheduler(AsyncScheduler):
         self.chunk: int = self.scheduler_config.max_num_batched_tokens
         # A cap of one chunk for each prefill keeps the budget's decode share out of its reach.
         self.adaptive_long_prefill_threshold = False
+        self._side = cast(FlowConnectorScheduler, cast(Any, self.connector).connector_scheduler)
+        self._reads = self._side.reads
         self._leaving: set[str] = set()
         self._unread: set[str] = set()  # requests of the step under way whose KV could not be read for it
         self._steps: deque[Step] = deque()
-        self._arrived: dict[str, float] = {}  # requests that are moving in: when they came
-        self._landed: dict[str, float] = {}  # and when their KV was here
         self._step: Step | None = None
         self._in_step: dict[str, int] = {}  # the requests of it, and their tokens
         self._stepped_at = 0.0
-        self._before = 0.0  # when the last step with anything in it was scheduled
-        self._pins = Pins(self.kv_cache_manager, self.block_size)
+        self._arrivals = Arrivals()
+        self._pins = Pins(self.kv_cache_manager, self.block_size, self._reads)
+        self._unconfirmed = Unconfirmed(self.kv_cache_manager, self._reads)
+        directory = self._side.directory
+        self._flight = Flight(flight_file(directory, self._side.engine_id)) if directory else None
+
+    @property
+    def stays(self) -> list[str]:
+        """Why requests of this engine stay where they are; see groups.py."""
+        return self._side.stays
 
     # ------------------------------------------------------------------------------ who is in the step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step: every decode, whoever moves in, then at most `chunk` prompt tokens."""
-        with self._without_those_that_do_not_fit():
-            return self._schedule(throttle_prefills)
+        with aside(self.kv_holding_waiting, without_room(self)), only_with_a_place_for_its_adapter(self):
+            output = self._schedule(throttle_prefills)
+        if self._flight is not None:  # before it runs
+            new = (request.req_id for request in output.scheduled_new_reqs)
+            prompts = (leg for leg, tokens in output.num_scheduled_tokens.items() if tokens > 1)
+            self._flight.planned((*new, *prompts))
+        return output
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         # Decodes first: a prefill that was admitted earlier must not eat the share of a later decode.
         self.running.sort(key=_is_prefill)
         decodes = sum(not r.is_prefill_chunk for r in self.running)
         chunk = self.chunk or RECOVERY_CHUNK
-        moving_in = sum(not self._blocked(request) for request in self.kv_holding_waiting)
+        moving_in = sum(not waits_for_kv(self, request) for request in self.kv_holding_waiting)
         budget = chunk + decodes + moving_in
         self.max_num_scheduled_tokens = min(budget, self.scheduler_config.max_num_batched_tokens)
         self.scheduler_config.long_prefill_token_threshold = chunk
         at = time.monotonic()
-        with self._room_for_moving_in(chunk) if moving_in else contextlib.nullcontext():
+        with room_for_moving_in(self, chunk) if moving_in else contextlib.nullcontext():
             output = super().schedule(throttle_prefills)
         single = list(output.num_scheduled_tokens.values()).count(1)
-        moved_in = self._moved_in(output, at) if output.scheduled_new_reqs else {}
-        self._before = at if output.total_num_scheduled_tokens else self._before
-        self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single, moved_in))
+        moved_in = self._arrivals.in_step(output, at, self._side.pulled)
+        reading = [new.req_id for new in output.scheduled_new_reqs if new.req_id in self._reads]
+        self._steps.append(Step(at, output.total_num_scheduled_tokens - single, single, moved_in, reading))
         return output
-
-    def _blocked(self, request: Request) -> bool:
-        """Whether it waits for KV that is not here yet."""
-        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
-            return request.request_id not in self.finished_recving_kv_req_ids
-        return False
-
-    @contextlib.contextmanager
-    def _without_those_that_do_not_fit(self) -> Iterator[None]:
-        """What is to be copied ahead and finds no room still runs at its source: nobody waits behind it."""
-        free = (
-            self.kv_cache_manager.block_pool.get_num_free_blocks() - self._inflight_prefill_reserved_blocks()
-        )
-        aside = []
-        for request in self.kv_holding_waiting:
-            if marks_of(request).ahead and request.status == RequestStatus.WAITING:
-                free -= -(-request.num_tokens // self.block_size)
-                if free < 0:
-                    aside.append(request)
-        self.kv_holding_waiting.remove_requests(aside)
-        try:
-            yield
-        finally:
-            for request in aside:
-                self.kv_holding_waiting.add_request(request)
-
-    @contextlib.contextmanager
-    def _room_for_moving_in(self, chunk: int) -> Iterator[None]:
-        """Keep the part of the budget that is meant for moved-in requests out of the reach of prefills.
-
-        Prefills that run already get `chunk` together, those behind sit this step out; and when they take
-        all of it, no new one is admitted on the tokens that are left over.
-        """
-        taken, behind = 0, []
-        for request in [r for r in self.running if r.is_prefill_chunk]:
-            if taken >= chunk:
-                behind.append(request)
-            taken += request.num_tokens - request.num_computed_tokens
-        paused, limit = self._pause_state, self.max_num_active_reqs
-        if behind:
-            self.running = self.running[: len(self.running) - len(behind)]
-            self.max_num_active_reqs -= len(behind)
-        if taken >= chunk and paused == PauseState.UNPAUSED:
-            self._pause_state = PauseState.PAUSED_NEW
-        try:
-            yield
-        finally:
-            self._pause_state, self.max_num_active_reqs = paused, limit
-            self.running += behind
-
-    def _moved_in(self, output: SchedulerOutput, now: float) -> dict[str, MovedIn]:
-        moved_in: dict[str, MovedIn] = {}
-        for new in output.scheduled_new_reqs:
-            if (arrived := self._arrived.pop(new.req_id, None)) is None:
-                continue
-            pulled, began = self._connector_scheduler.pulled.pop(new.req_id, (0, arrived))
-            reused = new.num_computed_tokens
-            landed = self._landed.pop(new.req_id, began)
-            self._connector_scheduler.scheduled(new.req_id)
-            moved_in[new.req_id] = MovedIn(
-                reused, min(pulled, reused), arrived, began, landed, self._before, now
-            )
-        return moved_in
 
     def _update_from_kv_xfer_finished(self, kv_connector_output: Any) -> None:
         now = time.monotonic()
-        for request_id in kv_connector_output.finished_recving or ():
-            if request_id in self._arrived:
-                self._landed[request_id] = now
+        for leg in kv_connector_output.finished_recving or ():
+            self._arrivals.landed(leg, now)
         super()._update_from_kv_xfer_finished(kv_connector_output)
 
     def add_request(self, request: Request) -> None:
         """A request that moves in brings its output so far, where the runner can tell it from a prompt."""
         ours = marks_of(request)
-        output = ours.output
-        if output:
-            self._arrived[request.request_id] = time.monotonic()
-        if output and self.use_v2_model_runner:
-            as_output(request, output)
+        if ours.ahead and self.stays:
+            return  # it is not here, and whoever asks hears so
+        if ours.output:
+            self._arrivals.came(request.request_id, time.monotonic())
+            if self.use_v2_model_runner:
+                as_output(request, ours.output)
         if ours.reader:
             self._pins.follow(request, ours.reader)
         if ours.ahead:
@@ -188,14 +140,15 @@ class FlowScheduler(AsyncScheduler):
         request, now = self.requests.get(request_id), time.monotonic()
         if request is None or request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
             return False
+        if self._reads.lent(request_id) is None:
+            return False
         go_on(request, tokens, self.use_v2_model_runner)
         remark(
             request, replace(marks_of(request), ahead=0)
         )  # if it is preempted here, it is computed like any other
-        if not self._connector_scheduler.arrive(request, now):
-            return False
+        self._side.arrive(request, now)
         request.num_computed_tokens = request.num_tokens - 1
-        self._arrived[request_id] = now
+        self._arrivals.came(request_id, now)
         self.finished_recving_kv_req_ids.add(request_id)
         return True
 
@@ -203,51 +156,63 @@ class FlowScheduler(AsyncScheduler):
 
     def pin(self, request_id: str, reader: str) -> list[int] | None:
         """Blocks of a request that runs here which are full and stay until `unpin(reader)`; None where it
-        does not run, or its KV is of several kinds."""
+        does not run, or its KV does not move."""
         request = self.requests.get(request_id)
-        return self._pins.pin(request, reader) if request is not None and not request.is_finished() else None
+        if self.stays or request is None or request.is_finished():
+            return None
+        return self._pins.pin(request, reader)
 
     def unpin(self, reader: str) -> tuple[int, float]:
         """The blocks that were pinned for this leg are read no more. Tokens of KV that are held then, and
         when that is: an engine without work makes no step that would tell."""
-        self._pins.unpin(reader)
+        return self.release((), (reader,))
+
+    def leave(self, request_ids: Sequence[str]) -> None:
+        """These requests stop after the token they are on; ids that are not here are dropped, and so is all
+        of it where nothing moves."""
+        if not self.stays:
+            self._leaving.update(i for i in request_ids if i in self.requests)
+
+    def release(self, legs: Sequence[str], readers: Sequence[str] = ()) -> tuple[int, float]:
+        """Nobody reads any more from these `legs`, which left, or will, nor from what was pinned for these
+        `readers`: their blocks are free again, those of legs once every worker has heard of it. What is not
+        held is no error. Tokens of KV that are held then, and when that is (time.monotonic())."""
+        for leg in legs:
+            request = self.requests.get(leg)
+            if request is not None and request.is_finished() and leg not in self._reads:
+                self._side.release(leg)
+        for reader in readers:
+            self._pins.unpin(reader)
         return self._held_tokens(), time.monotonic()
+
+    def drop(self, leg: str) -> Future[bool] | bool:
+        """End this request here, if it is here. True once nothing is read from a peer for it any more, nor
+        written into blocks here: at once, or when that is over. Its source may then be told to let go."""
+        request = self.requests.get(leg)
+        if request is not None and not request.is_finished():
+            self._side.never_read(request)
+            self.finish_requests(leg, RequestStatus.FINISHED_ABORTED)
+        return self._reads.settled(leg)
 
     def _held_tokens(self) -> int:
         pool = self.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
         return int(used * self.block_size)
 
-    def leave(self, request_ids: list[str]) -> None:
-        """These requests stop after the token they are on; ids that are not here are dropped."""
-        self._leaving.update(i for i in request_ids if i in self.requests)
-
-    def release(self, request_ids: list[str]) -> None:
-        """Free the blocks of requests that left and that nobody will read."""
-        for request_id in request_ids:
-            request = self.requests.get(request_id)
-            if request is not None and request.is_finished():
-                self._connector_scheduler.release(request_id)
-
-    @property
-    def _connector_scheduler(self) -> FlowConnectorScheduler:
-        return cast(FlowConnectorScheduler, cast(Any, self.connector).connector_scheduler)
-
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
-        wanted = request.request_id in self._leaving or marks_of(request).hand_over
+        wanted = request.request_id in self._leaving or (marks_of(request).hand_over and not self.stays)
         if wanted and not stopped and new_token_ids and request.status == RequestStatus.RUNNING:
-            self._connector_scheduler.leave(request)
+            self._side.leave(request)
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = LEFT
             stopped = True
         return new_token_ids, stopped
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        for memory in (self._arrived, self._landed):
-            memory.pop(request.request_id, None)
+        self._arrivals.forget(request.request_id)
         self._leaving.discard(request.request_id)
         self._pins.leave(request.request_id)
         return super()._free_request(request, delay_free_blocks)
@@ -256,7 +221,13 @@ class FlowScheduler(AsyncScheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Take the step's tokens, and remember for make_stats which step this is."""
-        self._step, self._in_step = self._steps.popleft(), scheduler_output.num_scheduled_tokens
+        step, self._in_step = self._steps.popleft(), scheduler_output.num_scheduled_tokens
+        self._step = step
+        kv = model_runner_output.kv_connector_output
+        struck = self._reads.struck(kv.invalid_block_ids if kv is not None else ())
+        for leg in step.reading:
+            if leg not in struck:  # what it read is certain from here on, before its token is looked at
+                self._side.taken_in(leg, good=True, alive=self._runs(leg))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
         )
@@ -266,7 +237,13 @@ class FlowScheduler(AsyncScheduler):
                 request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=UNREAD
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+        for leg in struck.intersection(step.reading):
+            self._side.taken_in(leg, good=False, alive=False)
         return outputs
+
+    def _runs(self, leg: str) -> bool:
+        request = self.requests.get(leg)
+        return request is not None and not request.is_finished()
 
     def _handle_invalid_blocks(
         self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]
@@ -275,14 +252,24 @@ class FlowScheduler(AsyncScheduler):
 
         vLLM's own way, to compute the blocks again in place, takes back what was computed, but neither the
         placeholder of the token that did not come nor a step that is on its way: a wrong token comes out.
+        It looks at running requests; ours may have been put back into the queue since the step was planned.
         """
+        self.kv_cache_manager.evict_blocks(invalid_block_ids)  # whoever has them by now
         unread = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
-        for request_id in unread:
-            (blocks,) = self.kv_cache_manager.get_block_ids(request_id)
-            first = next(i for i, block in enumerate(blocks) if block in invalid_block_ids)
-            self.kv_cache_manager.evict_blocks(set(blocks[first:]))  # the prefix cache must not give them out
+        for leg in self._reads.struck(invalid_block_ids):
+            if self._runs(leg) and self.requests[leg].status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+                unread.add(leg)
+        for leg in unread:
+            (blocks,) = self.kv_cache_manager.get_block_ids(leg)
+            first = next((i for i, block in enumerate(blocks) if block in invalid_block_ids), len(blocks))
+            self.kv_cache_manager.evict_blocks(set(blocks[first:]))  # nor what was computed after them
         self._unread |= unread
         return unread
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """vLLM's own, which may take its blocks from every running request: not while a peer's KV is being
+        read into any."""
+        return False if len(self._reads) else super().reset_prefix_cache(*args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's own statistics with our record of the step under KEY."""
@@ -290,14 +277,11 @@ class FlowScheduler(AsyncScheduler):
         step, self._step = self._step, None
         if stats is None or step is None:
             return stats
-        now = time.monotonic()
-        began = max(step.scheduled_at, self._stepped_at)
-        if step.prefill_tokens or step.decodes:
-            self._stepped_at = now
-        held = self._held_tokens()
         here = (self.requests[i] for i in self._in_step if i in self.requests)  # looked at for prompts only
         news = self._pins.news(r for r in here if not r.is_finished()) if step.prefill_tokens else {}
-        record = Record(now, now - began, step.prefill_tokens, step.decodes, held, step.moved_in, news)
+        record = step.told(self._stepped_at, self._held_tokens(), news)
+        if step.prefill_tokens or step.decodes:
+            self._stepped_at = record.made
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
 

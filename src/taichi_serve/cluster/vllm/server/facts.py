@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from taichi_serve.cluster.vllm.server.passage import Times
 from taichi_serve.cluster.vllm.wire import KEY, MovedIn, Record
 from taichi_serve.messages import Flowed, Prefilled, Stepped, Timeline
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-    from taichi_serve.cluster.vllm.server.instance import Engine
-    from taichi_serve.cluster.vllm.server.leg import Live
+    from taichi_serve.cluster.vllm.server.engine import Engine
+    from taichi_serve.cluster.vllm.server.journey import Journey
 
 
 def stepped(engine: Engine, outputs: EngineCoreOutputs, now: float) -> Stepped | None:
@@ -43,40 +44,44 @@ def stepped(engine: Engine, outputs: EngineCoreOutputs, now: float) -> Stepped |
     )
 
 
-def began(engine: Engine, live: Live, output: EngineCoreOutput, gap: float, held: bool) -> Prefilled | Flowed:
-    """The first token of a leg: of the request's first, or of one that it moved to."""
-    now = live.last_at
-    if len(live.tokens) == len(output.new_token_ids):
+def began(
+    engine: Engine, journey: Journey, output: EngineCoreOutput, gap: float, held: bool
+) -> Prefilled | Flowed:
+    """The first token of a leg that is about to be told to its journey."""
+    now = journey.last_at
+    if journey.placed:
         cached = int(output.prefill_stats.num_cached_tokens) if output.prefill_stats is not None else 0
-        return Prefilled(now, live.id, live.leg, engine.name, cached, held)
-    moved_in = engine.moved_in.get(live.engine_request, MovedIn())
+        return Prefilled(now, journey.id, journey.leg, engine.name, cached, held and journey.going is None)
+    moved_in = engine.moved_in.get(journey.leg_id, MovedIn())
     return Flowed(
         now,
-        live.id,
-        live.leg,
+        journey.id,
+        journey.leg,
         engine.name,
-        len(live.tokens),
+        len(journey.tokens),
         int(moved_in.pulled),
         gap,
         int(moved_in.reused),
-        _timeline(engine, live, moved_in, now - gap) if moved_in.scheduled else None,
+        _timeline(engine, journey, moved_in, now - gap) if moved_in.scheduled else None,
     )
 
 
-def _timeline(engine: Engine, live: Live, moved_in: MovedIn, heard: float) -> Timeline:
-    ahead = live.ahead
+def _timeline(engine: Engine, journey: Journey, moved_in: MovedIn, heard: float) -> Timeline:
+    copied = journey.passage.times if journey.passage is not None else None
+    if copied is None or not copied.tail_began:  # it was not copied ahead
+        copied = Times(tail_began=moved_in.began, landed=moved_in.landed)
     return Timeline(
-        left=live.left_at,
+        left=journey.left_at,
         heard=heard,
         arrived=moved_in.arrived,
-        began=ahead.tail_began if ahead else moved_in.began,
-        landed=ahead.landed if ahead else moved_in.landed,
+        began=copied.tail_began,
+        landed=copied.landed,
         scheduled=moved_in.scheduled,
         made=engine.made_at,
-        at=live.last_at,
+        at=journey.last_at,
         before=moved_in.before,
-        ahead=ahead.began if ahead else 0.0,
-        copied=ahead.copied if ahead else 0.0,
-        copied_blocks=ahead.blocks if ahead else 0,
-        copy_seconds=ahead.seconds if ahead else 0.0,
+        ahead=copied.began,
+        copied=copied.copied,
+        copied_blocks=copied.blocks,
+        copy_seconds=copied.seconds,
     )

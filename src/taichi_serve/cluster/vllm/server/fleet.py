@@ -18,7 +18,8 @@ from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
-from taichi_serve.cluster.vllm.server.instance import Engine, environments, start_engines
+from taichi_serve.cluster.vllm.server.engine import Engine
+from taichi_serve.cluster.vllm.server.instance import environments, start_engines
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.wire import Word
 
@@ -105,7 +106,7 @@ async def _start(
     configs = [deepcopy(config) for _ in kinds]
 
     def hear(word: Word) -> None:
-        holder[0].aheads.hear(word)
+        holder[0].hands.hear(word)
 
     engines += await start_engines(configs, argv, settings, kinds, directory, receive, hear, say)
     cluster = VllmCluster(engines, deliver, args.move_timeout)

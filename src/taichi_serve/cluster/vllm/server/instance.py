@@ -1,4 +1,4 @@
-"""One instance as the cluster sees it: its process, its client, the legs that run on it."""
+"""Instances are started: which devices each one gets, its process, and the server's end of it."""
 
 from __future__ import annotations
 
@@ -6,116 +6,21 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.engine import EngineCoreRequest
 
 from taichi_serve.cluster.vllm.server.copiers import Copiers
+from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
-from taichi_serve.cluster.vllm.server.leg import Live, ahead_id
 from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
-from taichi_serve.cluster.vllm.wire import Call, MovedIn, News, Word
-from taichi_serve.messages import SetChunk
+from taichi_serve.cluster.vllm.wire import Call, Word
 from taichi_serve.sliders import Kind
 
 # Environment of every CPU instance. UCX, under NIXL, else hooks into each mapping of memory, which costs a
 # step of the model 3 %; without its hooks it registers memory when told to, which is all that KV needs.
 ON_CPU = {"UCX_MEM_EVENTS": "n"}
-
-
-@dataclass(slots=True, eq=False)
-class Engine:
-    """A running instance. Ids in `legs` and `residents` are those of the engine (leg.engine_id)."""
-
-    index: int
-    name: str
-    process: EngineProcess
-    client: InstanceClient
-    copiers: Copiers
-    kind: Kind
-    chunk: int
-    legs: dict[str, Live] = field(default_factory=dict)
-    residents: dict[str, str] = field(default_factory=dict)  # decoding here: engine id -> request id
-    alive: bool = True
-    heard_at: float = field(default_factory=time.monotonic)
-    kv_tokens: int = 0  # see holds
-    held_at: float = 0.0
-    running: int = 0
-    waiting: int = 0
-    made_at: float = 0.0  # when its last step was done, by its own word
-    moved_in: dict[str, MovedIn] = field(default_factory=dict)  # of its last step
-    news: dict[str, News] = field(default_factory=dict)  # of its last step
-    # legs whose full blocks are pinned for the leg after: these blocks, until somebody copies them
-    pinned: dict[str, list[int] | None] = field(default_factory=dict)
-    recomputed_late: int = 0  # legs whose KV did not come in time
-
-    @property
-    def kv_capacity(self) -> int:
-        """Tokens its KV cache holds."""
-        return self.client.kv_capacity
-
-    def holds(self, kv_tokens: int, at: float) -> None:
-        """Tokens of KV that were held at `at` of the engine's own clock. A step and the answer to a call may
-        be heard in another order than they were said in: what is older than what is known says nothing."""
-        if at >= self.held_at:
-            self.kv_tokens, self.held_at = kv_tokens, at
-
-    def set_chunk(self, command: SetChunk) -> None:
-        """Prompt tokens per step from now on."""
-        self.kind, self.chunk = command.kind, command.chunk
-        self.client.tell(Call.CHUNK, command.chunk)
-
-    def add(self, live: Live, request: EngineCoreRequest) -> None:
-        """Send a leg. A dead engine takes it silently: its loss is about to be told."""
-        if not self.legs:
-            self.heard_at = time.monotonic()
-        self.legs[request.request_id] = live
-        if not self.client.dead:
-            self.client.add(request)
-
-    def adopt(self, live: Live) -> None:
-        """A leg is here already: it was sent when its KV began to be copied."""
-        if not self.legs:
-            self.heard_at = time.monotonic()
-        self.legs[live.engine_request] = live
-
-    def settle(self, live: Live) -> None:
-        """The leg's first token is out: it is a resident decode now."""
-        self.residents[live.engine_request] = live.id
-
-    def leave(self, engine_request: str) -> None:
-        """Have a leg end after the token it is on."""
-        self.client.tell(Call.LEAVE, [engine_request])
-
-    def release(self, engine_request: str) -> None:
-        """Free the blocks of a leg that ended and that nobody will read."""
-        self.client.tell(Call.RELEASE, [engine_request])
-
-    def unpin(self, reader: str) -> None:
-        """What was pinned for this leg is read no more."""
-        if self.alive:
-            call = self.client.call_utility_async(Call.UNPIN, reader)
-            asyncio.ensure_future(call).add_done_callback(self._unpinned)
-
-    def _unpinned(self, answer: asyncio.Task[tuple[int, float]]) -> None:
-        if not answer.cancelled() and answer.exception() is None:
-            self.holds(*answer.result())
-
-    def forget(self, live: Live) -> None:
-        """The leg is over by itself."""
-        self.legs.pop(live.engine_request, None)
-        self.residents.pop(live.engine_request, None)
-        if self.pinned.pop(live.engine_request, None):
-            self.unpin(ahead_id(live, live.leg + 1))
-
-    def drop(self, live: Live) -> None:
-        """End the leg from outside."""
-        if live.engine_request in self.legs:
-            self.client.abort([live.engine_request])
-            self.forget(live)
 
 
 Receive = Callable[[Engine, Outputs], None]
