@@ -18,9 +18,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason, async_llm
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.frontend.attendance import Attendance
 
 # Parameters that steer KV transfers inside a cluster; vLLM would trust them from anybody.
 INTERNAL = ("kv_transfer_params", "ec_transfer_params", "taichi")
@@ -123,6 +125,7 @@ class ClusterLLM(async_llm.AsyncLLM):
     """vLLM's AsyncLLM over a cluster: it refuses what only this system may say, and tells why it aborts."""
 
     closing = False
+    attendance: Attendance
     shutdown_from_thread: Callable[[], None] | None = None
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -136,6 +139,8 @@ class ClusterLLM(async_llm.AsyncLLM):
         """Add a request; raises a client error where it tries to steer KV transfers or ranks itself."""
         if self.closing:
             raise GracefulHTTPError("The server is shutting down.", HTTPStatus.SERVICE_UNAVAILABLE)
+        if self.attendance.none_lives():
+            raise self.attendance.refusal()
         if isinstance(params, SamplingParams):
             for name in INTERNAL:
                 if (params.extra_args or {}).get(name) is not None:
@@ -143,6 +148,24 @@ class ClusterLLM(async_llm.AsyncLLM):
         if kwargs.get("data_parallel_rank") is not None:
             raise VLLMValidationError("a data-parallel rank cannot be chosen by a client")
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    @property
+    def dead_error(self) -> BaseException:
+        """What vLLM's routes say where no instance lives: they ask before they begin a stream."""
+        return self.attendance.refusal() if self.attendance.none_lives() else super().dead_error
+
+    async def check_health(self) -> None:
+        """Raise where no instance lives and answers."""
+        if self.attendance.none_answers():
+            raise EngineDeadError()
+        await super().check_health()
+
+    def fail(self, request_id: str, why: str) -> None:
+        """End a request with a 500 that says why; in a stream it is the last event."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is not None and state.queue is not None:
+            state.queue.put(GracefulHTTPError(f"{why}.", HTTPStatus.INTERNAL_SERVER_ERROR))
+            self.output_processor.abort_requests([request_id], internal=True)
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """Abort because nobody listens any more."""

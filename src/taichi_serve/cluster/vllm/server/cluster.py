@@ -26,10 +26,13 @@ from taichi_serve.messages import (
     Decode,
     Event,
     Flow,
+    Hopeless,
+    Joined,
     Lost,
     Outcome,
     Prefill,
     SetChunk,
+    Silent,
 )
 from taichi_serve.stage import Stage
 
@@ -243,3 +246,17 @@ class VllmCluster:
         for journey in warm:
             if journey.stage is not Stage.OVER:
                 self.hands.take(journey, journey.end, Outcome.FAILED)
+
+    def join(self, engine: Engine) -> None:
+        """A new, warm incarnation takes the place of the dead one with its index."""
+        self.engines[engine.index] = self._known[engine.name] = engine
+        self.tell(Joined(time.monotonic(), engine.name, engine.kv_capacity))
+
+    def silence(self, engine: Engine, on: bool) -> None:
+        """An instance does not answer, or answers again."""
+        if engine.alive and self._known[engine.name] is engine:
+            self.tell(Silent(time.monotonic(), engine.name, on))
+
+    def hopeless(self, why: str) -> None:
+        """No lost instance will come back."""
+        self.tell(Hopeless(time.monotonic(), why))
