@@ -1,7 +1,7 @@
 # Every target does its own set-up first; it is redone when pyproject.toml or the script changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench paper clean
+.PHONY: help setup check test torture demo bench paper clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -13,7 +13,7 @@ ENGINE_LIMIT := 1500
 ENGINE_TEST_LIMIT := 600
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## .venv with vLLM's CPU build, NIXL, this package and the development tools
 
@@ -27,11 +27,14 @@ check: $(READY) ## format, lint, strict types, import contracts, tests without e
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
 	timeout --foreground --kill-after=10 $(CHECK_LIMIT) \
-		$(BIN)/pytest -m "not engine and not gpu" --session-timeout=$(CHECK_LIMIT)
+		$(BIN)/pytest -m "not engine and not gpu and not torture" --session-timeout=$(CHECK_LIMIT)
 
 test: check ## the whole test suite: check, then the tests that start real vLLM engines
 	timeout --foreground --kill-after=30 $(ENGINE_LIMIT) \
-		$(BIN)/pytest -m "engine and not gpu" --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+		$(BIN)/pytest -m "(engine or torture) and not gpu" --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+
+torture: $(READY) ## 20,000 worlds of the server's side over pretended engines (RUNS=N for another number)
+	$(BIN)/python tests/torture/torture.py --runs $(or $(RUNS),20000)
 
 demo: $(READY) ## two vLLM instances on the CPU, a server, and 40 requests that flow between them
 	$(BIN)/taichi demo

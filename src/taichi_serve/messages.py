@@ -43,14 +43,14 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """A request is here. `movable` is False where the engine could not move it exactly, for the reason
-    `bound_by` (docs/moving.md)."""
+    `bound_by` (docs/moving.md; a log of an older server may not know it)."""
 
     at: float
     request: str
     prompt_tokens: int
     max_tokens: int
     movable: bool = True
-    bound_by: str = ""
+    bound_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from taichi_serve.messages import Move
+from taichi_serve.stage import TransitionError
 
 
 class State(Enum):
@@ -18,7 +19,8 @@ class State(Enum):
     DONE = "done"
 
 
-# The one table of legal transitions. Whatever is not in it is a late fact, and is dropped.
+# The one table of legal transitions. Facts that come too late never get here (GlobalScheduler._current), so
+# whatever is not in it is an error in the books.
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.PREFILLING, State.MOVING, State.DONE}),
     State.PREFILLING: frozenset({State.PREFILLING, State.DECODING, State.MOVING, State.WAITING, State.DONE}),
@@ -44,14 +46,14 @@ class Request:
     movable: bool = True
     state: State = State.WAITING
     leg: int = 0
-    instance: str = ""  # where it is; while moving, where it comes from ("" when that is lost)
-    target: str = ""  # while moving: where it goes
+    instance: str | None = None  # where it is; while moving, where it comes from (None when that is lost)
+    target: str | None = None  # while moving: where it goes
     why: Move | None = None  # while moving: for what reason
     first_at: float | None = None  # when the user got the first token
     base: int = 0  # output tokens when it joined its instance's tick clock
     joined: int = 0  # the instance's ticks at that moment
     hand_over: bool = False  # while it prefills: whether its decode is to run elsewhere
-    ahead: str = ""  # where its KV is being copied to meanwhile
+    ahead: str | None = None  # where its KV is being copied to meanwhile
     reserved: int = 0  # while moving: KV tokens promised to it at the target
     degraded: bool = False  # moved to a P-heavy instance by Alg. 1, may flow back
     moves: dict[Move, int] = field(default_factory=dict)
@@ -60,12 +62,11 @@ class Request:
     predicted_tpot: float = 0.0  # as predicted when it became resident where it is
     settled_at: float = 0.0  # when that was
 
-    def enter(self, state: State) -> bool:
-        """Change state if the table allows it; False means the fact that led here came too late."""
+    def enter(self, state: State) -> None:
+        """Change state. Raises TransitionError where the table does not allow it."""
         if state not in TRANSITIONS[self.state]:
-            return False
+            raise TransitionError(f"request {self.id} went from {self.state.value} to {state.value}")
         self.state = state
-        return True
 
     def output_tokens(self, ticks: int) -> int:
         """Tokens produced so far, by the tick clock of the instance it is resident on."""

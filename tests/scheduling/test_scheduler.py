@@ -218,7 +218,7 @@ def test_lost_instance_sends_its_prompts_and_decodes_elsewhere() -> None:
     assert isinstance(decode, Decode)
     assert (prefill.request, prefill.leg, prefill.on) == ("queued", 1, "i2")
     assert (decode.request, decode.leg, decode.on, decode.move) == ("coming", 2, "i2", Move.RESCUE)
-    assert s.requests["leaving"].instance == ""
+    assert s.requests["leaving"].instance is None
     assert s.on(Stepped(0.31, "i1", 0.02, 0, 1, 500)) == []  # late: that instance is lost
     for name in list(s.requests):
         s.on(Finished(1.0, name, 100))

@@ -74,7 +74,7 @@ class Dispatcher:
         placed = choose_prefill(request, now, able, decoders(serving), self.predictor, self.slo, self.policy)
         self.ledger.enqueue(request, placed.instance)
         request.predicted_ttft = placed.ttft
-        request.hand_over, request.ahead = placed.hand_over, ""
+        request.hand_over, request.ahead = placed.hand_over, None
         name, forecasts = placed.instance.name, placed.forecasts
         commands.append(Prefill(request.id, request.leg, name, placed.hand_over, forecasts, placed.why))
         return commands
@@ -83,10 +83,10 @@ class Dispatcher:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
         serving = self.serving()
         target, why = choose_start(request, here, serving, self.policy)
-        known = self.ledger.instances.get(request.ahead)
-        # What it takes there is in that instance's own figures already.
-        if known in decoders(serving) and load_after(known, 0, self.policy) <= self.policy.full_mark:
-            target, why = known, "a D-heavy instance with room, and most of its KV is there"
+        for known in decoders(serving):
+            # What it takes there is in that instance's own figures already.
+            if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
+                target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, serving)
 
     def copy_ahead(self, here: Instance) -> list[Command]:
@@ -147,7 +147,7 @@ class Dispatcher:
 
     def _room(self, request: Request) -> int:
         """KV tokens to promise to a request that is about to move."""
-        here = self.ledger.instances.get(request.instance)
+        here = self.ledger.source(request)
         output = request.output_tokens(here.ticks) if here else request.base
         return room_for(request.prompt_tokens + output, self.policy)
 

@@ -34,6 +34,15 @@ class Ledger:
         self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
 
+    def home(self, request: Request) -> Instance:
+        """The instance of a request that is on one: it is queued, or decodes, or its move began there."""
+        assert request.instance is not None, f"request {request.id} is on no instance"
+        return self.instances[request.instance]
+
+    def source(self, request: Request) -> Instance | None:
+        """The instance of a request, None where that is lost or was never given."""
+        return None if request.instance is None else self.instances[request.instance]
+
     def enqueue(self, request: Request, instance: Instance) -> None:
         """The prompt waits on this instance."""
         request.enter(State.PREFILLING)
@@ -47,7 +56,7 @@ class Ledger:
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
         """The prompt is through; `cached` tokens of it did not have to be computed."""
-        instance = self.instances[request.instance]
+        instance = self.home(request)
         self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
 
     def oldest(self, instance: Instance) -> Request | None:
@@ -62,7 +71,7 @@ class Ledger:
 
     def _drop(self, request: Request) -> None:
         # Not computed any further here. What was computed is that of the oldest prompt.
-        instance = self.instances[request.instance]
+        instance = self.home(request)
         oldest = next(iter(self.queues[instance.name])) == request.id
         self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
 
@@ -78,7 +87,7 @@ class Ledger:
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
         """The request is resident here, with so many tokens out as of the instance's last step."""
         request.enter(State.DECODING)
-        request.instance, request.target, request.why = instance.name, "", None
+        request.instance, request.target, request.why = instance.name, None, None
         request.base, request.joined = output_tokens, instance.ticks
         request.degraded = request.degraded and instance.kind is Kind.P_HEAVY
         instance.decodes += 1
@@ -89,21 +98,21 @@ class Ledger:
     def strand(self, request: Request) -> None:
         """The request's instance is lost: it waits, with the tokens it has, for a place elsewhere."""
         if request.state is State.MOVING:
-            self.instances[request.instance].leaving_tokens -= request.reserved
+            self.home(request).leaving_tokens -= request.reserved
         elif request.state is State.PREFILLING:
             self.take_back(request)
             request.enter(State.WAITING)
         elif request.state is State.DECODING:
             self.lift(request)
             request.enter(State.WAITING)
-        request.instance = ""
+        request.instance = None
 
     def wait(self, request: Request) -> None:
         """A stranded request has nowhere to go: it waits for an instance, and nothing is promised to it."""
         if request.state is State.MOVING:
             self._release(request)
             request.enter(State.WAITING)
-            request.target, request.why = "", None
+            request.target, request.why = None, None
 
     def waiting(self) -> list[Request]:
         """Those that wait for an instance, in order of arrival."""
@@ -119,7 +128,7 @@ class Ledger:
 
     def lift(self, request: Request) -> None:
         """The request is resident no more; its output so far stays in `base`."""
-        instance = self.instances[request.instance]
+        instance = self.home(request)
         if request.movable:
             self.residents[instance.name].remove(request)
         instance.decodes -= 1
@@ -138,7 +147,7 @@ class Ledger:
         request.moves[move] = request.moves.get(move, 0) + 1
         target.arriving += 1
         target.reserved_tokens += room
-        if source := self.instances.get(request.instance):
+        if source := self.source(request):
             source.leaving_tokens += room
 
     def arrive(self, request: Request) -> None:
@@ -150,7 +159,7 @@ class Ledger:
         self._release(request)
         if request.why is not None:
             request.moves[request.why] -= 1
-        self.settle(request, self.instances[request.instance], max(request.base, output_tokens))
+        self.settle(request, self.home(request), max(request.base, output_tokens))
 
     def forget(self, request: Request) -> None:
         """The request is over: nothing of it is left in any sum."""
@@ -163,8 +172,9 @@ class Ledger:
                 self._release(request)
         request.enter(State.DONE)
         del self.requests[request.id]
-        for name in {request.instance, request.target} - {""}:
-            self._rest(self.instances[name])
+        for name in {request.instance, request.target}:
+            if name is not None:
+                self._rest(self.instances[name])
 
     def step(self, instance: Instance, step: Stepped) -> None:
         """One step of an instance: its tick clock goes on, for everybody but those who missed it."""
@@ -187,10 +197,11 @@ class Ledger:
                 self.residents[instance.name].add(request)
 
     def _release(self, request: Request) -> None:
+        assert request.target is not None, f"request {request.id} goes nowhere"
         target = self.instances[request.target]
         target.arriving -= 1
         target.reserved_tokens -= request.reserved
-        if source := self.instances.get(request.instance):
+        if source := self.source(request):
             source.leaving_tokens -= request.reserved
         request.reserved = 0
 

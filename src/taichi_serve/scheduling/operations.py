@@ -16,7 +16,7 @@ def ask(dispatcher: Dispatcher, event: Asked) -> list[Command]:
     request, target = ledger.requests.get(event.request), ledger.instances.get(event.to)
     if request is None or target is None or request.state is not State.DECODING:
         return []
-    source = ledger.instances[request.instance]
+    source = ledger.home(request)
     if not (request.movable and source.answers and target.answers) or source is target:
         return []
     return [dispatcher.flow(request, target, Move.OPERATOR, event.at, "an operator asked", [target])]

@@ -2,7 +2,8 @@
 
 What is decided is in prefill.py and decode.py, what is booked in ledger.py, and dispatch.py makes commands of
 it; here is what follows from each kind of fact. Facts that come too late (their leg is over, their request
-gone, their instance lost) are dropped in `_current`, and by the table of transitions.
+gone, their instance lost) are dropped in `_current`; a transition that is not in the table of request.py is
+an error in the books, and raises.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class GlobalScheduler:
         request = self._current(event.request, event.leg, State.MOVING)
         if request is None or request.target != event.instance:
             return []
-        source, target = self.instances.get(request.instance), self.instances[event.instance]
+        source, target = self.ledger.source(request), self.instances[event.instance]
         if source:
             self.predictor.flowed(source, target, event)
         if request.why:
@@ -142,7 +143,7 @@ class GlobalScheduler:
             return []
         if request.why:
             self.counters.refused[request.why] += 1
-        if request.instance == "":
+        if request.instance is None:
             return self._count(self._dispatcher.rescue(request, event.at))
         self.ledger.stay(request, event.output_tokens)
         return []
@@ -159,7 +160,7 @@ class GlobalScheduler:
         return [abort, *self._end(request, Outcome.CANCELLED, event.at)]
 
     def _end(self, request: Request, outcome: Outcome, now: float) -> list[Command]:
-        here = self.instances.get(request.instance)
+        here = self.ledger.source(request)
         if here and request.state is State.DECODING:
             tokens = here.ticks - request.joined
             if tokens >= ENOUGH_TOKENS:

@@ -54,6 +54,7 @@ class VllmCluster:
     ) -> None:
         self.engines = engines
         self._known = {engine.name: engine for engine in engines}  # as the scheduler knows them by now
+        self._joined = dict(self._known)  # as they will be once the scheduler has heard of it
         self._deliver = deliver
         self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -66,6 +67,8 @@ class VllmCluster:
     async def events(self) -> AsyncIterator[Event]:
         """Facts as they become known, until `close`."""
         while (event := await self._events.get()) is not None:
+            if isinstance(event, Joined):  # what was decided before this was decided about the one before
+                self._known[event.instance] = self._joined[event.instance]
             yield event
 
     def send(self, command: Command) -> None:
@@ -171,7 +174,7 @@ class VllmCluster:
         now = time.monotonic()
         engine.heard_at = now
         if (step := facts.stepped(engine, outputs, now)) is not None:
-            if self._known[engine.name] is engine:
+            if self._joined[engine.name] is engine:
                 self.tell(step)
             self._take_news(engine)
         kept: list[EngineCoreOutput] = []
@@ -239,7 +242,7 @@ class VllmCluster:
                 other.copiers.send(Gone(engine.engine_id))
         engine.legs.clear()
         engine.residents.clear()
-        if self._known[engine.name] is engine:
+        if self._joined[engine.name] is engine:
             self.tell(Lost(time.monotonic(), engine.name, why))
         warm = [journey for journey in self.journeys.values() if journey.warm and journey.meets(engine)]
         self.hands.lost(engine)
@@ -248,15 +251,15 @@ class VllmCluster:
                 self.hands.take(journey, journey.end, Outcome.FAILED)
 
     def join(self, engine: Engine) -> None:
-        """A new, warm incarnation takes the place of the dead one with its index."""
-        self.engines[engine.index] = self._known[engine.name] = engine
+        """A new incarnation, warm and empty, takes the place of one that was lost."""
+        self.engines[engine.index] = self._joined[engine.name] = engine
         self.tell(Joined(time.monotonic(), engine.name, engine.kv_capacity))
 
     def silence(self, engine: Engine, on: bool) -> None:
         """An instance does not answer, or answers again."""
-        if engine.alive and self._known[engine.name] is engine:
+        if engine.alive and self.engines[engine.index] is engine:
             self.tell(Silent(time.monotonic(), engine.name, on))
 
     def hopeless(self, why: str) -> None:
-        """No lost instance will come back."""
+        """No instance is left, and none will come back."""
         self.tell(Hopeless(time.monotonic(), why))

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from taichi_serve.cluster.vllm.server import acts as do
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.leg import first_leg, next_leg
-from taichi_serve.cluster.vllm.server.passage import AstrayError, Passage, Passing
+from taichi_serve.cluster.vllm.server.passage import Passage, Passing
 from taichi_serve.cluster.vllm.wire import Copied, Dropped, Failed, Word
 from taichi_serve.messages import Event, Finished, Outcome, Refused
+from taichi_serve.stage import TransitionError
 
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.journey import Journey
@@ -69,7 +70,7 @@ class Hands:
         request ends with an error: it alone, and not the server."""
         try:
             acts = what(*facts)
-        except AstrayError:
+        except TransitionError:
             log.exception("a request went astray and is ended")
             self.astray += 1
             acts = journey.end(Outcome.FAILED)

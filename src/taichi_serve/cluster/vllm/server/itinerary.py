@@ -1,4 +1,4 @@
-"""The state of a journey, the one table of its stages, and the ways from one leg to the next.
+"""The state of a journey, and the ways from one leg to the next.
 
 journey.py has the facts and decisions that lead to them."""
 
@@ -23,24 +23,15 @@ from taichi_serve.cluster.vllm.server.acts import (
     Seat,
     Send,
 )
-from taichi_serve.cluster.vllm.server.passage import AstrayError, Passage, Passing
+from taichi_serve.cluster.vllm.server.passage import Passage, Passing
 from taichi_serve.cluster.vllm.wire import TransferParams
 from taichi_serve.messages import Outcome
-from taichi_serve.stage import Stage
+from taichi_serve.stage import Stage, TransitionError, step
 
 # Tokens that a target keeps room for beyond those it knows of: what the request makes until it leaves. Fewer
 # where the model's context ends before.
 ROOM = 32
 
-JOURNEYS: dict[Stage, frozenset[Stage]] = {
-    Stage.WAITING: frozenset({Stage.PREFILLING, Stage.OVER}),
-    Stage.PREFILLING: frozenset({Stage.PREFILLING, Stage.DECODING, Stage.HELD, Stage.WAITING, Stage.OVER}),
-    Stage.DECODING: frozenset({Stage.LEAVING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
-    Stage.LEAVING: frozenset({Stage.DECODING, Stage.HELD, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
-    Stage.HELD: frozenset({Stage.LANDING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
-    Stage.LANDING: frozenset({Stage.DECODING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
-    Stage.OVER: frozenset(),
-}
 RUNNING = (Stage.PREFILLING, Stage.DECODING, Stage.LEAVING, Stage.LANDING)  # a leg is at an engine
 
 
@@ -61,7 +52,7 @@ class Going:
     to: Seat
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Road:
     """What every journey of a cluster shares: whether one instance reads another's memory itself."""
 
@@ -102,9 +93,7 @@ class Itinerary:
 
     def _enter(self, stage: Stage) -> None:
         """The one writer of `stage`."""
-        if stage not in JOURNEYS[self.stage]:
-            raise AstrayError(f"{self.id}: from {self.stage.value} to {stage.value}")
-        self.stage = stage
+        self.stage = step(self.id, self.stage, stage)
 
     def _await(self) -> Await:
         self.mark += 1
@@ -112,7 +101,7 @@ class Itinerary:
 
     def _must(self, what: str, *stages: Stage) -> None:
         if self.stage not in stages:
-            raise AstrayError(f"{self.id}: {what} while {self.stage.value}")
+            raise TransitionError(f"request {self.id}: {what} while it is {self.stage.value}")
 
     def _fresh(self) -> str:
         """The id of an engine request that never was."""

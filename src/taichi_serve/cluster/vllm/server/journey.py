@@ -1,6 +1,6 @@
 """A request's journey between real engines, without I/O: facts in, acts out.
 
-`JOURNEYS` (itinerary.py) is the whole of it, and what is not in that table raises. Between two stages there
+`STAGES` (stage.py) is the whole of it, and what is not in that table raises. Between two stages there
 is nothing that could be forgotten: a leg that runs, KV that is held, and KV on its way (passage.py) each
 belong to exactly one stage, and whoever leaves the stage gives them back or hands them on.
 
@@ -39,7 +39,7 @@ from taichi_serve.stage import Stage
 
 class Journey(Itinerary):
     """One request that was accepted and is not over. Every method answers with acts, in order; what is not in
-    the table raises AstrayError."""
+    the table raises TransitionError."""
 
     # ------------------------------------------------------------------------------------------ decisions
 

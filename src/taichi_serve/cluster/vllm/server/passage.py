@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from taichi_serve.cluster.vllm.server.acts import Acts, Close, Drop, Seat
+from taichi_serve.stage import TransitionError
 
 
 class Passing(Enum):
@@ -45,10 +46,6 @@ PASSINGS: dict[Passing, frozenset[Passing]] = {
     Passing.DROPPING: frozenset({Passing.CLOSED}),
     Passing.CLOSED: frozenset(),
 }
-
-
-class AstrayError(RuntimeError):
-    """Something happened to a request that the table of its life does not have."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,9 +88,9 @@ class Passage:
         self.times = Times()
 
     def enter(self, passing: Passing) -> None:
-        """The one writer of `passing`. Raises AstrayError."""
+        """The one writer of `passing`. Raises TransitionError."""
         if passing not in PASSINGS[self.passing]:
-            raise AstrayError(f"{self.reader}: from {self.passing.value} to {passing.value}")
+            raise TransitionError(f"{self.reader} went from {self.passing.value} to {passing.value}")
         self.passing = passing
 
     @property
