@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
 from taichi_serve.cluster.vllm.server.engine import Engine
@@ -90,7 +91,7 @@ class Keeper:
         self.silent: set[Engine] = set()
         self._cluster = cluster
         self._launcher = launcher
-        self._open = False
+        self._open = self._given_up = False
         self._turns = [1] * len(supervisor.places)
         self._unmet: list[Pair] = []  # of which one was silent when the other came
         self._meeting = asyncio.Lock()
@@ -111,11 +112,13 @@ class Keeper:
 
     def exited(self, engine: Engine, code: int) -> None:
         """Its process ended."""
-        self.lost(engine, f"{ending(code)}: {engine.process.cause()}")
+        self.lost(engine, engine.process.end_of(ending(code)))
 
     def broke(self, engine: Engine, wrong: Exception) -> None:
         """It said that it dies, or could not be understood."""
-        self.lost(engine, f"{type(wrong).__name__}: {engine.process.cause()}")
+        dead = isinstance(wrong, EngineDeadError)
+        what = "its engine core failed" if dead else f"{type(wrong).__name__}: {wrong}"
+        self.lost(engine, engine.process.end_of(what))
 
     def stalled(self, engine: Engine, seconds: float) -> None:
         """It said nothing for so long that it counts as lost."""
@@ -178,13 +181,7 @@ class Keeper:
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (wrong := task.exception()) is not None:
-            self.told.say(f"bringing an instance back failed: {type(wrong).__name__}: {wrong}")
-            self._give_up(f"{type(wrong).__name__}: {wrong}")
+        task.add_done_callback(self._tasks.discard)
 
     # ---------------------------------------------------------------------------------------- coming back
 
@@ -201,9 +198,9 @@ class Keeper:
             self.supervisor.starting(name, time.monotonic())
             try:
                 await self._start(dead)
-            except StartError as wrong:
-                why = str(wrong)
-                self.told.say(why)
+            except Exception as wrong:  # noqa: BLE001  whatever it is, the others serve on
+                why = str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
+                self.told.say(f"instance {name} could not be started again: {why}")
                 delay = self.supervisor.lost(name, why, time.monotonic())
                 continue
             self.supervisor.back(name, time.monotonic())
@@ -215,12 +212,11 @@ class Keeper:
         limit = self.supervisor.limit
         reason = f"it was started again {limit} times within an hour" if limit else "--restarts is 0"
         self.told.say(f"INSTANCE {name} STAYS OUT: {reason}; its last end: {why}")
-        if self.supervisor.hopeless:
-            self._give_up(f"no instance is left, and none is started again; the last, {name}: {why}")
-
-    def _give_up(self, why: str) -> None:
-        self._cluster.hopeless(why)
-        self.told.hopeless(why)
+        if self.supervisor.hopeless and not self._given_up:
+            self._given_up = True
+            text = f"no instance is left, and none is started again; the last, {name}: {why}"
+            self._cluster.hopeless(text)
+            self.told.hopeless(text)
 
     async def _start(self, dead: Engine) -> None:
         """Start the next incarnation and let it in. Raises StartError; then only its log is left."""

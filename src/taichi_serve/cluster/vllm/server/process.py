@@ -106,14 +106,18 @@ class EngineProcess:
 
     def cause(self) -> str:
         """The last line of its log that names an error; else its last line."""
+        lines = self._last_lines()
+        return _error(lines) or next((line for line in reversed(lines) if line), "it wrote nothing")
+
+    def end_of(self, what: str) -> str:
+        """What ended it, with the error that its log names, if any."""
+        error = _error(self._last_lines())
+        return f"{what}: {error}" if error else what
+
+    def _last_lines(self) -> list[str]:
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
-        for line in reversed(lines):
-            head = line.rsplit("] ", 1)[-1]
-            if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
-                return head.removeprefix("ERROR ").strip()
-        return next((line for line in reversed(lines) if line), "it wrote nothing")
+            return [line.strip() for line in log.read().decode(errors="replace").splitlines()]
 
     def on_exit(self, call: Callable[[int], Any]) -> None:
         """Have `call(exitcode)` made once, from a thread, when the process ends."""
@@ -163,6 +167,15 @@ class EngineProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         self.end()
+
+
+def _error(lines: list[str]) -> str:
+    """The last of these that names an error, without what vLLM's log puts before it; "" where none does."""
+    for line in reversed(lines):
+        head = line.rsplit("] ", 1)[-1]
+        if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
+            return head.removeprefix("ERROR ").strip()
+    return ""
 
 
 def ending(code: int | None) -> str:

@@ -14,10 +14,10 @@ def computed(engine: Engine) -> tuple[list[str], list[str]]:
     to decode."""
     prompts = computed_prompts(engine)
     decodes: list[str] = []
-    for leg, request in engine.residents.items():
+    for leg in engine.residents:
         journey = engine.legs.get(leg)
-        young = journey is not None and len(journey.tokens) < YOUNG
-        (prompts if young else decodes).append(request)
+        if journey is not None and journey.warm is None:
+            (prompts if len(journey.tokens) < YOUNG else decodes).append(journey.id)
     return decodes, prompts
 
 
@@ -25,7 +25,11 @@ def computed_prompts(engine: Engine) -> list[str]:
     """The requests whose prompt was in the step that the engine core began last. Where it left no word, all
     that do not decode yet: any of them may be one."""
     path = flight_file(engine.process.directory, engine.process.engine_id)
-    waiting = {leg: its.id for leg, its in engine.legs.items() if leg not in engine.residents}
+    waiting = {
+        leg: journey.id
+        for leg, journey in engine.legs.items()
+        if leg not in engine.residents and journey.warm is None
+    }
     if not path.exists():
         return list(waiting.values())
     return [waiting[leg] for leg in read_flight(path) if leg in waiting]
