@@ -201,6 +201,9 @@ class Itinerary:
         going, self.going = self.going, None
         acts = self._drop_passage()
         self.seat = self.promise = self.offered = None
+        if self.tokens and not self.movable:  # no other could go on exactly
+            self._enter(Stage.OVER)
+            return [*acts, Finish(Outcome.FAILED)]
         self._enter(Stage.WAITING)
         return acts + (self._begin(going.leg, going.to) if going is not None else [])
 
