@@ -60,9 +60,9 @@ async def measured(task: Task, console: Console) -> Profile:
         draft = Draft(part, task.labelled(identity(config, task.args.model)))
         with console.status("starting the instances") as status:
             instances = fleet(task.args, task.words, config, here, lambda outputs: None, status.update)
-            async with instances as cluster:
+            async with instances as its:
                 status.stop()
-                profile = await _survey(task, draft, cluster, console)
+                profile = await _survey(task, draft, its.cluster, console)
     save(profile, task.output)
     draft.remove()
     return profile

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server import entry
 
 from taichi_serve.frontend import parsed
+from taichi_serve.frontend.attendance import RetryAfter
 from taichi_serve.frontend.body import Intake
 from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.guard import MAX_HEADERS, Guard
@@ -34,7 +35,7 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
     def build_app(*words: Any, **more: Any) -> FastAPI:
         app = vllms_own(*words, **more)
         app.state.taichi = system
-        furnish(app, args, lambda: system.llm.closing)
+        furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after)
         return app
 
     entry.build_app = build_app
@@ -45,8 +46,14 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
         entry.build_app = vllms_own
 
 
-def furnish(app: FastAPI, args: argparse.Namespace, closing: Callable[[], bool]) -> None:
-    """Our routes, and the door around everything that vLLM, or its operator, has put around them."""
+def furnish(
+    app: FastAPI,
+    args: argparse.Namespace,
+    closing: Callable[[], bool],
+    retry_after: Callable[[], int | None] = lambda: None,
+) -> None:
+    """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
+    instance lives `retry_after` says in how many seconds one is expected back."""
     app.include_router(router)
     app.exception_handler(parsed.Refusal)(parsed.answer)
     app.exception_handler(HTTPException)(_http_error)
@@ -58,7 +65,7 @@ def furnish(app: FastAPI, args: argparse.Namespace, closing: Callable[[], bool])
         max_headers=args.h11_max_header_count or MAX_HEADERS,
     )
     # vLLM has built the stack already, so it is built anew.
-    app.user_middleware.insert(0, door)
+    app.user_middleware[:0] = [door, Middleware(RetryAfter, seconds=retry_after)]
     app.middleware_stack = app.build_middleware_stack()
 
 

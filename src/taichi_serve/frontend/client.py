@@ -23,6 +23,7 @@ from vllm.v1.executor import Executor
 
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.frontend import internal
+from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.everywhere import Everywhere
 from taichi_serve.frontend.names import Names
 
@@ -72,6 +73,7 @@ class ClusterLLM(async_llm.AsyncLLM):
     """vLLM's AsyncLLM over a cluster: it refuses what only this system may say, and tells why it aborts."""
 
     closing = False
+    attendance: Attendance
     shutdown_from_thread: Callable[[], None] | None = None
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -85,6 +87,8 @@ class ClusterLLM(async_llm.AsyncLLM):
         """Add a request; raises a client error where it tries to steer KV transfers or ranks itself."""
         if self.closing:
             raise GracefulHTTPError("The server is shutting down.", HTTPStatus.SERVICE_UNAVAILABLE)
+        if self.attendance.none_lives():
+            raise self.attendance.refusal()
         if isinstance(params, SamplingParams):
             for name in internal.EXTRA:
                 if (params.extra_args or {}).get(name) is not None:
@@ -93,11 +97,23 @@ class ClusterLLM(async_llm.AsyncLLM):
             raise VLLMValidationError("a data-parallel rank cannot be chosen by a client")
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
+    @property
+    def dead_error(self) -> BaseException:
+        """What vLLM's routes say where no instance lives: they ask before they begin a stream."""
+        return self.attendance.refusal() if self.attendance.none_lives() else super().dead_error
+
     async def check_health(self) -> None:
-        """Raise where nobody should send requests any more: they are refused from the first signal on."""
-        if self.closing:
+        """Raise where nobody should send requests: none answers, or the server is about to stop."""
+        if self.closing or self.attendance.none_answers():
             raise EngineDeadError()
         await super().check_health()
+
+    def fail(self, request_id: str, why: str) -> None:
+        """End a request with a 500 that says why; in a stream it is the last event."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is not None and state.queue is not None:
+            state.queue.put(GracefulHTTPError(f"{why}.", HTTPStatus.INTERNAL_SERVER_ERROR))
+            self.output_processor.abort_requests([request_id], internal=True)
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """Abort because nobody listens any more."""

@@ -9,7 +9,6 @@ import logging
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +27,15 @@ from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
 from taichi_serve.cluster.vllm.misuse import one_line
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
-from taichi_serve.cluster.vllm.server.fleet import fleet, prepare, scratch
+from taichi_serve.cluster.vllm.server.fleet import Fleet, fleet, prepare, scratch
+from taichi_serve.cluster.vllm.server.gate import Gate
+from taichi_serve.cluster.vllm.server.keeper import Keeper
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.warm import measure
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
+from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.connection import Connection
 from taichi_serve.frontend.precheck import precheck
@@ -47,6 +49,8 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 log = logging.getLogger("taichi")
 
+FAILED = 3  # exit status of a server that had to end, and that nobody asked to
+
 
 @dataclass
 class System:
@@ -56,9 +60,18 @@ class System:
     scheduler: GlobalScheduler
     recorder: Recorder
     llm: ClusterLLM
+    keeper: Keeper
+    attendance: Attendance
     max_chunk: int
     tasks: list[asyncio.Task[None]]
     event_log: IO[str] | None = None
+    asked: bool = False  # somebody wanted it to end
+    failed: str | None = None  # why it ends, where nobody did
+
+    def fail(self, why: str) -> None:
+        """End the server because it cannot go on."""
+        self.failed = self.failed or why
+        signal.raise_signal(signal.SIGTERM)
 
 
 def say(text: str) -> None:
@@ -74,19 +87,20 @@ async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[Sy
         config = flags.engine_config(argv, here.path.name)
         predictor = _predictor(args, config)  # before the engines: what cannot be used is said at once
         outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        async with fleet(args, argv, config, here, outputs.put_nowait, say) as cluster:
-            await measure(cluster)
-            for engine in cluster.engines:
+        async with fleet(args, argv, config, here, outputs.put_nowait, say) as instances:
+            await measure(instances.cluster)
+            for engine in instances.cluster.engines:
                 engine.client.tell(Call.SETTLE)
-            yield _system(args, cluster, predictor, outputs)
+            yield _system(args, instances, predictor, outputs)
 
 
 def _system(
     args: argparse.Namespace,
-    cluster: VllmCluster,
+    instances: Fleet,
     predictor: Predictor,
     outputs: asyncio.Queue[EngineCoreOutputs],
 ) -> System:
+    cluster, keeper = instances.cluster, instances.keeper
     capacities = {engine.name: engine.kv_capacity for engine in cluster.engines}
     scheduler = GlobalScheduler(
         flags.sliders(args), flags.slo(args), predictor, flags.policy(args), capacities
@@ -95,13 +109,14 @@ def _system(
     written = _event_log(args.event_log)
     recorder = Recorder(scheduler, bytes_per_token(config), _writer(written))
     llm = cluster_llm(config, cluster, outputs, args)
-    tasks = [
-        asyncio.create_task(drive(recorder, cluster), name="drive"),
-        asyncio.create_task(_watch(cluster, args.stall_timeout), name="watch"),
-    ]
-    tasks[0].add_done_callback(_drive_ended)
+    llm.attendance = Attendance(cluster, keeper)
     largest = config.scheduler_config.max_num_batched_tokens
-    return System(cluster, scheduler, recorder, llm, largest, tasks, written)
+    system = System(cluster, scheduler, recorder, llm, keeper, llm.attendance, largest, [], written)
+    keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
+    driving = asyncio.create_task(drive(recorder, Gate(cluster, keeper.quarantine)), name="drive")
+    driving.add_done_callback(partial(_drive_ended, system))
+    system.tasks += [driving, *instances.supervise()]
+    return system
 
 
 def _event_log(path: str | None) -> IO[str] | None:
@@ -115,24 +130,10 @@ def _writer(out: IO[str] | None) -> Callable[[Event, Sequence[Command]], object]
     return None if out is None else lambda event, commands: out.write(encode(event, commands) + "\n")
 
 
-def _drive_ended(task: asyncio.Task[None]) -> None:
+def _drive_ended(system: System, task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.critical("the scheduler failed; shutting down", exc_info=task.exception())
-        signal.raise_signal(signal.SIGTERM)
-
-
-async def _watch(cluster: VllmCluster, stall_timeout: float) -> None:
-    """An instance that has work and says nothing for too long counts as lost."""
-    while True:
-        await asyncio.sleep(1)
-        for engine in cluster.engines:
-            silent = time.monotonic() - engine.heard_at
-            if engine.alive and engine.legs and silent > stall_timeout:
-                say(
-                    f"instance {engine.name} was silent for {silent:.0f} s with work to do: it counts as lost"
-                )
-                cluster.lose(engine, f"silent for {silent:.0f} s")
-                engine.process.kill()
+        system.fail(f"the scheduler failed: {task.exception()!r}")
 
 
 def _predictor(args: argparse.Namespace, config: VllmConfig) -> Predictor:
@@ -166,14 +167,15 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
         try:
             async with running(args, argv) as system:
                 await _serve_http(system, args, listen_address, sock)
+                failed = system.failed or (None if system.asked else "the HTTP server ended by itself")
         except StartError as wrong:
             say(str(wrong))
             return 1
         except asyncio.CancelledError:
             say("stopped before it was ready")
             return 130
-    say("stopped")
-    return 0
+    say("stopped" if failed is None else f"stopped: {failed}")
+    return 0 if failed is None else FAILED
 
 
 async def _serve_http(system: System, args: argparse.Namespace, address: str, sock: socket.socket) -> None:
@@ -214,6 +216,7 @@ def _drain_from_thread(system: System, loop: asyncio.AbstractEventLoop, timeout:
 
 async def _drain(system: System, timeout: float) -> None:
     """Let what runs finish, at most `timeout` seconds; then end it. New requests get 503 meanwhile."""
+    system.asked = True
     system.llm.closing = True
     if not await system.llm.drained(timeout):
         system.llm.reject_rest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import asdict
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,19 @@ def _kv_paths(engines: list[Engine]) -> dict[str, str]:
 
 def _instance(system: System, engine: Engine) -> dict[str, Any]:
     ledger = system.scheduler.instances[engine.name]
+    place, now = system.keeper.supervisor.places[engine.name], time.monotonic()
     return {
         "name": engine.name,
         "kind": ledger.kind.value,
         "chunk": ledger.chunk,
         "alive": engine.alive,
+        "silent": engine in system.keeper.silent,
+        "standing": place.standing.value,
+        "restarts": place.restarts,
+        "last_loss": None
+        if place.lost_at is None
+        else {"why": place.why, "seconds_ago": now - place.lost_at},
+        "back_in": system.keeper.supervisor.returns(engine.name, now),
         "draining": ledger.draining,
         "running": engine.running,
         "waiting": engine.waiting,

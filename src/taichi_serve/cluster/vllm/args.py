@@ -7,6 +7,7 @@ there. The engine processes parse the same command line again: configuration is 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -74,7 +75,13 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "stall-timeout",
         float,
         120.0,
-        "seconds an instance with work may be silent before it counts as lost",
+        "seconds an instance may be silent before it counts as lost; after 6 it gets no more work",
+    ),
+    (
+        "restarts",
+        int,
+        10,
+        "how often in an hour a lost instance is started again before it stays out; 0: never",
     ),
     ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     (
@@ -160,6 +167,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         validate_parsed_serve_args(args)
         sliders(args)
         slo(args)
+        supervision(args)
         policy(args)
         patience(args)
         profile(args)
@@ -193,6 +201,14 @@ def sliders(args: argparse.Namespace) -> Sliders:
     """The sliders of a parsed command line. Without P-heavy instances their chunk has no meaning."""
     p_chunk = args.p_chunk if args.p_heavy else max(args.d_chunk, 0)  # a wrong d_chunk is said of d_chunk
     return Sliders(args.p_heavy, args.d_heavy, p_chunk, args.d_chunk)
+
+
+def supervision(args: argparse.Namespace) -> None:
+    """Raises ValueError where instances would never be lost, or always."""
+    if not (math.isfinite(args.stall_timeout) and args.stall_timeout > 0):
+        raise ValueError(f"--stall-timeout must be a number of seconds above 0, not {args.stall_timeout:g}")
+    if args.restarts < 0:
+        raise ValueError(f"--restarts must be at least 0, not {args.restarts}")
 
 
 def slo(args: argparse.Namespace) -> SLO:

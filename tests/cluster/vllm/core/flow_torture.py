@@ -2,7 +2,9 @@
 wrong does: reads fail or stand still, tails are late, legs are dropped and aborted at any time, there is no
 room, requests are preempted, an instance dies. Deterministic by its seed.
 
-    python tests/cluster/vllm/core/flow_torture.py SECONDS [SEED]     runs until it finds something, or time is up
+    python tests/cluster/vllm/core/flow_torture.py SECONDS [SEED]
+
+It runs until it finds something, or time is up.
 
 Stands for the server in the simplest way that keeps to the protocol of docs/decisions/118: a source is told
 to let go after the target's answer to a drop, or after the first token there.

@@ -37,8 +37,8 @@ def main(path: str) -> None:
     die_with_parent(spec.parent)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # vLLM leaves the file that its ranks meet at: in our directory it goes with the others.
-    tempfile.tempdir = str(Path(path).parent)
+    # vLLM leaves the file that its ranks meet at: in this directory it goes with the others.
+    tempfile.tempdir = os.environ.get("VLLM_RPC_BASE_PATH", str(Path(path).parent))
 
     # Only now what takes seconds to import: the server may be killed meanwhile.
     from vllm.platforms import current_platform

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, core_client
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from taichi_serve.cluster.vllm.server.process import EngineProcess
 
 Outputs: TypeAlias = EngineCoreOutputs | Exception
+
+# Seconds that an engine core which is up may take to reach its client. vLLM's own is that of a whole start.
+core_client.VLLM_ENGINE_READY_TIMEOUT_S = 60
 
 
 class Inbox:
@@ -27,8 +31,10 @@ class Inbox:
 class InstanceClient(AsyncMPClient):
     """vLLM's client of one engine core that runs in a process of ours.
 
-    vLLM's client waits for the socket in a coroutine; zmq takes the message at once, so `add`, `abort` and
-    `tell` are plain calls and keep their order.
+    It is made in a thread, because vLLM's constructor waits for the engine core, and a core may die just then
+    while others serve; `listen` then makes it known to the event loop. vLLM's client waits for the socket in
+    a coroutine; zmq takes the message at once, so `add`, `abort` and `tell` are plain calls and keep their
+    order.
     """
 
     def __init__(
@@ -46,10 +52,9 @@ class InstanceClient(AsyncMPClient):
         self.process = process
         self.outputs_queue = Inbox(receive)
         self._told: set[asyncio.Task[Any]] = set()
-        # The task captured the queue when it was made in __init__, so it is made anew.
-        if self.resources.output_queue_task is not None:
-            self.resources.output_queue_task.cancel()
-            self.resources.output_queue_task = None
+
+    def listen(self) -> None:
+        """Take outputs from now on, in the event loop that is running."""
         self._ensure_output_queue_task()
 
     @property
@@ -86,8 +91,19 @@ class InstanceClient(AsyncMPClient):
         if not task.cancelled():
             task.exception()  # an engine that died in between is noticed elsewhere
 
+    def fail(self) -> None:
+        """The engine core is gone: nothing is sent any more, and whoever waits for an answer is told so."""
+        self.resources.engine_dead = True
+        for answer in self.utility_results.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
+        self.utility_results.clear()
+
     def close(self) -> None:
-        """Close the sockets; the process is ended by its own owner."""
+        """Close the sockets, with their threads; the process is ended by its own owner."""
+        self.fail()
         for task in self._told:
             task.cancel()
+        self.outputs_queue = Inbox(lambda item: None)
         self.shutdown()
+        self.resources.ctx.destroy(linger=0)

@@ -1,31 +1,38 @@
-"""The instances of one server from their first process to their last: start, warm, notice ends, stop."""
+"""The instances of one server from their first process to their last: start, warm, keep up, stop."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from copy import deepcopy
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from vllm.config import VllmConfig
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.server.clock import Patience
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.devices import environments
 from taichi_serve.cluster.vllm.server.engine import Engine
-from taichi_serve.cluster.vllm.server.instance import environments, start_engines
+from taichi_serve.cluster.vllm.server.engine_client import Outputs
+from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
+from taichi_serve.cluster.vllm.server.quarantine import Quarantine
+from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
+from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread
+from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
+from taichi_serve.cluster.vllm.server.watch import Watch
 from taichi_serve.cluster.vllm.wire import Word
+
+__all__ = ["Fleet", "Scratch", "fleet", "prepare", "scratch"]
 
 STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
 
-Say = Callable[[str], None]
 Deliver = Callable[[EngineCoreOutputs], None]
 
 
@@ -34,106 +41,89 @@ def prepare() -> None:
     cli_env_setup()
 
 
-@dataclass(slots=True)
-class Scratch:
-    """The directory of one server's logs and sockets; `keep` is set when somebody will want the logs."""
+@dataclass
+class Fleet:
+    """All instances, warm, and what looks after them."""
 
-    path: Path
-    keep: bool = False
+    cluster: VllmCluster
+    keeper: Keeper
+    watch: Watch
+    patience: Patience
 
-
-@contextlib.contextmanager
-def scratch(say: Say) -> Iterator[Scratch]:
-    """A directory that goes in the end; when something went wrong its logs stay, and it is said where."""
-    here = Scratch(Path(tempfile.mkdtemp(prefix="taichi-")))  # mode 0700
-    try:
-        yield here
-    except asyncio.CancelledError:  # somebody stopped it: nothing went wrong
-        raise
-    except BaseException:
-        here.keep = True
-        raise
-    finally:
-        if here.keep and any(here.path.glob("*.log")):
-            for path in here.path.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.suffix != ".log":
-                    path.unlink()
-            say(f"logs are kept in {here.path}")
-        else:
-            shutil.rmtree(here.path, ignore_errors=True)
+    def supervise(self) -> list[asyncio.Task[None]]:
+        """From here on lost instances come back, and silent ones are noticed; the tasks of it."""
+        self.keeper.open()
+        return [asyncio.create_task(self.watch.run(), name="watch")]
 
 
 @contextlib.asynccontextmanager
 async def fleet(
     args: argparse.Namespace, argv: list[str], config: VllmConfig, here: Scratch, deliver: Deliver, say: Say
-) -> AsyncIterator[VllmCluster]:
-    """The instances that the sliders ask for, warm and facts open; no process of them is left afterwards."""
-    engines: list[Engine] = []
+) -> AsyncIterator[Fleet]:
+    """The instances that the sliders ask for, warm and facts open; no process of them is left afterwards.
+    As long as nobody calls `supervise`, one that is lost stays so."""
+    patience = Patience()
+    ticking = asyncio.create_task(patience.run(), name="clock")
+    all_of_them: list[Fleet] = []
+    began = time.monotonic()
     try:
-        cluster = await _start(args, argv, config, here.path, engines, deliver, say)
-        say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
-        await warm(cluster)
-        cluster.open()
-        yield cluster
-        here.keep = here.keep or not all(engine.alive for engine in engines)
+        launcher = _launcher(args, argv, config, here, patience, all_of_them)
+        sliders = flags.sliders(args)
+        engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], say)
+        cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
+        supervisor = Supervisor([engine.name for engine in engines], args.restarts)
+        keeper = Keeper(cluster, launcher, supervisor, Quarantine(), Told(say, deliver))
+        watch = Watch(lambda: cluster.engines, patience, args.stall_timeout, keeper)
+        all_of_them.append(Fleet(cluster, keeper, watch, patience))
+        try:
+            say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
+            await warm(cluster)
+            supervisor.took = time.monotonic() - began
+            cluster.open()
+            yield all_of_them[0]
+            here.keep = here.keep or keeper.losses > 0 or not all(engine.alive for engine in engines)
+        finally:
+            await keeper.stop()
+            await _stop(cluster.engines)
     finally:
-        await _stop(engines)
+        ticking.cancel()
 
 
-async def _start(
+def _launcher(
     args: argparse.Namespace,
     argv: list[str],
     config: VllmConfig,
-    directory: Path,
-    engines: list[Engine],
-    deliver: Deliver,
-    say: Say,
-) -> VllmCluster:
-    sliders = flags.sliders(args)
-    settings = environments(sliders.instances, config.parallel_config.world_size, args.devices)
-    holder: list[VllmCluster] = []
+    here: Scratch,
+    patience: Patience,
+    fleets: list[Fleet],
+) -> Launcher:
+    """How its instances are started. `fleets` will have the one that they are of."""
 
-    def receive(engine: Engine, item: EngineCoreOutputs | Exception) -> None:
+    def receive(engine: Engine, item: Outputs) -> None:
+        if not engine.alive or not fleets:
+            return  # it is lost, and what it said before is known or never will be
         if isinstance(item, Exception):
-            holder[0].lose(engine, f"{type(item).__name__}: {item}")
-            engine.process.kill()
+            fleets[0].keeper.broke(engine, item)
         else:
-            holder[0].receive(engine, item)
-
-    kinds = [(kind, sliders.chunk(kind)) for kind in sliders.kinds()]
-    configs = [deepcopy(config) for _ in kinds]
+            fleets[0].watch.heard(engine)
+            fleets[0].cluster.receive(engine, item)
 
     def hear(word: Word) -> None:
-        holder[0].hands.hear(word)
+        fleets[0].cluster.hands.hear(word)
 
-    engines += await start_engines(configs, argv, settings, kinds, directory, receive, hear, say)
-    cluster = VllmCluster(engines, deliver, args.move_timeout)
-    holder.append(cluster)
-    loop = asyncio.get_running_loop()
-    for engine in engines:
-        engine.process.on_exit(_in_loop(loop, cluster, engine, say))
-    return cluster
+    def exited(engine: Engine, code: int) -> None:
+        if fleets:
+            fleets[0].keeper.exited(engine, code)
+        else:  # others still load: whoever warms them will see it
+            engine.alive = False
 
-
-def _in_loop(
-    loop: asyncio.AbstractEventLoop, cluster: VllmCluster, engine: Engine, say: Say
-) -> Callable[[int], object]:
-    return lambda code: loop.call_soon_threadsafe(_exited, cluster, engine, say, code)
-
-
-def _exited(cluster: VllmCluster, engine: Engine, say: Say, code: int) -> None:
-    if not engine.process.stopping:
-        say(f"instance {engine.name} ended with exit code {code}; its log is {engine.process.log}")
-        engine.process.kill()  # its workers, if any are left
-    cluster.lose(engine, f"exit code {code}")
+    settings = environments(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
+    return Launcher(config, argv, settings, here.path, receive, hear, exited, patience)
 
 
 async def _stop(engines: list[Engine]) -> None:
     for engine in engines:
         engine.alive = False
-    await asyncio.gather(*(asyncio.to_thread(engine.process.stop, STOP_SECONDS) for engine in engines))
+    await asyncio.gather(*(in_thread(partial(engine.process.stop, STOP_SECONDS)) for engine in engines))
     for engine in engines:
-        engine.client.close()
-        engine.copiers.close()
+        close(engine)

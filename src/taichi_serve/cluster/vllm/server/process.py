@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,36 +22,27 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
+from taichi_serve.cluster.vllm.server.remains import remove_files, shared_memory, wait_gone
 from taichi_serve.cluster.vllm.wire import Spec
 from taichi_serve.ports import LOOPBACK, port_of, reserve
 
-# In /proc/PID/maps: the queues and locks between an engine core and its workers, and among the workers. A
-# model that lies in /dev/shm is not one of these.
-SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+END_SECONDS = 60.0  # that the kernel may take to end a group: memory of a GPU is given back in it
+TAIL = 1 << 16  # bytes of a log in which its last error is looked for
 
 
 class StartError(RuntimeError):
     """An instance did not start. The message names it, the likely cause and its log."""
 
 
-def shared_memory(group: int) -> set[Path]:
-    """Files of shared memory that vLLM made for itself and that processes of this group have mapped."""
-    found: set[Path] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is somebody else's
-            if os.getpgid(int(process.name)) == group:
-                found.update(Path(name) for name in SHARED.findall((process / "maps").read_text()))
-    return found
-
-
 class EngineProcess:
-    """The process of one instance and the process group it leads.
+    """One process of an instance and the process group it leads: the next one has another name and id.
 
     `sentinel`, `name` and `exitcode` are what vLLM's start-up handshake watches.
     """
 
     def __init__(self, name: str, directory: Path, argv: list[str], env: Mapping[str, str]) -> None:
         self.name = name
+        self.directory = directory
         self.log = directory / f"{name}.log"
         self.handshake = f"ipc://{directory}/{name}.start"
         self.addresses = EngineZmqAddresses(
@@ -67,11 +57,12 @@ class EngineProcess:
             "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port_of(self._side_channel)),
         }
+        # vLLM's own sockets inside an instance belong into a directory of its own: it leaves them behind.
+        (directory / name).mkdir()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "taichi_serve.cluster.vllm.core.main", str(path)],
-                # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
-                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env},
+                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory / name), **side_channel, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -83,6 +74,8 @@ class EngineProcess:
         self.sentinel = os.pidfd_open(self.pid)
         self.stopping = False
         self._shared: set[Path] = set()
+        self._ending = threading.Lock()
+        self._over = False  # its number may be somebody else's by now
 
     @property
     def exitcode(self) -> int | None:
@@ -105,20 +98,26 @@ class EngineProcess:
             self._shared = shared_memory(self.pid)
         except RuntimeError as error:
             raise StartError(
-                f"instance {self.name} did not start (exit code {self.exitcode}): {self.cause()}; "
+                f"instance {self.name} did not start ({ending(self.exitcode)}): {self.cause()}; "
                 f"its log is {self.log}"
             ) from error
         finally:
             context.term()
 
     def cause(self) -> str:
-        """The last line of its log that names an error."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
-        for line in reversed(lines):
-            head = line.rsplit("] ", 1)[-1]
-            if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
-                return head.removeprefix("ERROR ").strip()
-        return lines[-1] if lines else "it wrote nothing"
+        """The last line of its log that names an error; else its last line."""
+        lines = self._last_lines()
+        return _error(lines) or next((line for line in reversed(lines) if line), "it wrote nothing")
+
+    def end_of(self, what: str) -> str:
+        """What ended it, with the error that its log names, if any."""
+        error = _error(self._last_lines())
+        return f"{what}: {error}" if error else what
+
+    def _last_lines(self) -> list[str]:
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
+            return [line.strip() for line in log.read().decode(errors="replace").splitlines()]
 
     def on_exit(self, call: Callable[[int], Any]) -> None:
         """Have `call(exitcode)` made once, from a thread, when the process ends."""
@@ -135,19 +134,32 @@ class EngineProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Have the whole group ended now, and do not wait for it."""
+        """Have the whole group ended now, stopped processes too, and do not wait for it."""
         self.stopping = True
+        if self._over:
+            return
         self._shared |= shared_memory(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def end(self) -> None:
-        """End the whole group now, and wait until nothing is left of it."""
-        self.kill()
-        self._process.wait()
-        for path in self._shared:  # whoever made it had no time to take it away
-            path.unlink(missing_ok=True)
-        self._side_channel.close()
+    def end(self) -> bool:
+        """End the whole group now and wait until nothing is left of it but its log; False where the kernel
+        did not end it in time."""
+        with self._ending:
+            if self._over:
+                return True
+            self.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+            gone = wait_gone(self.pid, END_SECONDS)
+            self._over = True
+            for path in self._shared:  # whoever made it had no time to take it away
+                path.unlink(missing_ok=True)
+            self._side_channel.close()
+            with contextlib.suppress(OSError):
+                os.close(self.sentinel)
+            remove_files(self.directory, self.name, self.engine_id)
+            return gone
 
     def stop(self, timeout: float) -> None:
         """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards."""
@@ -155,5 +167,22 @@ class EngineProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         self.end()
-        with contextlib.suppress(OSError):
-            os.close(self.sentinel)
+
+
+def _error(lines: list[str]) -> str:
+    """The last of these that names an error, without what vLLM's log puts before it; "" where none does."""
+    for line in reversed(lines):
+        head = line.rsplit("] ", 1)[-1]
+        if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
+            return head.removeprefix("ERROR ").strip()
+    return ""
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None:
+        return "it still runs"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

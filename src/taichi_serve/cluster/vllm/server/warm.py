@@ -1,4 +1,5 @@
-"""Every ordered pair of instances moves one small request before the server says it is ready.
+"""Every ordered pair of instances moves one small request before the server says it is ready, and before an
+instance that was started again is given work.
 
 NIXL's first pull between two instances makes a handshake of one to several seconds; no user should wait
 for it. It also shows that the pair can move KV at all.
@@ -7,78 +8,117 @@ for it. It also shows that the pair can move KV at all.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from collections.abc import Iterable, Sequence
 from itertools import permutations
+from typing import Protocol
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.process import StartError
 
 BLOCKS = 2
+TURNS = 2  # the first meeting of a pair goes another way than all that follow
 MEASURE = 9  # a turn of its own: other prompts than in the turns before
+SECONDS = 180.0  # that one turn may take
+
+Pair = tuple[Engine, Engine]
 
 
-async def warm(cluster: VllmCluster, timeout: float = 180.0) -> None:
-    """Move a request over every ordered pair, twice: the first meeting of a pair goes another way than all
-    that follow. Raises StartError naming the pairs that failed."""
-    for turn in range(2):
-        await _all_pairs(cluster, turn, timeout)
+class Rehearsing(Protocol):
+    """What warming needs of a cluster."""
+
+    def rehearse(
+        self, request: EngineCoreRequest, at: Engine | int, to: Engine | int | None
+    ) -> asyncio.Future[int]:
+        """Prefill a request of our own on `at` and move it to `to`; its output tokens."""
+        ...
+
+    def abandon(self, request_id: str, cancelled: bool) -> None:
+        """End it."""
+        ...
 
 
-async def _all_pairs(cluster: VllmCluster, turn: int, timeout: float) -> None:
-    pairs = {
-        (a.name, b.name): cluster.rehearse(_request(cluster, a.index, b.index, turn), a.index, b.index)
-        for a, b in permutations(cluster.engines, 2)
-    }
-    alone = [
-        cluster.rehearse(_request(cluster, e.index, e.index, turn), e.index, None) for e in cluster.engines
-    ]
-    waits = [*pairs.values(), *alone]
-    if not waits:
+async def warm(cluster: VllmCluster, timeout: float = SECONDS) -> None:
+    """Move a request over every ordered pair, twice. Raises StartError naming the pairs that failed."""
+    await meet(cluster, cluster.engines, list(permutations(cluster.engines, 2)), timeout)
+
+
+async def meet(
+    cluster: Rehearsing, alone: Sequence[Engine], pairs: Sequence[Pair], timeout: float = SECONDS
+) -> None:
+    """Have these engines prefill and decode, and these pairs move. Raises StartError naming what failed."""
+    for turn in range(TURNS):
+        await _turn(cluster, alone, pairs, turn, timeout)
+
+
+# Every rehearsal has a name and a prompt of its own: requests of an earlier life may still be known.
+_count = itertools.count()
+
+
+async def _turn(
+    cluster: Rehearsing, alone: Sequence[Engine], pairs: Sequence[Pair], turn: int, timeout: float
+) -> None:
+    parts: list[tuple[Engine, Engine | None]] = [*pairs, *((engine, None) for engine in alone)]
+    if not parts:
         return
-    await asyncio.wait(waits, timeout=timeout)
-    bad = [f"{a} -> {b}" for (a, b), wait in pairs.items() if not wait.done() or wait.result() < 2]
-    bad += [e.name for e, wait in zip(cluster.engines, alone, strict=True) if not wait.done()]
-    for engine in cluster.engines:
+    requests = [_request(a, b or a, turn) for a, b in parts]
+    waits = [cluster.rehearse(request, *part) for request, part in zip(requests, parts, strict=True)]
+    engines = list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
+    for _ in range(round(timeout)):  # seconds, but for those in which this process stood still
+        _, pending = await asyncio.wait(waits, timeout=1)
+        if not pending or not all(engine.alive for engine in engines):
+            break
+    for request, wait in zip(requests, waits, strict=True):
+        if not wait.done():
+            cluster.abandon(request.request_id, cancelled=False)
+    bad = [
+        f"{a.name} -> {b.name}" if b else a.name
+        for (a, b), wait in zip(parts, waits, strict=True)
+        if not wait.done() or wait.result() < 2
+    ]
+    for engine in engines:
         if not engine.alive:
             raise StartError(
                 f"instance {engine.name} ended while it was warmed: {engine.process.cause()}; "
                 f"its log is {engine.process.log}"
             )
     if bad:
-        logs = ", ".join(str(e.process.log) for e in cluster.engines)
+        logs = ", ".join(str(e.process.log) for e in engines)
         raise StartError(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
 
 
-async def measure(cluster: VllmCluster) -> None:
+async def measure(cluster: VllmCluster, engines: Iterable[Engine] = ()) -> None:
     """Prefill two chunks and decode a little on every instance: facts that tell the predictor its speed.
 
     Without them an instance that no prompt was sent to keeps its default, and if that is worse than what was
     learned about the others, no prompt will ever be sent to it.
     """
     waits = []
-    for engine in cluster.engines:
+    for engine in engines or cluster.engines:
         if engine.chunk:
             length = 2 * engine.chunk + 3
-            request = _request(cluster, engine.index, engine.index, MEASURE, length, 8)
+            request = _request(engine, engine, MEASURE, length, 8)
             waits.append(cluster.rehearse(request, engine.index, None))
     if waits:
         await asyncio.wait(waits, timeout=60.0)
 
 
-def _request(
-    cluster: VllmCluster, a: int, b: int, turn: int, length: int = 0, output: int = 2
-) -> EngineCoreRequest:
-    config = cluster.engines[a].client.vllm_config
+def _request(one: Engine, other: Engine, turn: int, length: int = 0, output: int = 2) -> EngineCoreRequest:
+    config = one.client.vllm_config
+    a, b, number = one.index, other.index, next(_count)
     length = length or BLOCKS * config.cache_config.block_size + 3
     length = min(length, config.model_config.max_model_len - output - 1)
     vocabulary = config.model_config.get_vocab_size()
     # Another prompt for every pair: a block that is cached already would not be pulled.
-    tokens = [(1 + turn * 101 + a * 31 + b * 17 + k * (1 + a + 2 * b)) % vocabulary for k in range(length)]
+    step = 1 + a + 2 * b
+    tokens = [(1 + turn * 101 + a * 31 + b * 17 + number * 7 + k * step) % vocabulary for k in range(length)]
     params = SamplingParams(temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True)
-    return own_request(f"taichi-warm-{turn}-{a}-{b}", tokens, params)
+    return own_request(f"taichi-warm-{number}", tokens, params)
 
 
 def own_request(name: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:

@@ -1,0 +1,263 @@
+"""Brings a lost instance back: ends what is left of it, starts it again, has it meet the others, lets it in.
+
+What is decided is in supervisor.py (when) and quarantine.py (who may have done it); here it is carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import SchedulerStats
+
+from taichi_serve.cluster.vllm.server.engine import Engine
+from taichi_serve.cluster.vllm.server.process import StartError, ending
+from taichi_serve.cluster.vllm.server.quarantine import Quarantine
+from taichi_serve.cluster.vllm.server.remains import forget_logs
+from taichi_serve.cluster.vllm.server.scratch import Say
+from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, vanish
+from taichi_serve.cluster.vllm.server.supervisor import Supervisor
+from taichi_serve.cluster.vllm.server.suspects import computed, computed_prompts
+from taichi_serve.cluster.vllm.server.warm import Pair, meet
+from taichi_serve.cluster.vllm.wire import Call
+from taichi_serve.messages import Abort, Command, Outcome
+
+MEET_SECONDS = 60.0  # that a new incarnation may take to move requests to and from everybody else
+
+
+class Cluster(Protocol):
+    """What is needed of the cluster."""
+
+    engines: list[Engine]
+
+    def lose(self, engine: Engine, why: str) -> None:
+        """This incarnation is gone."""
+        ...
+
+    def join(self, engine: Engine) -> None:
+        """A warm one takes the place of the dead one with its index."""
+        ...
+
+    def silence(self, engine: Engine, on: bool) -> None:
+        """It does not answer, or answers again."""
+        ...
+
+    def hopeless(self, why: str) -> None:
+        """No instance will come back."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Carry out a decision."""
+        ...
+
+    def rehearse(
+        self, request: EngineCoreRequest, at: Engine | int, to: Engine | int | None
+    ) -> asyncio.Future[int]:
+        """See warm.py."""
+        ...
+
+    def abandon(self, request_id: str, cancelled: bool) -> None:
+        """See warm.py."""
+        ...
+
+
+@dataclass(slots=True)
+class Told:
+    """Who is told what. `failed` gets a request and why it is ended, before it is; `hopeless` why no instance
+    will come back; `deliver` outputs for the front end."""
+
+    say: Say
+    deliver: Callable[[EngineCoreOutputs], None]
+    failed: Callable[[str, str], None] = lambda request, why: None
+    hopeless: Callable[[str], None] = lambda why: None
+
+
+class Keeper:
+    """Keeps the instances of one server up. Before `open` and after `stop` it only notes losses."""
+
+    def __init__(
+        self, cluster: Cluster, launcher: Launcher, supervisor: Supervisor, quarantine: Quarantine, told: Told
+    ) -> None:
+        self.supervisor = supervisor
+        self.quarantine = quarantine
+        self.told = told
+        self.losses = 0  # since the server began
+        self.silent: set[Engine] = set()
+        self._cluster = cluster
+        self._launcher = launcher
+        self._open = self._given_up = False
+        self._turns = [1] * len(supervisor.places)
+        self._unmet: list[Pair] = []  # of which one was silent when the other came
+        self._meeting = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self) -> None:
+        """From here on whoever is lost comes back."""
+        self._open = True
+
+    async def stop(self) -> None:
+        """Bring nobody back any more; whoever was being started is ended."""
+        self._open = False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------------- what is noticed
+
+    def exited(self, engine: Engine, code: int) -> None:
+        """Its process ended."""
+        self.lost(engine, engine.process.end_of(ending(code)))
+
+    def broke(self, engine: Engine, wrong: Exception) -> None:
+        """It said that it dies, or could not be understood."""
+        dead = isinstance(wrong, EngineDeadError)
+        what = "its engine core failed" if dead else f"{type(wrong).__name__}: {wrong}"
+        self.lost(engine, engine.process.end_of(what))
+
+    def stalled(self, engine: Engine, seconds: float) -> None:
+        """It said nothing for so long that it counts as lost."""
+        self.lost(engine, f"silent for {seconds:.0f} s, and ended")
+
+    def silence(self, engine: Engine, seconds: float) -> None:
+        """It does not answer: it gets no work."""
+        self.silent.add(engine)
+        self.told.say(
+            f"instance {engine.name} was silent for {seconds:.0f} s: it gets no work until it answers"
+        )
+        self.quarantine.silent(engine.process.engine_id, computed_prompts(engine))
+        self._cluster.silence(engine, True)
+
+    def answered(self, engine: Engine) -> None:
+        """It answers again: it gets work, when it has met whoever came meanwhile."""
+        if any(engine in pair for pair in self._unmet):
+            self._begin(self._meet_late(engine))
+        else:
+            self._answers(engine)
+
+    def _answers(self, engine: Engine) -> None:
+        if engine not in self.silent or not engine.alive:
+            return
+        self.silent.discard(engine)
+        self.told.say(f"instance {engine.name} answers again")
+        self._cluster.silence(engine, False)
+        for command in self.quarantine.answered(engine.process.engine_id):
+            self._cluster.send(command)
+
+    def lost(self, engine: Engine, why: str) -> None:
+        """It is gone, or is to be. Its requests go on elsewhere at once, and it is started again."""
+        if not engine.alive:
+            return
+        engine.process.kill()
+        serves = self._open and engine in self._cluster.engines
+        if serves:
+            self._blame(engine, why)
+        self._cluster.lose(engine, why)
+        vanish(engine)
+        self.silent.discard(engine)
+        self._unmet = [pair for pair in self._unmet if engine not in pair]
+        if serves:
+            self.losses += 1
+            # A dead engine says no more of itself: vLLM's gauges would stay as they were.
+            stats = SchedulerStats()
+            self.told.deliver(EngineCoreOutputs(engine_index=engine.index, scheduler_stats=stats))
+            delay = self.supervisor.lost(engine.name, why, time.monotonic())
+            self._begin(self._replace(engine, delay, why))
+
+    def _blame(self, engine: Engine, why: str) -> None:
+        """Whoever it died under the second time is ended; the others are looked at from now on."""
+        decodes, prompts = computed(engine)
+        for request in self.quarantine.lost(engine.process.engine_id, decodes, prompts):
+            text = f"two instances died while they computed this request; {engine.name}: {why}"
+            self.told.failed(request, text)
+            self.told.say(f"request {request} is ended: {text}")
+            self._cluster.send(Abort(request, Outcome.FAILED, text))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---------------------------------------------------------------------------------------- coming back
+
+    async def _replace(self, dead: Engine, delay: float | None, why: str) -> None:
+        name = dead.name
+        if not await in_thread(dead.process.end):
+            self.told.say(f"instance {name}: the kernel has not ended process {dead.process.pid} yet")
+        close(dead)
+        forget_logs(dead.process.directory, name)
+        self.told.say(f"instance {name} ended: {why}; its log is {dead.process.log}")
+        while delay is not None:
+            self.told.say(f"instance {name} is started again {f'in {delay:g} s' if delay else 'now'}")
+            await asyncio.sleep(delay)
+            self.supervisor.starting(name, time.monotonic())
+            try:
+                await self._start(dead)
+            except Exception as wrong:  # noqa: BLE001  whatever it is, the others serve on
+                why = str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
+                self.told.say(f"instance {name} could not be started again: {why}")
+                delay = self.supervisor.lost(name, why, time.monotonic())
+                continue
+            self.supervisor.back(name, time.monotonic())
+            self.told.say(f"instance {name} serves again after {self.supervisor.took:.0f} s")
+            return
+        self._stays_out(name, why)
+
+    def _stays_out(self, name: str, why: str) -> None:
+        limit = self.supervisor.limit
+        reason = f"it was started again {limit} times within an hour" if limit else "--restarts is 0"
+        self.told.say(f"INSTANCE {name} STAYS OUT: {reason}; its last end: {why}")
+        if self.supervisor.hopeless and not self._given_up:
+            self._given_up = True
+            text = f"no instance is left, and none is started again; the last, {name}: {why}"
+            self._cluster.hopeless(text)
+            self.told.hopeless(text)
+
+    async def _start(self, dead: Engine) -> None:
+        """Start the next incarnation and let it in. Raises StartError; then only its log is left."""
+        self._turns[dead.index] += 1
+        process = self._launcher.begin(dead.index, self._turns[dead.index])
+        engine = await self._launcher.ready(process, dead.index, dead.kind, dead.chunk)
+        try:
+            async with self._meeting:  # one after the other, so that two that come back meet each other too
+                await self._meet(engine)
+                engine.client.tell(Call.SETTLE)
+                self._cluster.join(engine)
+        except BaseException:
+            vanish(engine)
+            await asyncio.shield(in_thread(process.end))
+            close(engine)
+            raise
+
+    async def _meet(self, engine: Engine) -> None:
+        """Move requests to and from everybody who answers. The fault is its own only while they do."""
+        while True:
+            others = [e for e in self._cluster.engines if e.alive and e.index != engine.index]
+            here = [other for other in others if other not in self.silent]
+            try:
+                await meet(self._cluster, [engine], both_ways([engine], here), MEET_SECONDS)
+            except StartError:
+                if engine.alive and any(not e.alive or e in self.silent for e in here):
+                    continue
+                raise
+            self._unmet += both_ways([engine], [e for e in others if e not in here])
+            return
+
+    async def _meet_late(self, engine: Engine) -> None:
+        async with self._meeting:
+            pairs = [pair for pair in self._unmet if engine in pair and all(e.alive for e in pair)]
+            self._unmet = [pair for pair in self._unmet if engine not in pair]
+            with contextlib.suppress(StartError):  # then its moves are given up one by one, after their time
+                await meet(self._cluster, [], pairs, MEET_SECONDS)
+        self._answers(engine)
+
+
+def both_ways(some: Iterable[Engine], others: Iterable[Engine]) -> list[Pair]:
+    """Every pair of one of these and one of those, in both directions."""
+    those = list(others)
+    return [pair for one in some for other in those for pair in ((one, other), (other, one))]

@@ -1,0 +1,158 @@
+"""How an instance comes into being, at the server's start and again after each loss."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from vllm import envs
+from vllm.config import VllmConfig
+
+from taichi_serve.cluster.vllm.server.clock import Patience
+from taichi_serve.cluster.vllm.server.copiers import Copiers
+from taichi_serve.cluster.vllm.server.engine import Engine
+from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
+from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
+from taichi_serve.cluster.vllm.wire import Call, Word
+from taichi_serve.sliders import Kind
+
+Receive = Callable[[Engine, Outputs], None]
+Hear = Callable[[Word], None]
+Exited = Callable[[Engine, int], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """All that the instances of a server are started with. `environments` has one for each, by index.
+
+    `receive` gets every output of an engine, `hear` every word of a copier, and `exited` an exit status; all
+    are called on the event loop.
+    """
+
+    config: VllmConfig  # as the command line says, untouched
+    argv: list[str]
+    environments: list[dict[str, str]]
+    directory: Path
+    receive: Receive
+    hear: Hear
+    exited: Exited
+    patience: Patience
+
+    def begin(self, index: int, turn: int = 1) -> EngineProcess:
+        """Start the process of instance `index`, for the `turn`th time, and return at once. Each has ids of
+        its own: who knew the one before must not take this one for it."""
+        name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
+        return EngineProcess(name, self.directory, self.argv, self.environments[index])
+
+    async def ready(self, process: EngineProcess, index: int, kind: Kind, chunk: int) -> Engine:
+        """Wait until it is up and can be spoken to. Raises StartError when it ends instead, or takes longer
+        than vLLM's own limit; then nothing is left of it."""
+        loop = asyncio.get_running_loop()
+        config = deepcopy(self.config)  # the start-up handshake writes into it
+        limit = envs.VLLM_ENGINE_READY_TIMEOUT_S
+        late = self.patience.call_later(limit, process.kill)
+        holder: list[Engine] = []
+        client: InstanceClient | None = None
+        try:
+            await in_thread(lambda: process.wait_ready(config))
+            client = await in_thread(
+                lambda: InstanceClient(config, process, lambda item: self.receive(holder[0], item))
+            )
+            if process.exitcode is not None:
+                raise StartError(f"instance {process.name} ended as it came up: {process.cause()}")
+        except BaseException as wrong:
+            if client is not None:
+                client.close()
+            await asyncio.shield(in_thread(process.end))
+            if isinstance(wrong, TimeoutError):
+                raise StartError(f"instance {process.name} came up and cannot be reached") from wrong
+            raise
+        finally:
+            late.cancel()
+        ranks = config.parallel_config.world_size
+        copiers = Copiers(process.directory, process.engine_id, ranks, self.hear)
+        engine = Engine(index, f"i{index}", process, client, copiers, kind, chunk)
+        holder.append(engine)
+        client.listen()
+        client.tell(Call.CHUNK, chunk)
+        process.on_exit(lambda code: loop.call_soon_threadsafe(self.exited, engine, code))
+        return engine
+
+    async def all(self, kinds: list[tuple[Kind, int]], say: Callable[[str], None]) -> list[Engine]:
+        """Start every instance side by side and wait until all are up; a line a second says what is awaited.
+
+        If one fails, all are ended and its StartError is raised.
+        """
+        processes = [self.begin(index) for index in range(len(kinds))]
+        tasks = [
+            asyncio.create_task(self.ready(process, index, *kinds[index]), name=process.name)
+            for index, process in enumerate(processes)
+        ]
+        began = time.monotonic()
+        try:
+            pending = set(tasks)
+            while pending:
+                done, pending = await asyncio.wait(pending, timeout=1, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+                if pending:
+                    names = ", ".join(sorted(task.get_name() for task in pending))
+                    say(f"waiting for {names} to load the model ({time.monotonic() - began:.0f} s)")
+            return [task.result() for task in tasks]
+        except BaseException:
+            for process in processes:
+                process.kill()
+            engines = await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(in_thread(process.end) for process in processes))
+            for engine in engines:
+                if isinstance(engine, Engine):
+                    close(engine)
+            raise
+
+
+def vanish(engine: Engine) -> None:
+    """Its process is gone or about to be: no answer will come any more, and it holds nothing."""
+    engine.alive = False
+    engine.client.fail()
+    engine.running = engine.waiting = engine.kv_tokens = 0
+
+
+def close(engine: Engine) -> None:
+    """Close every socket to it."""
+    engine.client.close()
+    engine.copiers.close()
+
+
+def in_thread(call: Callable[[], T]) -> Awaitable[T]:
+    """What `call` returns or raises, from a thread of its own. Not one of the event loop's pool: at its end
+    the loop waits for all of those, and one of these may wait for long."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, wrong: BaseException | None) -> None:
+        if answer.done():  # nobody waits any more
+            return
+        if wrong is not None:
+            answer.set_exception(wrong)
+        else:
+            answer.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result: T | None = None
+        wrong: BaseException | None = None
+        try:
+            result = call()
+        except BaseException as raised:  # noqa: BLE001  it is raised where the answer is awaited
+            wrong = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, wrong)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer

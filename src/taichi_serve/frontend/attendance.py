@@ -1,0 +1,65 @@
+"""Who of the instances is there, in the words of the HTTP server: 503 with Retry-After while none is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.exceptions import GracefulHTTPError
+
+if TYPE_CHECKING:
+    from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+    from taichi_serve.cluster.vllm.server.keeper import Keeper
+
+
+class Attendance:
+    """Looks at the cluster and at who brings its instances back."""
+
+    def __init__(self, cluster: VllmCluster, keeper: Keeper) -> None:
+        self._cluster = cluster
+        self._keeper = keeper
+
+    def none_lives(self) -> bool:
+        """Whether no instance can take a request."""
+        return not any(engine.alive for engine in self._cluster.engines)
+
+    def none_answers(self) -> bool:
+        """Whether every instance is lost or silent."""
+        return not any(e.alive and e not in self._keeper.silent for e in self._cluster.engines)
+
+    def retry_after(self) -> int | None:
+        """Whole seconds until an instance is expected back, where none lives and one is."""
+        return self._keeper.supervisor.retry_after(time.monotonic()) if self.none_lives() else None
+
+    def refusal(self) -> GracefulHTTPError:
+        """What a request is told while none lives."""
+        seconds = self.retry_after()
+        when = "none will come back" if seconds is None else f"one is expected back in about {seconds} s"
+        return GracefulHTTPError(f"No instance is up; {when}.", HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class RetryAfter:
+    """Pure ASGI middleware: a 503 says when to come back, where that is known."""
+
+    def __init__(self, app: ASGIApp, seconds: Callable[[], int | None]) -> None:
+        self.app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let it through, and look at the answer."""
+
+        async def sent(message: Message) -> None:
+            if (
+                message["type"] == "http.response.start"
+                and message["status"] == HTTPStatus.SERVICE_UNAVAILABLE
+            ):
+                seconds, headers = self._seconds(), message.get("headers", [])
+                if seconds is not None and not any(name == b"retry-after" for name, _ in headers):
+                    headers = [*headers, (b"retry-after", b"%d" % seconds)]
+                    message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, sent)
