@@ -26,6 +26,7 @@ from common import (
     Mover,
     bodies,
     fast_start,
+    kv_of_each,
     legs,
     out_directory,
     server,
@@ -252,7 +253,7 @@ def run(parts: Sequence[str], out: Path, path: str = "auto") -> None:
             *fast_start(),
             *NO_WEIGHTS,
             "--kv-cache-memory-bytes",
-            "6G",
+            kv_of_each(),
             "--stream-interval",
             "4",
         ]
