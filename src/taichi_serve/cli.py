@@ -28,10 +28,14 @@ def main(argv: list[str] | None = None) -> int:
         return command(argv)
     try:
         status = command(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
     except SystemExit as end:  # argparse: words that were wrong, or help that was asked for
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BrokenPipeError:  # whoever reads what is printed has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     # Not by way of the interpreter's teardown: Triton's bindings report whatever vLLM still holds as leaks.
     atexit._run_exitfuncs()
     logging.shutdown()
@@ -42,44 +46,94 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(words: list[str]) -> int:
     """Run one command; returns the exit status."""
-    run: Callable[[list[str]], int]
-    rest = words[1:]
     match words[:1]:
-        case ["serve"]:
-            from taichi_serve.frontend.server import main as serve
-
-            run = serve
-        case ["demo"]:
-            from taichi_serve.commands.demo import main as demo
-
-            run = demo
-        case ["bench"]:
-            from taichi_serve.commands.bench import main as bench
-
-            run = bench
-        case ["explain"]:
-            from taichi_serve.commands.explain import main as explain
-
-            run = explain
-        case ["profile"]:
-            from taichi_serve.commands.profile import main as profile
-
-            run = profile
-        case ["simulate"]:
-            from taichi_serve.commands import simulate
-
-            run = _parsed("simulate", simulate.__doc__, simulate.add_arguments, simulate.main)
-        case ["search"]:
-            from taichi_serve.commands import search
-
-            run = _parsed("search", search.__doc__, search.add_arguments, search.main)
         case [] | ["-h"] | ["--help"]:
             print(USAGE)
-            return 0
+        case ["--version"]:
+            from taichi_serve.commands.installed import versions
+
+            print(versions())
+        case [name] if name in COMMANDS:
+            return COMMANDS[name]()(words[1:])
         case _:
-            print(f"taichi: unknown command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+            print(
+                f"taichi: unknown command {words[0]!r}; there are {', '.join(COMMANDS)} (see taichi --help)",
+                file=sys.stderr,
+            )
             return 2
-    return run(rest)
+    return 0
+
+
+Run = Callable[[list[str]], int]
+
+
+def _serve() -> Run:
+    from taichi_serve.commands.installed import without_engines
+
+    if why := without_engines():
+        return _refused("serve", why)
+    try:
+        from taichi_serve.frontend.server import main as run
+    except ImportError as wrong:  # half an installation
+        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            raise
+        return _refused("serve", f"vLLM is installed, but not whole: {wrong}")
+    return run
+
+
+def _refused(name: str, why: str) -> Run:
+    def run(words: list[str]) -> int:
+        print(f"taichi {name}: {why}", file=sys.stderr)
+        return 2
+
+    return run
+
+
+def _demo() -> Run:
+    from taichi_serve.commands.demo import main as run
+
+    return run
+
+
+def _bench() -> Run:
+    from taichi_serve.commands.bench import main as run
+
+    return run
+
+
+def _explain() -> Run:
+    from taichi_serve.commands.explain import main as run
+
+    return run
+
+
+def _profile() -> Run:
+    from taichi_serve.commands.profile import main as run
+
+    return run
+
+
+def _simulate() -> Run:
+    from taichi_serve.commands import simulate
+
+    return _parsed("simulate", simulate.__doc__, simulate.add_arguments, simulate.main)
+
+
+def _search() -> Run:
+    from taichi_serve.commands import search
+
+    return _parsed("search", search.__doc__, search.add_arguments, search.main)
+
+
+COMMANDS: dict[str, Callable[[], Run]] = {
+    "serve": _serve,
+    "demo": _demo,
+    "bench": _bench,
+    "explain": _explain,
+    "profile": _profile,
+    "simulate": _simulate,
+    "search": _search,
+}
 
 
 def _parsed(
@@ -87,7 +141,7 @@ def _parsed(
     text: str | None,
     add: Callable[[argparse.ArgumentParser], None],
     run: Callable[[argparse.Namespace], int],
-) -> Callable[[list[str]], int]:
+) -> Run:
     parser = argparse.ArgumentParser(prog=f"taichi {name}", description=text)
     add(parser)
     return lambda words: run(parser.parse_args(words))

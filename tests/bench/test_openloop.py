@@ -99,6 +99,24 @@ async def test_a_whole_run_does_not_wait_for_what_can_only_be_bad():
     assert (score.bad, server.cut) == (4, 4)
 
 
+STATE = {"instances": [{"name": "i0", "alive": True, "pid": 7}, {"name": "i1", "alive": False, "pid": 8}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "instances"),
+    [
+        (httpx.Response(200, json=STATE), {"i0": 7, "i1": None}),
+        (httpx.Response(404), {}),
+        (httpx.Response(200, json=[]), {}),
+        (httpx.Response(200, content=b"<html>"), {}),
+    ],
+)
+async def test_instances_are_those_of_a_server_of_ours(answer, instances):
+    transport = httpx.MockTransport(lambda request: answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        assert await Endpoint(client, "tiny", 4096, "0").instances() == instances
+
+
 async def test_a_server_that_is_gone_is_named():
     def gone(request):
         raise httpx.ConnectError("refused")

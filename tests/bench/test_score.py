@@ -1,5 +1,7 @@
 """When a request is good or lost, when a rate is decided, and what is then known of its attainment."""
 
+from dataclasses import replace
+
 import pytest
 
 from taichi_serve.bench.client import Answer
@@ -98,6 +100,21 @@ def test_aborted_requests_that_were_lost_stay_bad_and_the_others_stay_unknown():
     assert (run.sent, run.good, run.bad, run.whole) == (5, 3, 1, False)
     assert (run.least, run.most) == (0.3, 0.9)
     assert run.interval == (wilson(3, 10)[0], wilson(9, 10)[1])
+
+
+def test_a_run_is_too_short_below_a_minute_or_ten_times_the_mean_request():
+    run = scored(10, 0).run(1.0, 1.0)  # each took 0.5 s and ten gaps of 0.05 s
+    assert run.mean == pytest.approx(1.0)
+    assert run.remarks == ()  # of an older file, where nobody knows
+    assert replace(run, span=59.0).remarks == ("too short: 59 s of traffic",)
+    assert replace(run, span=60.0).remarks == ()
+    slow = Score(SLO(30.0, 1.0), 1, 0.9)
+    slow.begin((0, 1), live(), DUE)
+    slow.end((0, 1), answer(ttft=2.0, gap=0.5))  # 7 s
+    assert replace(slow.run(1.0, 1.0), span=69.0).remarks == (
+        "too short: 69 s of traffic for requests of 7 s",
+    )
+    assert replace(slow.run(1.0, 1.0), span=70.0).remarks == ()
 
 
 def test_wilson_by_hand():

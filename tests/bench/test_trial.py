@@ -6,7 +6,7 @@ import pytest
 
 from taichi_serve.bench.bracket import Bracket
 from taichi_serve.bench.score import Run
-from taichi_serve.bench.trial import Trial, climb
+from taichi_serve.bench.trial import Trial, climb, measure
 from taichi_serve.slo import SLO
 
 PROMISE = SLO(4.0, 0.07)
@@ -64,6 +64,55 @@ async def test_a_rate_that_misses_when_it_is_seen_to_its_end_is_not_the_goodput(
 async def test_where_no_rate_is_kept_the_goodput_is_zero():
     found = await climb(Bracket(1.0), Fake(cliff=0.0).run)
     assert (found.rate, found.there) == (0.0, None)
+
+
+async def test_a_rate_that_was_never_missed_is_a_lower_bound_and_no_goodput():
+    found = await climb(Bracket(4.0), Fake(cliff=1000.0, wholly=True).run)
+    assert (found.rate, found.at_least, found.words) == (256.0, True, "at least 256")
+    found = await climb(Bracket(1.0, tolerance=0.5), Fake(cliff=3.0).run)
+    assert (found.at_least, found.words) == (False, "2.83")
+    found = await climb(Bracket(1.0), Fake(cliff=0.0).run)
+    assert (found.at_least, found.words) == (False, "below 0.0156")
+
+
+class Loop:
+    """A load whose requests all fail at once, on a server that has these instances before and after."""
+
+    def __init__(self, *instances):
+        self.said = iter(instances)
+
+    async def instances(self):
+        return next(self.said)
+
+    async def run(self, calls, seed, score, warm_up, early, tell):
+        pass
+
+
+async def measured(*instances, seeds=(0,), warm_up=2):
+    trial = Trial("sharegpt", PROMISE, requests=10, warm_up=warm_up, seeds=seeds)
+    return trial, await measure(Loop(*instances), trial, trial.lengths(4096), 2.0, False, lambda score: None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lost"),
+    [
+        ({"i0": 11, "i1": 12}, {"i0": 11, "i1": 12}, ()),
+        ({"i0": 11, "i1": 12}, {"i0": 11, "i1": None}, ("i1",)),
+        ({"i0": 11, "i1": 12}, {"i0": 31, "i1": 12}, ("i0",)),  # it died and came back
+        ({"i0": 11, "i1": None}, {"i0": 11, "i1": 12}, ("i1",)),
+        ({}, {}, ()),  # a server that is not ours
+        ({"i0": 11}, {}, ()),  # it did not answer: whether it is there at all others find out
+    ],
+)
+async def test_a_run_says_which_instances_were_not_there_all_the_time(before, after, lost):
+    _, run = await measured(before, after)
+    assert run.lost == lost
+
+
+async def test_the_span_of_a_run_is_that_of_counted_requests_of_its_shortest_seed():
+    trial, run = await measured({}, {}, seeds=(0, 1))
+    calls = [list(trial.lengths(4096).calls(2.0, 12, seed)) for seed in (0, 1)]
+    assert run.span == pytest.approx(min(c[11].at - c[2].at for c in calls))
 
 
 @pytest.mark.parametrize(

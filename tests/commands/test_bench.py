@@ -1,6 +1,7 @@
 """`taichi bench goodput` from outside, without a server: words, files, and one clear line for bad input."""
 
 import re
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from taichi_serve.bench.report import HEADS, Result, as_json, draw, markdown, read, row, write
 from taichi_serve.bench.score import Run, Sample
 from taichi_serve.bench.trial import Goodput, Trial
-from taichi_serve.commands import bench, contenders
+from taichi_serve.commands import bench, contenders, installed
 from taichi_serve.commands.measure import line
 from taichi_serve.slo import SLO
 
@@ -71,7 +72,7 @@ def test_the_contenders_are_values_of_the_sliders(model):
     bench.add_arguments(parser)
     args = parser.parse_args(f"{model} {BASE} --compare aggregation,disaggregation,hybrid".split())
     found = contenders.contenders(args, SLO(4.0, 0.07))
-    assert {name: " ".join(words) for name, words in found.items()} == {
+    assert {name: " ".join(words.settings) for name, words in found.items()} == {
         "aggregation": "--p-heavy 0 --d-heavy 2 --d-chunk 512",
         "disaggregation": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
         "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 256",
@@ -103,10 +104,26 @@ def test_tuned_settings_come_from_the_files_of_a_search(model, tmp_path):
     parser = bench.argparse.ArgumentParser()
     bench.add_arguments(parser)
     args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
-    assert {name: " ".join(words) for name, words in contenders.contenders(args, SLO(4.0, 0.07)).items()} == {
+    found = contenders.contenders(args, SLO(4.0, 0.07))
+    assert {name: " ".join(words.settings) for name, words in found.items()} == {
         "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 2048 --d-chunk 192 --ttft-margin 0.65 "
         "--tpot-margin 1.0 --watermark 0.98 --alpha 0.96"
     }
+
+
+def test_tuned_settings_bring_the_instances_they_were_found_for_and_the_user_may_overrule_those(
+    model, tmp_path
+):
+    more = "tensor_parallel_size: 4\nprofile: p.json\nenforce_eager: true\nasync_scheduling: false\n"
+    (tmp_path / "hybrid.yaml").write_text(TUNED + more)
+    parser = bench.argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
+    words = bench.jobs_of(args, ("--tensor-parallel-size", "2"), bench.trial_of(args))["hybrid"]
+    assert " ".join(words).startswith(
+        "--ttft-slo 4.0 --tpot-slo 0.07 --tensor-parallel-size 4 --profile p.json --enforce-eager "
+        "--tensor-parallel-size 2 --p-heavy 1"
+    )
 
 
 BAD_TUNED = [
@@ -170,11 +187,38 @@ def test_a_row_of_the_table_by_hand():
         "TTFT p50 / p90, s": "0.5 / 0.9",
         "TPOT p50 / p90, ms": "10 / 10",
         "missed at, requests/s": "4",
+        "remarks": "-",
     }
 
 
 def test_a_configuration_that_keeps_nothing_has_a_row_too():
-    assert row(result(goodput=Goodput(0.0, (MISSED,), None))) == ("hybrid", "0", *("-",) * 5, "4")
+    assert row(result(goodput=Goodput(0.0, (MISSED,), None))) == ("hybrid", "below 4", *("-",) * 5, "4", "-")
+
+
+def test_a_rate_that_was_never_missed_is_a_lower_bound_wherever_it_is_told(tmp_path):
+    bound = Goodput.of(2.0, (THERE,), THERE)
+    assert row(result(goodput=bound))[1:3] == ("at least 2", "90.0% (59.6% to 98.2%)")
+    assert row(result(goodput=Goodput.of(2.0, (THERE, MISSED), THERE)))[1] == "2"
+    results = [result(), result("aggregation", bound)]
+    assert "| aggregation | at least 2 | " in markdown(results)
+    assert b'"goodput, requests/s": "at least 2"' in as_json(results)
+    draw(results, tmp_path / "goodput.svg")
+    write(results[1], tmp_path / "aggregation.json")
+    assert b'"at_least": true' in (tmp_path / "aggregation.json").read_bytes()
+    old = (tmp_path / "aggregation.json").read_text().replace('"at_least": true', '"nothing": 0')
+    (tmp_path / "old.json").write_text(old)  # from before there was such a word
+    assert read(tmp_path / "old.json").goodput.at_least
+
+
+def test_a_table_says_what_is_doubtful_about_its_figures():
+    short = replace(THERE, span=5.0, lost=("i1",))
+    marked = result(goodput=Goodput.of(2.0, (short, MISSED), short))
+    assert row(marked)[-1] == "lost i1; too short: 5 s of traffic"
+    other = replace(MISSED, lost=("i0", "i1"))
+    assert row(result(goodput=Goodput.of(2.0, (THERE, other), THERE)))[-1] == "lost i0 i1"
+    noted = replace(marked, notes=("t: 3 of 4 rows were skipped",))
+    assert markdown([noted, noted]).endswith("\n- t: 3 of 4 rows were skipped\n")
+    assert b'"t: 3 of 4 rows were skipped"' in as_json([noted])
 
 
 def test_a_result_is_read_back_as_it_was_and_answers_no_other_question(tmp_path):
@@ -204,11 +248,15 @@ def test_a_rate_that_ended_early_says_what_is_known_of_it():
         "the client was up to 0.20 s late, 2 s"
     )
     assert line("hybrid", THERE) == "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s"
+    assert line("hybrid", replace(THERE, span=5.0, lost=("i1",))) == (
+        "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s, lost i1, too short: 5 s of traffic"
+    )
 
 
 def test_a_source_tree_that_was_never_installed_can_measure_too(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(bench, "version", missing)
+    monkeypatch.setattr(installed, "version", missing)
     assert bench.own_version() == "from source"
+    assert installed.versions() == "taichi-serve from source, no engines installed"

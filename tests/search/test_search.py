@@ -12,7 +12,7 @@ from taichi_serve.search.balance import LEAST, LEVEL, MOST, alone, balance
 from taichi_serve.search.bound import Mean, bound, least_seconds
 from taichi_serve.search.families import FAMILIES
 from taichi_serve.search.goodput import Contender, Scene, attain, goodput
-from taichi_serve.search.report import config
+from taichi_serve.search.report import config, config_text
 from taichi_serve.search.sliders import Effort, Found, best, search, with_ends
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -127,10 +127,45 @@ def test_a_hybrid_that_leads_needs_no_end_of_the_sliders():
     assert with_ends(found) == found
 
 
+SLIDERS = ["p_heavy", "d_heavy", "p_chunk", "d_chunk"]
+POLICY = ["ttft_margin", "tpot_margin", "watermark", "alpha"]
+
+
 def test_the_config_has_the_keys_that_serve_takes():
-    sliders = ["p_heavy", "d_heavy", "p_chunk", "d_chunk"]
-    policy = ["ttft_margin", "tpot_margin", "watermark", "alpha"]
-    assert list(config(SCENE, AGGREGATION)) == ["model", *sliders, "ttft_slo", "tpot_slo", *policy]
+    keys = ["model", "max_num_seqs", *SLIDERS, "ttft_slo", "tpot_slo", *POLICY]
+    assert list(config(SCENE, AGGREGATION)) == keys
+
+
+def test_a_config_holds_what_its_profile_was_for():
+    tp4 = replace(SCENE, machine=machine("llama-2-70b-tp4-h100"), max_running=64, kv_capacity=100_000)
+    found = config(tp4, AGGREGATION)
+    assert (found["tensor_parallel_size"], found["max_num_seqs"]) == (4, 64)
+    assert found["kv_cache_memory_bytes"] == 100_000 * 327680 // 4
+    assert "profile" not in found  # kernel tables are nothing that a server could start from
+    assert config_text(tp4, AGGREGATION).startswith(
+        "# aggregation 256, for even within 1 s and 50 ms a token\n"
+        "# step times: llama-2-70b-tp4-h100, 4 x H100-SXM5-80GB\nmodel: meta-llama"
+    )
+
+
+def test_a_config_from_a_measured_profile_names_it_and_has_its_settings():
+    name = "qwen2.5-7b-quarter-h200-measured"
+    scene = replace(SCENE, machine=machine(name), max_running=machine(name).max_running)
+    found = config(scene, AGGREGATION)
+    assert {key: found[key] for key in found if key not in (*SLIDERS, *POLICY, "ttft_slo", "tpot_slo")} == {
+        "model": "Qwen2.5-7B",
+        "profile": name,
+        "tensor_parallel_size": 1,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "max_model_len": 16384,
+        "dtype": "bfloat16",
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+    }
+    larger = Contender("1P1D", Sliders(1, 1, 16384, 0))
+    assert config(scene, larger)["max_num_batched_tokens"] == 16384
+    assert ", mps_share 25\n" in config_text(scene, AGGREGATION)
 
 
 def test_shipped_machines_never_read_memory_faster_than_the_device_does():

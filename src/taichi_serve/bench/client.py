@@ -10,7 +10,10 @@ from typing import Any
 
 import httpx
 
+from taichi_serve.bench.sse import Events
 from taichi_serve.slo import tpot
+
+DONE = "[DONE]"
 
 OnTokens = Callable[["Answer"], Awaitable[None]]
 
@@ -56,9 +59,10 @@ async def stream(
     try:
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
-                answer.error = f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}"
+                said = (await response.aread()).decode(errors="replace")
+                answer.error = f"HTTP {response.status_code}: {' '.join(said.split())[:300]}"
                 return answer
-            async for data in _events(response):
+            async for data in _data(response):
                 if _take(answer, data) and on_tokens is not None:
                     await on_tokens(answer)
     except httpx.HTTPError as wrong:
@@ -66,30 +70,43 @@ async def stream(
     return answer
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line[6:])
+async def _data(response: httpx.Response) -> AsyncIterator[str]:
+    """The data of every event up to the one that says it is the last."""
+    events, over = Events(), False
+    async for chunk in response.aiter_bytes():  # to its end, so that the connection can be used again
+        for data in events.feed(chunk):
+            over = over or data == DONE
+            if not over:
+                yield data
 
 
-def _take(answer: Answer, data: dict[str, Any]) -> bool:
-    """Add one chunk; says whether it brought tokens."""
-    if "error" in data:
-        answer.error = str(data["error"])
+def _take(answer: Answer, data: str) -> bool:
+    """Add one event; says whether it brought tokens. One that is not as OpenAI's are is the answer's error,
+    and no reason to lose the others of a run."""
+    try:
+        body = json.loads(data)
+        if body.get("error"):
+            answer.error = str(body["error"])
+            return False
+        answer.id = str(body.get("id") or answer.id)
+        if usage := body.get("usage"):
+            answer.prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            answer.output_tokens = int(usage.get("completion_tokens") or 0)
+        brought = [_choice(answer, choice) for choice in body.get("choices") or () if choice]
+    except (ValueError, TypeError, AttributeError, RecursionError) as wrong:
+        answer.error = f"no event of a completion: {data[:100]!r} ({type(wrong).__name__})"
         return False
-    answer.id = data.get("id", answer.id)
-    if usage := data.get("usage"):
-        answer.prompt_tokens, answer.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    brought = False
-    for choice in data.get("choices", ()):
-        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-        tokens = choice.get("token_ids") or []
-        answer.text += text
-        answer.tokens += tokens
-        answer.finish = choice.get("finish_reason") or answer.finish
-        # Half of a multi-byte character brings a token and no text.
-        if text or tokens:
-            answer.times.append(time.perf_counter())
-            answer.counts.append(len(tokens))
-            brought = True
-    return brought
+    return any(brought)
+
+
+def _choice(answer: Answer, choice: dict[str, Any]) -> bool:
+    text: str = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    tokens: list[int] = choice.get("token_ids") or []
+    answer.text += text
+    answer.tokens += tokens
+    answer.finish = choice.get("finish_reason") or answer.finish
+    if not (text or tokens):  # half of a multi-byte character brings a token and no text
+        return False
+    answer.times.append(time.perf_counter())
+    answer.counts.append(len(tokens))
+    return True

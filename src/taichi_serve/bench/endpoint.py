@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 SETTLE_SECONDS = 60.0
+Instances = dict[str, int | None]  # of a server of ours: the process of each, None for one that is not alive
 
 
 class EndpointError(ValueError):
@@ -48,6 +49,18 @@ class Endpoint:
         except httpx.HTTPError as wrong:
             raise EndpointGoneError(f"{url}: it is gone: {wrong!r}") from None
 
+    async def instances(self) -> Instances:
+        """The instances as the server has them now; empty for a server that is not ours, or does not answer.
+
+        What is measured does not hang on it: whether the server is there at all, `settle` finds out.
+        """
+        try:
+            answer = await self.client.get("/taichi/state", timeout=SETTLE_SECONDS)
+            rows = answer.json()["instances"] if answer.status_code == 200 else ()
+            return {str(row["name"]): row.get("pid", 0) if row["alive"] else None for row in rows}
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
+
     async def _live(self) -> int:
         answer = await self.client.get("/taichi/state")
         if answer.status_code == 200:
@@ -55,6 +68,13 @@ class Endpoint:
         body = {"model": self.model, "prompt": [300], "max_tokens": 1}
         (await self.client.post("/v1/completions", json=body)).raise_for_status()
         return 0
+
+
+def gone(before: Instances, after: Instances) -> tuple[str, ...]:
+    """Those that were not there all the time: not alive at one of the two times, or started anew between."""
+    return tuple(
+        name for name, process in before.items() if process is None or after.get(name, process) != process
+    )
 
 
 @contextlib.asynccontextmanager

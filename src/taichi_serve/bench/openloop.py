@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taichi_serve.bench.client import Answer, stream
-from taichi_serve.bench.endpoint import Endpoint
+from taichi_serve.bench.endpoint import Endpoint, Instances
 from taichi_serve.bench.score import Key, Live, Score
 from taichi_serve.cluster.simulated.job import Call
 
@@ -28,6 +28,10 @@ class OpenLoop:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._chance = random.Random()
+
+    async def instances(self) -> Instances:
+        """The server's instances as they are now."""
+        return await self._endpoint.instances()
 
     async def run(
         self, calls: Sequence[Call], seed: int, score: Score, warm_up: int, early: bool, tell: Tell

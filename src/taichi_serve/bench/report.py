@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ HEADS = (
     "TTFT p50 / p90, s",
     "TPOT p50 / p90, ms",
     "missed at, requests/s",
+    "remarks",
 )
 
 
@@ -37,6 +38,7 @@ class Result:
     date: str
     versions: str
     machine: str
+    notes: tuple[str, ...] = ()  # what whoever reads the figures must know
 
     def same(self, target: str, trial: Trial, flags: tuple[str, ...]) -> bool:
         """Whether it answers this question."""
@@ -52,9 +54,11 @@ def write(result: Result, path: Path) -> None:
 def read(path: Path) -> Result | None:
     """A result written before; None where there is none, or it is not one."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Result)
+        found = msgspec.json.decode(path.read_bytes(), type=Result)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
+    goodput = found.goodput  # an older file does not say that it is a lower bound
+    return replace(found, goodput=Goodput.of(goodput.rate, goodput.runs, goodput.there))
 
 
 def row(result: Result) -> tuple[str, ...]:
@@ -62,20 +66,31 @@ def row(result: Result) -> tuple[str, ...]:
     found = result.goodput
     missed = [run.rate for run in found.runs if not run.kept]
     beyond = f"{min(missed):.3g}" if missed else "-"
+    remarks = "; ".join(_remarks(result)) or "-"
     run = found.there
     if run is None:
-        return (result.name, "0", *("-" for _ in HEADS[3:]), beyond)
+        return (result.name, found.words, *("-" for _ in HEADS[4:]), beyond, remarks)
     low, high = run.interval
     return (
         result.name,
-        f"{found.rate:.3g}",
+        found.words,
         f"{run.least:.1%} ({low:.1%} to {high:.1%})",
         f"{run.good} of {run.total}",
         str(run.failed),
         f"{_time(run, 'ttft', 0.5)} / {_time(run, 'ttft', 0.9)}",
         f"{_time(run, 'tpot', 0.5, 1e3)} / {_time(run, 'tpot', 0.9, 1e3)}",
         beyond,
+        remarks,
     )
+
+
+def _remarks(result: Result) -> list[str]:
+    """What is doubtful about the run that is in the table, or about all of them where none is."""
+    found = result.goodput
+    said = [f"lost {' '.join(found.lost)}"] if found.lost else []
+    for run in [found.there] if found.there else found.runs:
+        said += [remark for remark in run.remarks if remark not in said and not remark.startswith("lost")]
+    return said
 
 
 def _time(run: Run, name: str, share: float, unit: float = 1.0) -> str:
@@ -98,13 +113,19 @@ def markdown(results: Sequence[Result]) -> str:
     """The conditions and the table."""
     lines = [HEADS, ("---", *("---:" for _ in HEADS[1:])), *map(row, results)]
     flags = [f"- {r.name}: `{' '.join(r.flags)}`" for r in results if r.flags]
+    notes = [f"- {note}" for note in notes_of(results)]
     table = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([conditions(results[-1]), "", *table, "", *flags]) + "\n"
+    return "\n".join([conditions(results[-1]), "", *table, "", *flags, *notes]) + "\n"
+
+
+def notes_of(results: Sequence[Result]) -> list[str]:
+    """The notes of all of them, each once."""
+    return list(dict.fromkeys(note for result in results for note in result.notes))
 
 
 def as_json(results: Sequence[Result]) -> bytes:
-    """The table as a list of objects."""
-    rows = [dict(zip(HEADS, row(result), strict=True)) for result in results]
+    """The table as a list of objects, each with its notes."""
+    rows = [{**dict(zip(HEADS, row(result), strict=True)), "notes": result.notes} for result in results]
     return msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n"
 
 
@@ -119,7 +140,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         if there is not None:
             done = [sample for sample in there.samples if sample.error is None]
             times = [sample.ttft for sample in done], [(sample.tpot or 0.0) * 1e3 for sample in done]
-            label = f"{result.name}, {there.rate:.3g} requests/s"
+            label = f"{result.name}, {result.goodput.words} requests/s"
             right.scatter(*times, s=9, alpha=0.6, linewidths=0, color=colour, label=label)
     left.axhline(trial.attainment, color="grey", linestyle=":")
     left.set(xlabel="requests/s", ylabel="attainment", xlim=(0, None), ylim=(0, 1.03))

@@ -14,6 +14,8 @@ from taichi_serve.bench.goodput import wilson
 from taichi_serve.slo import SLO, tpot
 
 Key = tuple[int, int]  # seed, number
+# A run that is shorter sees neither a queue that grows nor the load that remains once the first requests end.
+LEAST_SECONDS, LEAST_REQUESTS = 60.0, 10.0  # seconds, and times the mean request
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Run:
     seconds: float
     lag: float  # seconds that the client was late with a request, at worst
     samples: tuple[Sample, ...]
+    span: float | None = None  # seconds over which counted requests are sent, for each seed; None: not known
+    lost: tuple[str, ...] = ()  # instances of the server that were not there all the time
 
     @property
     def whole(self) -> bool:
@@ -99,6 +103,25 @@ class Run:
     def failed(self) -> int:
         """Requests that were refused or broke off."""
         return sum(sample.error is not None for sample in self.samples)
+
+    @property
+    def mean(self) -> float:
+        """Seconds that a request took that ended properly, on average; 0.0 where none did."""
+        took = [
+            sample.ttft + sample.tpot * (sample.output_tokens - 1)
+            for sample in self.samples
+            if sample.error is None and sample.ttft is not None and sample.tpot is not None
+        ]
+        return sum(took) / len(took) if took else 0.0
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What makes its figures doubtful: what it was too short for, and instances that were lost."""
+        said = [f"lost {' '.join(self.lost)}"] if self.lost else []
+        if self.span is not None and self.span < max(LEAST_SECONDS, LEAST_REQUESTS * self.mean):
+            long = f" for requests of {self.mean:.3g} s" if self.span >= LEAST_SECONDS else ""
+            said.append(f"too short: {self.span:.3g} s of traffic{long}")
+        return tuple(said)
 
     def times(self, name: str) -> list[float]:
         """TTFT or TPOT (seconds) of all requests that ended properly, ascending."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taichi_serve.bench.bracket import Bracket
+from taichi_serve.bench.endpoint import gone
 from taichi_serve.bench.openloop import OpenLoop, Tell
 from taichi_serve.bench.score import Run, Score
 from taichi_serve.bench.workload import Workload, workload
@@ -27,6 +28,7 @@ class Trial:
     start: float = 1.0  # the first rate, requests/s
     tolerance: float = 0.1
     full: bool = False  # no run ends early
+    over_limit: str = "refuse"  # rows of a trace over the model's limit: refuse, skip or cut
 
     def __post_init__(self) -> None:
         if not 0 < self.attainment <= 1:
@@ -51,7 +53,7 @@ class Trial:
 
     def lengths(self, limit: int) -> Workload:
         """Its requests for a model that takes so many tokens."""
-        return workload(self.workload, limit, scale=self.scale)
+        return workload(self.workload, limit, scale=self.scale, over_limit=self.over_limit)
 
 
 async def measure(
@@ -60,27 +62,55 @@ async def measure(
     """One rate, one seed after the other, until the outcome is certain."""
     score = Score(trial.slo, trial.total, trial.attainment)
     began = time.perf_counter()
-    for seed in trial.seeds:
-        calls = list(requests.calls(rate, trial.warm_up + trial.requests, seed))
+    plans = {seed: list(requests.calls(rate, trial.warm_up + trial.requests, seed)) for seed in trial.seeds}
+    before = await loop.instances()
+    for seed, calls in plans.items():
         await loop.run(calls, seed, score, trial.warm_up, early, tell)
         if early and score.kept is not None:
             break
-    return score.run(rate, time.perf_counter() - began)
+    made = score.run(rate, time.perf_counter() - began)
+    span = min(calls[-1].at - calls[trial.warm_up].at for calls in plans.values())
+    return replace(made, span=span, lost=gone(before, await loop.instances()))
 
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """The rate found (requests/s, 0 for none), every run on the way there, and a whole one at that rate."""
+    """The rate found (requests/s, 0 for none), every run on the way there, and a whole one at that rate.
+
+    With `at_least` no higher rate was missed: the goodput is that or more, and nobody knows how much more.
+    """
 
     rate: float
     runs: tuple[Run, ...]
     there: Run | None
+    at_least: bool = False
+
+    @classmethod
+    def of(cls, rate: float, runs: tuple[Run, ...], there: Run | None) -> Goodput:
+        """With what the last verdict on every rate says of those above."""
+        verdicts = {run.rate: run.kept for run in runs}
+        return cls(rate, runs, there, rate > 0 and all(kept for r, kept in verdicts.items() if r > rate))
+
+    @property
+    def words(self) -> str:
+        """The rate, as far as it is known."""
+        if self.at_least:
+            return f"at least {self.rate:.3g}"
+        if self.rate:
+            return f"{self.rate:.3g}"
+        return f"below {min(run.rate for run in self.runs):.3g}" if self.runs else "0"
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Instances that were not there in one of the runs."""
+        return tuple(sorted({name for run in self.runs for name in run.lost}))
 
 
 async def climb(start: Bracket, run: Callable[[float, bool], Awaitable[Run]]) -> Goodput:
     """Bisect, and see the rate found to its end: `run` takes a rate and whether it may end early.
 
     A rate that misses the target then, though it kept it before, counts as missed, and the search goes on.
+    Where even the highest rate within reach keeps it, what is found is a lower bound.
     """
     runs: list[Run] = []
     while True:
@@ -92,9 +122,9 @@ async def climb(start: Bracket, run: Callable[[float, bool], Awaitable[Run]]) ->
         if following is not None:
             runs.append(await run(following, True))
         elif not bracket.low:
-            return Goodput(0.0, tuple(runs), None)
+            return Goodput.of(0.0, tuple(runs), None)
         else:
             there = next((r for r in runs if r.rate == bracket.low and r.whole), None)
             if there is not None:
-                return Goodput(bracket.low, tuple(runs), there)
+                return Goodput.of(bracket.low, tuple(runs), there)
             runs.append(await run(bracket.low, False))

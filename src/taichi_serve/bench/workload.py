@@ -80,6 +80,7 @@ class Workload:
     name: str
     lengths: Lengths
     cv: float = 1.0
+    note: str = ""  # what whoever reads the figures must know of the lengths
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.cv) and self.cv >= 0):
@@ -152,12 +153,15 @@ def _synthetic(name: str) -> Synthetic | None:
     return Synthetic(LogNormal(prompt, SPREAD, TAIL * prompt), LogNormal(output, SPREAD, TAIL * output))
 
 
-def workload(name: str, limit: int, cv: float = 1.0, scale: float = 1.0) -> Workload:
+def workload(
+    name: str, limit: int, cv: float = 1.0, scale: float = 1.0, over_limit: str = "refuse"
+) -> Workload:
     """A synthetic workload by name or by its mean lengths ("1200/100": prompts and outputs), or the lengths
     of a trace by path; ValueError says what is wrong.
 
     All lengths are multiplied by `scale`. `limit` is the most tokens of prompt and output together:
-    synthetic lengths are cut there, while a trace that goes beyond it is an error.
+    synthetic lengths are cut there; rows of a trace that go beyond it are refused, skipped or cut, as
+    `over_limit` says (bench/traces.py).
     """
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, not {scale!r}")
@@ -173,4 +177,5 @@ def workload(name: str, limit: int, cv: float = 1.0, scale: float = 1.0) -> Work
         raise ValueError(
             f"workload {name!r} is no file, and none of {', '.join(sorted(SYNTHETIC))}, 1200/100"
         )
-    return Workload(path.stem, Rows(read_trace(path, limit, scale)), cv)
+    trace = read_trace(path, limit, scale, over_limit)
+    return Workload(path.stem, Rows(trace), cv, trace.note(over_limit))

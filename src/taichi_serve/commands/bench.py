@@ -7,18 +7,30 @@ import asyncio
 import datetime
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from taichi_serve.bench.endpoint import EndpointGoneError
-from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
+from taichi_serve.bench.report import (
+    HEADS,
+    Result,
+    as_json,
+    conditions,
+    draw,
+    markdown,
+    notes_of,
+    read,
+    row,
+    write,
+)
 from taichi_serve.bench.trial import Trial
 from taichi_serve.commands import contenders
+from taichi_serve.commands.installed import own_version, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
+from taichi_serve.commands.scene import add_over_limit
 from taichi_serve.commands.subserver import ServerError
 from taichi_serve.slo import SLO
 
@@ -34,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
     )
+    add_over_limit(parser)
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="of all lengths (default: 1)")
     parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
@@ -91,7 +104,8 @@ def trial_of(args: argparse.Namespace) -> Trial:
         raise ValueError(f"--seeds: expected whole numbers with commas between, not {args.seeds!r}") from None
     slo = SLO(args.ttft_slo, args.tpot_slo)
     sizes = args.attainment, args.requests, args.warm_up, seeds
-    trial = Trial(args.workload, slo, args.scale, *sizes, args.start, args.tolerance, args.full)
+    rates = args.start, args.tolerance, args.full
+    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, args.over_limit)
     trial.lengths(ANY_LENGTH)  # a trace that cannot be read is told before a server is started
     return trial
 
@@ -102,6 +116,8 @@ def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> d
         if args.compare or flags:
             raise ValueError("--compare and flags of taichi serve need a MODEL, not a URL")
         return {"server": ()}
+    if why := without_engines():
+        raise ValueError(why)
     path = Path(args.target)
     if path.exists() or args.target.startswith((".", "/", "~")):
         args.target = str(path.expanduser())
@@ -113,7 +129,7 @@ def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> d
             raise ValueError("--tuned needs --compare, which says what is to be measured")
         return {"server": (*slos, *flags)}
     compared = contenders.contenders(args, trial.slo)
-    return {name: (*slos, *flags, *words) for name, words in compared.items()}
+    return {name: (*slos, *words.instance, *flags, *words.settings) for name, words in compared.items()}
 
 
 def result(
@@ -137,28 +153,20 @@ def result(
         measured = asyncio.run(
             interrupts.watch(running(name, args.target.rstrip("/"), args.api_key, trial, console))
         )
-    found, server = measured
     made = Result(
         name,
         args.target,
         trial,
         kept,
-        found,
+        measured.goodput,
         datetime.datetime.now(datetime.UTC).date().isoformat(),
-        f"taichi-serve {own_version()}, vLLM {server}, Python {platform.python_version()}",
+        f"taichi-serve {own_version()}, vLLM {measured.version}, Python {platform.python_version()}",
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        measured.notes,
     )
     if path:
         write(made, path)
     return made
-
-
-def own_version() -> str:
-    """Ours; a source tree that was never installed has none, and is no reason to lose what was measured."""
-    try:
-        return version("taichi-serve")
-    except PackageNotFoundError:
-        return "from source"
 
 
 def without_key(flags: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,7 +187,10 @@ def report(results: list[Result], out: str | None) -> None:
                 table.add_column(name, justify="left" if name == head else "right")
         else:
             table.add_row(head, *cells)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in notes_of(results):
+        console.print(note, soft_wrap=True, markup=False)
     if out:
         folder = Path(out)
         (folder / "goodput.md").write_text(markdown(results), encoding="utf-8")

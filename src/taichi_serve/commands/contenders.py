@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from taichi_serve.slo import SLO
 
 NAMES = ("aggregation", "disaggregation", "hybrid")
-# What `taichi search --tuned` decides; the model and the SLOs in its files are the measurement's own.
+# What `taichi search --tuned` decides.
 TUNED = ("p_heavy", "d_heavy", "p_chunk", "d_chunk", "ttft_margin", "tpot_margin", "watermark", "alpha")
+# The model and the SLOs in its files are the measurement's own; all else in them is what an instance must be.
+OWN = ("model", "ttft_slo", "tpot_slo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def contenders(args: argparse.Namespace, slo: SLO) -> dict[str, tuple[str, ...]]:
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Words of `taichi serve`: what an instance is, which the user may overrule, and what is measured."""
+
+    instance: tuple[str, ...]
+    settings: tuple[str, ...]
+
+
+def contenders(args: argparse.Namespace, slo: SLO) -> dict[str, Words]:
     """The words for each name asked for, in that order; ValueError says what is wrong."""
     asked = args.compare.split(",")
     for name in asked:
@@ -40,7 +52,7 @@ def contenders(args: argparse.Namespace, slo: SLO) -> dict[str, tuple[str, ...]]
         return {name: _tuned(args.tuned / f"{name}.yaml", slo) for name in asked}
     if args.instances < 2:
         raise ValueError(f"--instances: must be at least 2, not {args.instances}")
-    return {name: tuple(_words(name, args).split()) for name in asked}
+    return {name: Words((), tuple(_words(name, args).split())) for name in asked}
 
 
 def _words(name: str, args: argparse.Namespace) -> str:
@@ -57,12 +69,13 @@ def _words(name: str, args: argparse.Namespace) -> str:
     )
 
 
-def _tuned(path: Path, slo: SLO) -> tuple[str, ...]:
+def _tuned(path: Path, slo: SLO) -> Words:
     """The settings in a file of `taichi search`, which must have looked for this SLO."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         limits = SLO(found["ttft_slo"], found["tpot_slo"])
-        words = [word for key in TUNED for word in (f"--{key.replace('_', '-')}", str(found[key]))]
+        settings = _flags({key: found[key] for key in TUNED})
+        instance = _flags({key: value for key, value in found.items() if key not in (*TUNED, *OWN)})
     except OSError as wrong:
         raise ValueError(f"--tuned: {path}: cannot be read: {wrong.strerror}") from None
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as wrong:
@@ -72,4 +85,12 @@ def _tuned(path: Path, slo: SLO) -> tuple[str, ...]:
             f"--tuned: {path}: was tuned for {limits.ttft:g} s and {limits.tpot * 1e3:g} ms, not for "
             f"{slo.ttft:g} s and {slo.tpot * 1e3:g} ms"
         )
-    return tuple(words)
+    return Words(instance, settings)
+
+
+def _flags(keys: dict[str, Any]) -> tuple[str, ...]:
+    """Keys of a config file as words of a command line."""
+    named = {f"--{key.replace('_', '-')}": value for key, value in keys.items() if value is not False}
+    return tuple(
+        w for flag, value in named.items() for w in ((flag,) if value is True else (flag, str(value)))
+    )

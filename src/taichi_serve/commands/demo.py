@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from taichi_serve.commands import tables
+from taichi_serve.commands.files import unwritable
+from taichi_serve.commands.installed import without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.load import Load
 from taichi_serve.commands.rows import Row, totals
@@ -62,6 +64,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     interrupts = Interrupts()
     console = Console(stderr=args.json == "-", highlight=False)
+    if why := without_engines() or (args.json and args.json != "-" and unwritable(Path(args.json))):
+        print(f"taichi demo: {why}", file=sys.stderr)  # noqa: T201
+        return 2
     try:
         return run(args, console, interrupts)
     except Stopped as stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,7 +15,14 @@ from taichi_serve.bench.trial import Goodput, Trial, climb, measure
 from taichi_serve.commands.interrupts import Interrupts
 from taichi_serve.commands.subserver import ServerError, Subserver
 
-Measured = tuple[Goodput, str]  # and the version of the server
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found, the version of the server, and what is to be known of the workload."""
+
+    goodput: Goodput
+    version: str
+    notes: tuple[str, ...] = ()
 
 
 async def running(name: str, url: str, api_key: str | None, trial: Trial, console: Console) -> Measured:
@@ -23,6 +31,9 @@ async def running(name: str, url: str, api_key: str | None, trial: Trial, consol
     more = TextColumn("{task.fields[good]} good, {task.fields[bad]} bad, {task.fields[live]} under way")
     async with meet(url, api_key) as endpoint:
         requests, loop = trial.lengths(endpoint.limit), OpenLoop(endpoint)
+        notes = (requests.note,) if requests.note else ()
+        for note in notes:
+            console.print(f"{name}  {note}", soft_wrap=True, markup=False)
         with Progress(*columns, more, TimeElapsedColumn(), console=console, transient=True) as progress:
 
             async def run(rate: float, early: bool) -> Run:
@@ -39,7 +50,7 @@ async def running(name: str, url: str, api_key: str | None, trial: Trial, consol
                     raise EndpointError(f"{url}: every request failed: {made.samples[0].error}")
                 return made
 
-            return await climb(trial.bracket, run), endpoint.version
+            return Measured(await climb(trial.bracket, run), endpoint.version, notes)
 
 
 def line(name: str, run: Run) -> str:
@@ -47,10 +58,11 @@ def line(name: str, run: Run) -> str:
     share = f"{run.least:.1%}" if run.whole else f"{run.least:.1%} to {run.most:.1%}"
     verdict = "kept" if run.kept else "missed"
     failed = f", {run.failed} failed" if run.failed else ""
+    doubts = "".join(f", {remark}" for remark in run.remarks)
     late = f", the client was up to {run.lag:.2f} s late" if run.lag > 0.1 else ""
     return (
         f"{name}  {run.rate:.3g} requests/s: {verdict}, attainment {share} of {run.total}, "
-        f"{run.sent} sent{failed}{late}, {run.seconds:.0f} s"
+        f"{run.sent} sent{failed}{late}, {run.seconds:.0f} s{doubts}"
     )
 
 

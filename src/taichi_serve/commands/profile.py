@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from taichi_serve.commands.installed import without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.latency.profile import Profile, ProfileError
 from taichi_serve.profiling.grid import Grid
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--neighbours must be at least 0, not {args.neighbours}")
     except ValueError as wrong:
         parser.error(str(wrong))
+    if why := without_engines():
+        parser.error(why)
     began = time.monotonic()
     try:
         profile = _measured(grid, args, words, console)

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 
 from taichi_serve import eventlog
-from taichi_serve.frontend.record import History, find, parts, view
+from taichi_serve.frontend.names import find
+from taichi_serve.frontend.record import History, parts, view
 
 Record = dict[str, Any]
 

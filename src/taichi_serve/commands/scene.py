@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
+from taichi_serve.bench.traces import OVER_LIMIT
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
 from taichi_serve.search.goodput import Scene
@@ -21,6 +22,7 @@ def add_scene(
         required=True,
         help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
     )
+    add_over_limit(parser)
     parser.add_argument("--ttft-slo", type=ttft, required=True, metavar="S", help=f"seconds{more}")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
     parser.add_argument(
@@ -39,14 +41,29 @@ def add_scene(
     parser.add_argument(
         "--kv-capacity", type=int, metavar="TOKENS", help="of an instance (default: what the profile says)"
     )
-    parser.add_argument("--max-running", type=int, default=256, metavar="N", help="requests in one step")
+    parser.add_argument(
+        "--max-running", type=int, metavar="N", help="requests in one step (default: as profiled, or 256)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
 
 
+def add_over_limit(parser: argparse.ArgumentParser) -> None:
+    """What is done with rows of a trace that the model cannot take."""
+    parser.add_argument(
+        "--over-limit",
+        choices=OVER_LIMIT,
+        default=OVER_LIMIT[0],
+        help="rows of a trace with more tokens than the model takes: an error, left out, or prompts cut to "
+        "fit (default: refuse)",
+    )
+
+
 def scene_of(args: argparse.Namespace) -> Scene:
     """What the options describe; ValueError is one line that says what is wrong."""
+    if args.tensor_parallel < 1:
+        raise ValueError(f"--tensor-parallel: must be at least 1, not {args.tensor_parallel}")
     found = machine(args.profile, args.device, args.tensor_parallel)
     if args.model and args.model != found.model:
         raise ValueError(f"profile {found.name} is for {found.model}, not for {args.model}")
@@ -54,16 +71,18 @@ def scene_of(args: argparse.Namespace) -> Scene:
         if args.kv_capacity < 1024:
             raise ValueError(f"--kv-capacity: must be at least 1024, not {args.kv_capacity}")
         found = replace(found, kv_capacity=args.kv_capacity)
-    if args.max_running < 1:
-        raise ValueError(f"--max-running: must be at least 1, not {args.max_running}")
+    running = found.max_running if args.max_running is None else args.max_running
+    if running < 1:
+        raise ValueError(f"--max-running: must be at least 1, not {running}")
     if not (args.bandwidth > 0 and args.link_latency >= 0):
         raise ValueError("--bandwidth must be above 0 and --link-latency at least 0")
     limit = min(found.max_model_len, found.kv_capacity)
     return Scene(
         found,
-        workload(args.workload, limit, args.cv),
+        workload(args.workload, limit, args.cv, over_limit=args.over_limit),
         SLO(args.ttft_slo, args.tpot_slo),
         args.bandwidth,
         args.link_latency,
-        args.max_running,
+        running,
+        args.kv_capacity,
     )

@@ -11,16 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from taichi_serve.commands.files import made, unwritable
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.search.balance import balance
 from taichi_serve.search.bound import bound
 from taichi_serve.search.families import FAMILIES
 from taichi_serve.search.goodput import Scene, attain
-from taichi_serve.search.report import config, draw_curves, draw_pareto, found_row
+from taichi_serve.search.report import config, config_text, draw_curves, draw_pareto, found_row
 from taichi_serve.search.sliders import Effort, Found, Tell, best, search
 from taichi_serve.slo import SLO
 
@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--instances: must be at least 2, not {args.instances}")
         if args.most < 1:
             raise ValueError(f"--most: must be at least 1, not {args.most}")
+        _check_outputs(args)
         effort = Effort(seconds=args.seconds, most=args.most, knobs=True)
         with console.status("searching") as status:
 
@@ -89,15 +90,17 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"taichi search: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    limit = bound(scene.machine, scene.workload, scene.slo.tpot, args.instances, args.max_running)
-    settings = yaml.safe_dump(config(scene, found[0].contender), sort_keys=False)
+    limit = bound(scene.machine, scene.workload, scene.slo.tpot, args.instances, scene.max_running)
+    if scene.workload.note:
+        console.print(scene.workload.note, soft_wrap=True, markup=False)
     if args.json:
         rows = [found_row(f) for f in found]
-        print(json.dumps({"bound": limit, "ranked": rows, "config": yaml.safe_load(settings)}, indent=1))  # noqa: T201
+        told = {"bound": limit, "ranked": rows, "config": config(scene, found[0].contender)}
+        print(json.dumps(told | _noted(scene), indent=1))  # noqa: T201
     else:
         _show(found, limit, scene, time.perf_counter() - began)
     if args.out:
-        Path(args.out).write_text(settings)
+        Path(args.out).write_text(config_text(scene, found[0].contender))
     if args.tuned:
         _write_tuned(found, scene, Path(args.tuned))
     if args.plot:
@@ -105,11 +108,22 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError before anything is searched."""
+    if args.out and (why := unwritable(Path(args.out))):
+        raise ValueError(f"--out: {why}")
+    for folder in (args.tuned, args.plot):
+        if folder:
+            made(Path(folder))
+
+
 def _write_tuned(found: list[Found], scene: Scene, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for family, entry in best(found).items():
-        text = yaml.safe_dump(config(scene, entry.contender), sort_keys=False)
-        (folder / f"{family}.yaml").write_text(text)
+        (folder / f"{family}.yaml").write_text(config_text(scene, entry.contender))
+
+
+def _noted(scene: Scene) -> dict[str, str]:
+    return {"note": scene.workload.note} if scene.workload.note else {}
 
 
 def _show(found: list[Found], limit: float, scene: Scene, took: float) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taichi_serve.bench.goodput import Tally
+from taichi_serve.commands.files import made
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.search.goodput import Contender, Scene, attain
@@ -40,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.requests < 1:
             raise ValueError(f"--requests: must be at least 1, not {args.requests}")
+        if args.plot:
+            made(Path(args.plot))
         scene = scene_of(args)
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
         policy = Policy(args.watermark, args.alpha, args.ttft_margin, args.tpot_margin)
@@ -52,11 +55,14 @@ def main(args: argparse.Namespace) -> int:
     figures = {
         "config": config(scene, Contender("simulate", sliders, policy)),
         "workload": scene.workload.name,
+        **({"note": scene.workload.note} if scene.workload.note else {}),
         "profile": scene.machine.name,
         "rate": args.rate,
         "seed": args.seed,
         **summary(tally),
     }
+    if scene.workload.note:
+        print(f"taichi simulate: {scene.workload.note}", file=sys.stderr)  # noqa: T201
     if args.json:
         print(json.dumps(figures, indent=1))  # noqa: T201
     else:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server import entry
 
+from taichi_serve.frontend import parsed
 from taichi_serve.frontend.attendance import RetryAfter
-from taichi_serve.frontend.guard import Guard
+from taichi_serve.frontend.body import Intake
+from taichi_serve.frontend.errors import error
+from taichi_serve.frontend.guard import MAX_HEADERS, Guard
+from taichi_serve.frontend.keys import Keys
 from taichi_serve.frontend.metrics import exported
 from taichi_serve.frontend.routes import router
 
@@ -28,15 +35,43 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
     def build_app(*words: Any, **more: Any) -> FastAPI:
         app = vllms_own(*words, **more)
         app.state.taichi = system
-        app.include_router(router)
-        app.user_middleware.insert(0, Middleware(RetryAfter, seconds=system.attendance.retry_after))
-        app.middleware_stack = app.build_middleware_stack()  # vLLM has built the one without it
+        furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after)
         return app
 
-    args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__qualname__}"]
     entry.build_app = build_app
     try:
-        with exported(system):
+        with exported(system), parsed.looked_at():
             yield
     finally:
         entry.build_app = vllms_own
+
+
+def furnish(
+    app: FastAPI,
+    args: argparse.Namespace,
+    closing: Callable[[], bool],
+    retry_after: Callable[[], int | None] = lambda: None,
+) -> None:
+    """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
+    instance lives `retry_after` says in how many seconds one is expected back."""
+    app.include_router(router)
+    app.exception_handler(parsed.Refusal)(parsed.answer)
+    app.exception_handler(HTTPException)(_http_error)
+    door = Middleware(
+        Guard,
+        keys=Keys.of(args),
+        intake=Intake(),
+        closing=closing,
+        max_headers=args.h11_max_header_count or MAX_HEADERS,
+    )
+    # vLLM has built the stack already, so it is built anew.
+    app.user_middleware[:0] = [door, Middleware(RetryAfter, seconds=retry_after)]
+    app.middleware_stack = app.build_middleware_stack()
+
+
+def _http_error(_: Request, wrong: HTTPException) -> JSONResponse:
+    """What the router itself refuses (no such route, no such method); vLLM words only what FastAPI raises."""
+    kind = "not_found_error" if wrong.status_code == 404 else "invalid_request_error"
+    answer = error(wrong.status_code, kind, f"{wrong.detail}.")
+    answer.headers.update(wrong.headers or {})
+    return answer

@@ -56,9 +56,9 @@ class RetryAfter:
                 message["type"] == "http.response.start"
                 and message["status"] == HTTPStatus.SERVICE_UNAVAILABLE
             ):
-                seconds = self._seconds()
-                if seconds is not None:
-                    headers = [*message.get("headers", []), (b"retry-after", b"%d" % seconds)]
+                seconds, headers = self._seconds(), message.get("headers", [])
+                if seconds is not None and not any(name == b"retry-after" for name, _ in headers):
+                    headers = [*headers, (b"retry-after", b"%d" % seconds)]
                     message = {**message, "headers": headers}
             await send(message)
 

@@ -22,10 +22,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.frontend import internal
 from taichi_serve.frontend.attendance import Attendance
-
-# Parameters that steer KV transfers inside a cluster; vLLM would trust them from anybody.
-INTERNAL = ("kv_transfer_params", "ec_transfer_params", "taichi")
+from taichi_serve.frontend.everywhere import Everywhere
+from taichi_serve.frontend.names import Names
 
 _cancelling: ContextVar[bool] = ContextVar("cancelling", default=False)
 
@@ -41,7 +41,7 @@ class _Resources:
         return not any(engine.alive for engine in self._cluster.engines)
 
 
-class ClusterClient(EngineCoreClient):
+class ClusterClient(Everywhere):
     """vLLM's client port over a whole cluster."""
 
     def __init__(self, cluster: VllmCluster, outputs: asyncio.Queue[EngineCoreOutputs]) -> None:
@@ -49,6 +49,7 @@ class ClusterClient(EngineCoreClient):
         self.resources = _Resources(cluster)
         self.engine_ranks_managed = [engine.index for engine in cluster.engines]
         self.outputs = outputs
+        self.names = Names()
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The users' outputs of one step of one instance."""
@@ -56,6 +57,7 @@ class ClusterClient(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Give a request to the cluster; the scheduler decides where it goes."""
+        self.names.note(request.request_id, request.external_req_id or request.request_id)
         self.cluster.accept(request)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -65,60 +67,6 @@ class ClusterClient(EngineCoreClient):
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Processes belong to the server (server.py), which ends them after the last output."""
-
-    # Whatever else vLLM's routes may ask concerns every instance alike.
-
-    async def _everywhere(self, method: str, *args: Any) -> list[Any]:
-        clients = [engine.client for engine in self.cluster.engines if engine.alive]
-        return await asyncio.gather(*(getattr(client, method)(*args) for client in clients))
-
-    async def get_supported_tasks_async(self) -> Any:
-        """The tasks of the model, the same on every instance."""
-        return (await self._everywhere("get_supported_tasks_async"))[0]
-
-    async def reset_mm_cache_async(self) -> None:
-        """Forget multimodal inputs, everywhere."""
-        await self._everywhere("reset_mm_cache_async")
-
-    async def reset_prefix_cache_async(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
-        """Forget cached prefixes, everywhere."""
-        return all(
-            await self._everywhere("reset_prefix_cache_async", reset_running_requests, reset_connector)
-        )
-
-    async def profile_async(self, *args: Any, **kwargs: Any) -> None:
-        """Start or stop vLLM's profiler, everywhere."""
-        await self._everywhere("profile_async", *args, *kwargs.values())
-
-    async def add_lora_async(self, lora_request: Any) -> bool:
-        """Load an adapter, everywhere."""
-        return all(await self._everywhere("add_lora_async", lora_request))
-
-    async def remove_lora_async(self, lora_id: int) -> bool:
-        """Unload an adapter, everywhere."""
-        return all(await self._everywhere("remove_lora_async", lora_id))
-
-    async def list_loras_async(self) -> set[int]:
-        """The adapters that every instance has."""
-        found: list[set[int]] = await self._everywhere("list_loras_async")
-        return set.intersection(*found)
-
-    async def pin_lora_async(self, lora_id: int) -> bool:
-        """Keep an adapter loaded, everywhere."""
-        return all(await self._everywhere("pin_lora_async", lora_id))
-
-    async def is_sleeping_async(self) -> bool:
-        """Instances never sleep."""
-        return False
-
-    async def collective_rpc_async(
-        self, method: Any, timeout: float | None = None, args: Any = (), kwargs: Any = None
-    ) -> list[Any]:
-        """Call the workers of every instance."""
-        answers = await self._everywhere("collective_rpc_async", method, timeout, args, kwargs)
-        return [answer for instance in answers for answer in instance]
 
 
 class ClusterLLM(async_llm.AsyncLLM):
@@ -142,7 +90,7 @@ class ClusterLLM(async_llm.AsyncLLM):
         if self.attendance.none_lives():
             raise self.attendance.refusal()
         if isinstance(params, SamplingParams):
-            for name in INTERNAL:
+            for name in internal.EXTRA:
                 if (params.extra_args or {}).get(name) is not None:
                     raise VLLMValidationError(f"{name} cannot be set by a client", parameter=name)
         if kwargs.get("data_parallel_rank") is not None:
@@ -155,8 +103,8 @@ class ClusterLLM(async_llm.AsyncLLM):
         return self.attendance.refusal() if self.attendance.none_lives() else super().dead_error
 
     async def check_health(self) -> None:
-        """Raise where no instance lives and answers."""
-        if self.attendance.none_answers():
+        """Raise where nobody should send requests: none answers, or the server is about to stop."""
+        if self.closing or self.attendance.none_answers():
             raise EngineDeadError()
         await super().check_health()
 

@@ -1,137 +1,111 @@
-"""What never gets past the door: bodies that are too large, and parameters that only this system may set."""
+"""The door: the key first, then the headers, then a body that comes in time and within its limits.
+
+It is the outermost of all middleware, so nothing of vLLM's, and nothing that an operator adds, sees a request
+that is refused here. What the parsed body may say is looked at later (parsed.py).
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm import envs
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-MAX_BODY = 16 << 20
-INTERNAL_PARAMETERS = ("kv_transfer_params", "ec_transfer_params", "data_parallel_rank")
-INTERNAL_XARGS = (*INTERNAL_PARAMETERS, "taichi")
-INTERNAL_HEADERS = ("x-data-parallel-rank",)
-OURS = "/taichi"
+from taichi_serve.frontend import names
+from taichi_serve.frontend.body import Intake, replay
+from taichi_serve.frontend.elsewhere import NOT_HERE
+from taichi_serve.frontend.errors import RETRY_AFTER, unread
+from taichi_serve.frontend.internal import HEADERS
+from taichi_serve.frontend.keys import Keys, path_of
 
-
-def error(status: int, kind: str, message: str, parameter: str | None = None) -> JSONResponse:
-    """An error in the form of the OpenAI API."""
-    body = {"error": {"message": message, "type": kind, "param": parameter, "code": status}}
-    return JSONResponse(body, status_code=status)
+MAX_HEADERS = 256
+WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+# Seconds after which a client may ask again while this server ends; another one may answer then.
+ENDING_RETRY_AFTER = 5
 
 
 class Guard:
-    """Pure ASGI middleware. It reads a body once, within its limit, and replays it to the application."""
+    """Pure ASGI middleware. It reads a body once, within its limits, and replays it to the application."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        intake: Intake,
+        closing: Callable[[], bool] = lambda: False,
+        max_headers: int = MAX_HEADERS,
+    ) -> None:
         self.app = app
-        self._verify: Callable[[Headers], bool] | None = None
-        self._knows_tokens = False
+        self._keys = keys
+        self._intake = intake
+        self._closing = closing
+        self._max_headers = max_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer at the door, or let the request in."""
-        if scope["type"] != "http":
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        elif scope["type"] == "http":
+            names.asking.set(scope.setdefault("state", {}))
+            await self._http(scope, receive, _with_retry_after(send))
+        else:
             await self.app(scope, receive, send)
-            return
-        if not self._knows_tokens:
-            self._learn_tokens(scope["app"].state.args)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._keys.admit(scope, Headers(scope=scope)):
+            await self.app(scope, receive, send)
+        else:
+            await send(
+                {"type": "websocket.close", "code": 1008, "reason": "The API key is missing or wrong."}
+            )
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        refusal = self._refuse_headers(scope, headers)
-        body = b""
-        if refusal is None and scope["method"] in ("POST", "PUT", "PATCH"):
-            read = await _read(receive, headers)
-            if read is None:
-                refusal = error(413, "invalid_request_error", f"The body is above {MAX_BODY} bytes.")
-            else:
-                body = read
-                refusal = _refuse_bytes(body, headers) or _refuse_body(body)
-            receive = _replay(body, receive)
-        await (refusal or self.app)(scope, receive, send)
+        body: bytes | JSONResponse | None = self._refuse(scope, headers)
+        if body is None and (scope["method"] in WITHOUT_BODY or self._keys.open(scope)):
+            body = b""
+        elif body is None:
+            body = await self._intake.read(receive, headers)
+        match body:
+            case bytes():
+                await self.app(scope, replay(body, receive), send)
+            case JSONResponse():
+                await body(scope, receive, send)
+            case None:
+                pass  # the client has left: nobody would hear an answer
 
-    def _learn_tokens(self, args: argparse.Namespace) -> None:
-        # vLLM makes this object from its name alone (--middleware), so it asks the application for the keys.
-        self._knows_tokens = True
-        if tokens := [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]:
-            self._verify = AuthenticationMiddleware(self.app, tokens).verify_token
-
-    def _refuse_headers(self, scope: Scope, headers: Headers) -> JSONResponse | None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path.startswith(OURS) and self._verify is not None and not self._verify(headers):
-            return error(401, "authentication_error", "The API key is missing or wrong.")
-        for name in INTERNAL_HEADERS:
+    def _refuse(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        path = path_of(scope)
+        if len(headers.raw) > self._max_headers:
+            return unread(431, "invalid_request_error", f"There are more than {self._max_headers} headers.")
+        if not self._keys.admit(scope, headers):
+            answer = unread(401, "authentication_error", "The API key is missing or wrong.")
+            answer.headers["WWW-Authenticate"] = "Bearer"
+            return answer
+        for name in HEADERS:
             if name in headers:
-                return error(400, "invalid_request_error", f"{name} cannot be set by a client.", name)
+                return unread(400, "invalid_request_error", f"{name} cannot be set by a client.", name)
+        if (why := NOT_HERE.get(path)) is not None:
+            return unread(501, "not_implemented_error", why)
+        if self._closing() and scope["method"] not in WITHOUT_BODY and not _ends_or_steers(path):
+            return unread(503, "overloaded_error", "The server is shutting down.", None, ENDING_RETRY_AFTER)
         return None
 
 
-async def _read(receive: Receive, headers: Headers) -> bytes | None:
-    """The whole body, or None as soon as it is known to be too large."""
-    declared = headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY:
-        return None
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b"".join(parts)
-        part = message.get("body", b"")
-        size += len(part)
-        if size > MAX_BODY:
-            return None
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+def _ends_or_steers(path: str) -> bool:
+    """Whether a request makes no new work: it is taken while the server ends, too."""
+    return path.startswith("/taichi/") or path == "/ping" or path.endswith(("/abort_requests", "/cancel"))
 
 
-def _refuse_bytes(body: bytes, headers: Headers) -> JSONResponse | None:
-    """FastAPI answers JSON that is not UTF-8 in a form of its own."""
-    if not headers.get("content-type", "").startswith("application/json"):
-        return None
-    try:
-        body.decode()
-    except UnicodeDecodeError as wrong:
-        return error(
-            400, "invalid_request_error", f"The body is not UTF-8: {wrong.reason} at byte {wrong.start}."
-        )
-    return None
+def _with_retry_after(send: Send) -> Send:
+    """Whoever says 503 says when to come back, vLLM's routes too."""
 
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 503:
+            headers = message.setdefault("headers", [])
+            if not any(name.lower() == b"retry-after" for name, _ in headers):
+                message = {**message, "headers": [*headers, (b"retry-after", b"%d" % RETRY_AFTER)]}
+        await send(message)
 
-def _refuse_body(body: bytes) -> JSONResponse | None:
-    # A name can be written with escapes, so these are a reason to look, too.
-    if b"\\u" not in body and not any(name.encode() in body for name in (*INTERNAL_PARAMETERS, "vllm_xargs")):
-        return None
-    try:
-        data: Any = json.loads(body)
-    except ValueError:
-        return None  # vLLM words this error itself
-    if not isinstance(data, dict):
-        return None
-    places: list[tuple[Any, tuple[str, ...]]] = [
-        (data, INTERNAL_PARAMETERS),
-        (data.get("vllm_xargs"), INTERNAL_XARGS),
-    ]
-    for place, names in places:
-        for name in names if isinstance(place, dict) else ():
-            if place.get(name) is not None:
-                return error(400, "invalid_request_error", f"{name} cannot be set by a client.", name)
-    return None
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    first = True
-
-    async def replayed() -> Message:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()  # a disconnect, sooner or later
-
-    return replayed
+    return sent

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from taichi_serve.frontend.guard import error
+from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.state import state
 from taichi_serve.messages import Asked, Drained, Slid
 from taichi_serve.request import State
@@ -40,7 +39,7 @@ def _conflict(message: str) -> JSONResponse:
 
 async def _object(request: Request) -> dict[str, Any] | None:
     try:
-        data = json.loads(await request.body() or b"{}")
+        data = await request.json() if await request.body() else {}
     except ValueError:
         return None
     return data if isinstance(data, dict) else None
@@ -52,17 +51,28 @@ async def get_state(request: Request) -> JSONResponse:
     return JSONResponse(state(_system(request)))
 
 
-@router.get("/requests/{request_id}")
+def _behind(system: System, request_id: str) -> list[str]:
+    """The engine requests behind one request of a client: the latest with this id, and a live one first."""
+    histories = system.recorder.histories
+    if request_id in histories:
+        return [request_id]
+    found = system.llm.engine_core.names.behind(request_id)
+    live = [names for names in found if any(name in system.scheduler.requests for name in names)]
+    return [name for name in (live or found or [[]])[0] if name in histories]
+
+
+# An id may have any character, slashes too: it is all between "/requests/" and the end.
+@router.get("/requests/{request_id:path}")
 async def get_request(request_id: str, request: Request) -> JSONResponse:
     """The legs and decisions of a request, by its id in the OpenAI response."""
-    recorder = _system(request).recorder
-    found = recorder.find(request_id)
+    system = _system(request)
+    found = _behind(system, request_id)
     if not found:
         return _missing(f"no request {request_id!r} among the last ones")
-    return JSONResponse({"id": request_id, "requests": [recorder.view(name) for name in found]})
+    return JSONResponse({"id": request_id, "requests": [system.recorder.view(name) for name in found]})
 
 
-@router.post("/requests/{request_id}/flow")
+@router.post("/requests/{request_id:path}/flow")
 async def post_flow(request_id: str, request: Request) -> JSONResponse:
     """Move a running request to the instance named in {"to": ...}."""
     system = _system(request)
@@ -74,18 +84,20 @@ async def post_flow(request_id: str, request: Request) -> JSONResponse:
         return _missing(f"no instance {data['to']!r}; there are {', '.join(system.scheduler.instances)}")
     if not target.alive:
         return _conflict(f"instance {target.name} is not alive")
-    found = system.recorder.find(request_id)
+    found = _behind(system, request_id)
     if not found:
         return _missing(f"no request {request_id!r} among the last ones")
-    asked = []
-    for name in found:
-        live = system.scheduler.requests.get(name)
-        if live is not None and live.state is State.DECODING and live.movable:
-            system.cluster.tell(Asked(time.monotonic(), name, target.name))
-            asked.append(name)
+    asked = [name for name in found if _can_move(system, name)]
     if not asked:
         return _conflict(_why_not(system, found))
+    for name in asked:
+        system.cluster.tell(Asked(time.monotonic(), name, target.name))
     return JSONResponse({"id": request_id, "to": target.name, "asked": asked}, status_code=202)
+
+
+def _can_move(system: System, name: str) -> bool:
+    live = system.scheduler.requests.get(name)
+    return live is not None and live.state is State.DECODING and live.movable
 
 
 def _why_not(system: System, found: list[str]) -> str:

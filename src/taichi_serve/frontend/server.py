@@ -25,6 +25,7 @@ from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
+from taichi_serve.cluster.vllm.misuse import one_line
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.fleet import Fleet, fleet, prepare, scratch
 from taichi_serve.cluster.vllm.server.gate import Gate
@@ -36,6 +37,8 @@ from taichi_serve.eventlog import encode
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
+from taichi_serve.frontend.connection import Connection
+from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
@@ -157,7 +160,8 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
     try:
         listen_address, sock = setup_server(args, reuse_port=False)
     except OSError as wrong:
-        say(f"cannot listen on port {args.port}: {wrong.strerror or wrong}")
+        where = f"--uds {args.uds}" if args.uds else f"port {args.port}"
+        say(f"cannot listen on {where}: {wrong.strerror or wrong}")
         return 1
     with sock:
         try:
@@ -182,7 +186,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
     try:
         with our_application(system, args):
             announced = asyncio.create_task(_announce(system, sock, address))
-            shutdown_task = await build_and_serve(system.llm, address, sock, args)
+            shutdown_task = await build_and_serve(system.llm, address, sock, args, http=Connection)
         await shutdown_task
         announced.cancel()
     finally:
@@ -226,6 +230,7 @@ def main(argv: list[str]) -> int:
     prepare()
     args = flags.parse(argv)
     try:
+        precheck(args)
         return int(uvloop.run(serve(args, argv)))
     except KeyboardInterrupt:
         return 130
@@ -235,5 +240,5 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as wrong:  # vLLM's words on a model path or a configuration
         if envs.VLLM_LOGGING_LEVEL == "DEBUG":
             raise
-        say(f"{args.model}: {wrong}")
+        say(f"{args.model}: {one_line(wrong)}")
         return 1

@@ -18,9 +18,23 @@ from typing import Any
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.device import DEVICES, kv_capacity, read_config, roofline
 from taichi_serve.latency.fit import Sample, fit
+from taichi_serve.latency.identity import Setting
 from taichi_serve.latency.model import Batch, Roofline
 from taichi_serve.latency.profile import Profile, ProfileError, load
 
+# Settings of a profile that are flags of `taichi serve`, by the same names.
+FLAGS = (
+    "tensor_parallel_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "dtype",
+    "kv_cache_dtype",
+    "quantization",
+    "block_size",
+    "enforce_eager",
+)
+MAX_RUNNING = 256  # requests in one step where nobody says
 SHIPPED = Path(__file__).parent / "profiles"
 
 
@@ -35,6 +49,13 @@ class Machine:
     kv_capacity: int
     kv_bytes_per_token: int
     max_model_len: int
+    settings: tuple[tuple[str, Setting], ...] = ()  # flags of `taichi serve` that make an instance this one
+    beside: tuple[str, ...] = ()  # what else it was, and no flag can say
+
+    @property
+    def max_running(self) -> int:
+        """Requests in one step, as it was measured."""
+        return int(dict(self.settings).get("max_num_seqs", MAX_RUNNING))
 
     @property
     def belief(self) -> Roofline:
@@ -74,7 +95,7 @@ def machine(profile: str, device: str = "A100", tensor_parallel: int = 1) -> Mac
         raise ValueError(f"profile {profile!r} is no file, and none of {', '.join(names())}")
     if path.name == "config.json":
         return _described(path, device, tensor_parallel)
-    return _measured(load(path), path.stem)
+    return _measured(load(path), path.stem, profile if shipped else str(path.absolute()))
 
 
 def measured(profile: str) -> Profile:
@@ -96,7 +117,12 @@ def _is_measured(path: Path) -> bool:
     return "schema" in json.loads(path.read_text())
 
 
-def _measured(found: Profile, name: str) -> Machine:
+def _measured(found: Profile, name: str, profile: str) -> Machine:
+    """The machine of a `taichi profile`; `profile` is what `taichi serve --profile` takes for it."""
+    said = found.settings
+    # A flag that is off, and a quantization of "none", are what an instance has without a word.
+    flags = tuple((k, said[k]) for k in FLAGS if k in said and said[k] is not False and said[k] != "none")
+    beside = tuple(f"{k} {v}" for k, v in said.items() if k not in FLAGS)
     limit = found.settings.get("max_model_len", found.kv_capacity)
     return Machine(
         name,
@@ -106,6 +132,8 @@ def _measured(found: Profile, name: str) -> Machine:
         found.kv_capacity,
         found.bytes_per_token,
         limit if isinstance(limit, int) else found.kv_capacity,
+        (("profile", profile), *flags),
+        beside,
     )
 
 
@@ -125,6 +153,7 @@ def _composed(path: Path) -> Machine:
         int(body["kv_capacity"]),
         int(body["kv_bytes_per_token"]),
         int(body["max_model_len"]),
+        (("tensor_parallel_size", int(body["tensor_parallel"])),),
     )
 
 
@@ -134,9 +163,15 @@ def _described(path: Path, device: str, tensor_parallel: int) -> Machine:
     shape = read_config(path)
     room = kv_capacity(shape, DEVICES[device], tensor_parallel)
     curve = roofline(shape, DEVICES[device], tensor_parallel)
-    name = f"{shape.name} (roofline)"
     return Machine(
-        name, shape.name, f"{tensor_parallel} x {device}", curve, room, shape.kv_bytes, shape.limit
+        f"{shape.name} (roofline)",
+        shape.name,
+        f"{tensor_parallel} x {device}",
+        curve,
+        room,
+        shape.kv_bytes,
+        shape.limit,
+        (("tensor_parallel_size", tensor_parallel),),
     )
 
 

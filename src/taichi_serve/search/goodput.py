@@ -36,6 +36,7 @@ class Scene:
     bandwidth: float = 50e9  # bytes/s of an instance's port; see docs/simulation.md
     latency: float = 0.005  # seconds a transfer takes before any byte
     max_running: int = 256
+    kv_capacity: int | None = None  # tokens, where instances are to have less than the machine
     slower: float = 1.0  # the truth's seconds over what the predictor believes
 
     def cluster(

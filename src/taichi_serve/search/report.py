@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from taichi_serve.bench.figure import COLOURS, figure, save
 from taichi_serve.bench.goodput import Tally
 from taichi_serve.search.goodput import Contender, Scene
@@ -37,10 +39,12 @@ def _quantiles(times: Any) -> dict[str, float]:
 
 
 def config(scene: Scene, contender: Contender) -> dict[str, Any]:
-    """The keys that `taichi serve --config` takes."""
+    """The keys that `taichi serve --config` takes: sliders, SLOs and policy, and the settings of the
+    instances that the step times are of. With others the search would have been about another server."""
     sliders, policy = contender.sliders, contender.policy
     return {
         "model": scene.machine.model,
+        **_instance(scene, max(sliders.p_chunk, sliders.d_chunk)),
         "p_heavy": sliders.p_heavy,
         "d_heavy": sliders.d_heavy,
         "p_chunk": sliders.p_chunk,
@@ -52,6 +56,27 @@ def config(scene: Scene, contender: Contender) -> dict[str, Any]:
         "watermark": policy.watermark,
         "alpha": policy.alpha,
     }
+
+
+def _instance(scene: Scene, chunk: int) -> dict[str, Any]:
+    """What makes an instance of `taichi serve` the one that was simulated."""
+    machine = scene.machine
+    settings = {**dict(machine.settings), "max_num_seqs": scene.max_running}
+    if "max_num_batched_tokens" in settings:  # a step that was never measured may hold the largest chunk too
+        settings["max_num_batched_tokens"] = max(int(settings["max_num_batched_tokens"]), chunk)
+    if scene.kv_capacity is not None:  # each device of an instance holds its share of a token's KV
+        held = scene.kv_capacity * machine.kv_bytes_per_token
+        settings["kv_cache_memory_bytes"] = held // int(settings.get("tensor_parallel_size", 1))
+    return settings
+
+
+def config_text(scene: Scene, contender: Contender) -> str:
+    """The same as a file, with what no key can say in its first lines."""
+    machine = scene.machine
+    goal = f"{scene.workload.name} within {scene.slo.ttft:g} s and {scene.slo.tpot * 1e3:g} ms a token"
+    found = ", ".join((machine.name, machine.device, *machine.beside))
+    lines = [f"# {contender.name}, for {goal}", f"# step times: {found}"]
+    return "\n".join([*lines, yaml.safe_dump(config(scene, contender), sort_keys=False)])
 
 
 def found_row(found: Found) -> dict[str, Any]:

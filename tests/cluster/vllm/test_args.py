@@ -13,10 +13,10 @@ import yaml
 
 from taichi_serve.bench.workload import workload
 from taichi_serve.cluster.vllm import args as flags
-from taichi_serve.latency.shipped import machine
+from taichi_serve.latency.shipped import machine, measured, measured_names, names
 from taichi_serve.search.families import hybrid
 from taichi_serve.search.goodput import Contender, Scene
-from taichi_serve.search.report import config
+from taichi_serve.search.report import config, config_text
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -69,6 +69,26 @@ def test_serve_takes_the_config_that_a_search_writes(contender: Contender, tmp_p
     assert (args.model, flags.slo(args)) == (found.model, scene.slo)
 
 
+@pytest.mark.parametrize("name", names())
+def test_serve_has_the_instances_of_the_profile_that_a_config_was_found_with(
+    name: str, tmp_path: Path
+) -> None:
+    found = machine(name)
+    scene = Scene(found, workload("sharegpt", found.max_model_len), SLO(4.0, 0.07), kv_capacity=50_000)
+    contender = Contender("hybrid", Sliders(1, 2, 2048, 128))
+    path = tmp_path / "best.yaml"
+    path.write_text(config_text(scene, contender))
+    args = flags.parse(["--config", str(path)])
+    written = config(scene, contender)
+    assert {key: getattr(args, key) for key in written if key != "watermark"} == {
+        key: written[key] for key in written if key != "watermark"
+    }
+    devices = int(found.device.split(" x ")[0]) if " x " in found.device else 1
+    assert args.tensor_parallel_size == devices
+    assert args.kv_cache_memory_bytes == 50_000 * found.kv_bytes_per_token // devices
+    assert flags.profile(args) == (measured(name) if name in measured_names() else None)
+
+
 def test_without_a_profile_nothing_is_loaded() -> None:
     assert flags.profile(flags.parse([MODEL])) is None
 
@@ -78,10 +98,10 @@ def test_without_a_profile_nothing_is_loaded() -> None:
     [
         ("--no-such-flag", "--no-such-flag"),
         ("--p-heavy two", "--p-heavy"),
-        ("--p-heavy -1", "p_heavy must be a whole number"),
+        ("--p-heavy -1", "--p-heavy must be a whole number"),
         ("--d-heavy 0", "at least one instance"),
         ("--d-heavy 2 --d-chunk 0", "nobody could prefill"),
-        ("--p-heavy 1 --p-chunk 0 --d-chunk 0", "p_chunk must be at least 1"),
+        ("--p-heavy 1 --p-chunk 0 --d-chunk 0", "--p-chunk must be at least 1"),
         ("--p-heavy 1 --p-chunk 100 --d-chunk 200", "must not be below"),
         ("--tpot-slo -1", "tpot"),
         ("--watermark 0.01", "vLLM's own flag of that name"),
@@ -90,7 +110,7 @@ def test_without_a_profile_nothing_is_loaded() -> None:
         ("--pipeline-parallel-size 2", "use --tensor-parallel-size"),
         ("--kv-over pigeon", "--kv-over"),
         ("--profile /nowhere/p.json", "/nowhere/p.json: cannot be read"),
-        ("--headless", "every instance belongs to one server"),
+        ("--headless", "all instances of a server are on its host"),
         ("--scheduler-cls a.B", "its own scheduler class"),
     ],
 )

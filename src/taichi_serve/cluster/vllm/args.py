@@ -9,13 +9,21 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from typing import TYPE_CHECKING
+import re
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
+from pydantic import ValidationError
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, one_line
+from taichi_serve.cluster.vllm.patience import Patience
+from taichi_serve.cluster.vllm.refused import refusal
 from taichi_serve.cluster.vllm.transfer import transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
@@ -29,20 +37,6 @@ if TYPE_CHECKING:
 SCHEDULER = "taichi_serve.cluster.vllm.core.scheduler.FlowScheduler"
 # Several CPU instances share one memory: each takes at most this much for KV unless told otherwise.
 CPU_KV_BYTES = 1 << 30
-
-# vLLM flags that contradict what TaiChi does itself, each with what to use instead.
-REFUSED = {
-    "data_parallel_size": "instances are TaiChi's: use --p-heavy and --d-heavy",
-    "pipeline_parallel_size": "pipeline parallelism is not supported: use --tensor-parallel-size",
-    "speculative_config": "speculative decoding is not supported yet",
-    "kv_transfer_config": "TaiChi sets up the KV transfer between its instances itself",
-    "scheduler_cls": "TaiChi brings its own scheduler class",
-    "headless": "every instance belongs to one server",
-    "grpc": "only the HTTP front end is supported",
-    "api_server_count": "one front end serves all instances",
-    "enable_elastic_ep": "instances change with the sliders, not with elastic experts",
-}
-
 
 # Our flags with one value each: name, type, default, meaning.
 FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None, str], ...] = (
@@ -100,9 +94,18 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
 )
 
 
+class OneLineParser(FlexibleArgumentParser):
+    """vLLM's parser; what is wrong is said in one line, as pydantic's words are several."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and exit with status 2."""
+        self._print_message(f"{self.prog}: error: {' '.join(message.split())}\n", sys.stderr)
+        raise SystemExit(2)
+
+
 def make_parser() -> FlexibleArgumentParser:
     """vLLM's serve parser with a group of our own."""
-    parser = FlexibleArgumentParser(prog="taichi")
+    parser = OneLineParser(prog="taichi")
     commands = parser.add_subparsers(dest="subparser")
     serve = commands.add_parser(
         "serve",
@@ -111,6 +114,7 @@ def make_parser() -> FlexibleArgumentParser:
         usage="taichi serve MODEL [--p-heavy N --d-heavy N ...] [any flag of vllm serve]",
     )
     make_arg_parser(serve)
+    serve.set_defaults(model=None)  # vLLM would serve a model of its own choice
     _add_taichi_flags(serve)
     return parser
 
@@ -131,6 +135,11 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         "over NIXL (default: auto)",
     )
     group.add_argument(
+        "--metrics-without-key",
+        action="store_true",
+        help="let /metrics be read without the key of --api-key, for scrapers that have none",
+    )
+    group.add_argument(
         "--devices",
         help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
         "tensor-parallel size each; on CPU the cores are divided evenly)",
@@ -140,30 +149,58 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the words after `taichi serve`; exits as argparse does when they are wrong."""
     parser = make_parser()
-    args = parser.parse_args(["serve", *argv])
+    try:
+        args = parser.parse_args(["serve", *argv])
+    except CONFIG_FAULTS as wrong:
+        parser.error(f"--config: {one_line(wrong)}")
+        raise  # never: it has ended the process
     if args.model_tag is not None:
         args.model = args.model_tag
+    if not args.model:
+        parser.error("no MODEL: a directory, or a name on the Hugging Face Hub")
+    serve = next(a for a in parser._actions if a.dest == "subparser").choices["serve"]
+    if (why := refusal(serve, args)) is not None:
+        parser.error(why)
     args.watermark = 0.0  # vLLM's own, which our flag displaced
-    for name, instead in REFUSED.items():
-        value = getattr(args, name, None)
-        # A count of 1 is how things are, and True equals 1.
-        if value is True or value not in (None, False, 1):
-            parser.error(f"--{name.replace('_', '-')} cannot be used with taichi serve: {instead}")
     try:
+        _check_keys(args)
         validate_parsed_serve_args(args)
         sliders(args)
         slo(args)
         supervision(args)
         policy(args)
+        patience(args)
         profile(args)
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
+    except (TypeError, ValueError, VLLMError) as error:
+        said = _with_flags(str(error))
+        parser.error(said if "--" in said else said + _given(argv))
     return args
+
+
+def _check_keys(args: argparse.Namespace) -> None:
+    for key in () if args.api_key is None else (args.api_key or [""]):
+        if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+            raise ValueError(
+                "--api-key needs printable ASCII characters without spaces around them: "
+                "an empty key would leave the door open, and others cannot be sent in a header"
+            )
+    if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+        raise ValueError(
+            "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION cannot be used: two requests with one id would be mixed up"
+        )
+
+
+def _with_flags(message: str) -> str:
+    """An error of a value object in the words of the command line: its fields are our flags."""
+    message = message.replace("ttft SLO", "--ttft-slo").replace("tpot SLO", "--tpot-slo")
+    names = "|".join(name.replace("-", "_") for name, *_ in FLAGS)
+    return re.sub(rf"(?<![\w-])({names})\b", lambda m: "--" + m[1].replace("_", "-"), message)
 
 
 def sliders(args: argparse.Namespace) -> Sliders:
     """The sliders of a parsed command line. Without P-heavy instances their chunk has no meaning."""
-    return Sliders(args.p_heavy, args.d_heavy, args.p_chunk if args.p_heavy else args.d_chunk, args.d_chunk)
+    p_chunk = args.p_chunk if args.p_heavy else max(args.d_chunk, 0)  # a wrong d_chunk is said of d_chunk
+    return Sliders(args.p_heavy, args.d_heavy, p_chunk, args.d_chunk)
 
 
 def supervision(args: argparse.Namespace) -> None:
@@ -190,6 +227,11 @@ def policy(args: argparse.Namespace) -> Policy:
     return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True)
 
 
+def patience(args: argparse.Namespace) -> Patience:
+    """What a parsed command line waits for."""
+    return Patience(args.move_timeout, args.stall_timeout)
+
+
 def profile(args: argparse.Namespace) -> Profile | None:
     """The profile that a parsed command line names; raises ProfileError naming the file and the field."""
     return None if args.profile is None else measured(args.profile)
@@ -198,10 +240,21 @@ def profile(args: argparse.Namespace) -> Profile | None:
 def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmConfig:
     """vLLM's configuration of one instance, from the server's command line.
 
-    All instances get the same step budget, so that a D-heavy one can turn P-heavy while serving.
+    All instances get the same step budget, so that a D-heavy one can turn P-heavy while serving. Raises
+    ValueError with one line where vLLM, or we, cannot serve with it.
     """
     args = parse(argv)
-    engine_args = AsyncEngineArgs.from_cli_args(args)
+    try:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        _set(engine_args, args, engine_id, directory)
+        config = engine_args.create_engine_config()
+    except Exception as error:
+        raise ValueError(_one_line(error, argv)) from error
+    _check(config, sliders(args))
+    return config
+
+
+def _set(engine_args: AsyncEngineArgs, args: argparse.Namespace, engine_id: str, directory: str) -> None:
     engine_args.scheduler_cls = SCHEDULER
     engine_args.kv_transfer_config = transfer_config(engine_id, directory, args.kv_over == "auto")
     chosen = sliders(args)
@@ -211,11 +264,33 @@ def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmC
     unsaid = engine_args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu() and unsaid:
         engine_args.kv_cache_memory_bytes = CPU_KV_BYTES
-    config = engine_args.create_engine_config()
+    if chosen.instances > 1:
+        # The front end would believe that every engine has what one of them was sent.
+        engine_args.mm_processor_cache_gb = 0
+
+
+def _one_line(error: Exception, argv: list[str]) -> str:
+    """vLLM's reason, without what pydantic puts around it, and the flags it may be about."""
+    said = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        said = where + first["msg"].removeprefix("Value error, ")
+    return " ".join(said.split()) + _given(argv)
+
+
+def _given(argv: list[str]) -> str:
+    given = [word.split("=")[0] for word in argv if word.startswith("--")]
+    return f" (given: {', '.join(given)})" if given else ""
+
+
+def _check(config: VllmConfig, chosen: Sliders) -> None:
+    """What vLLM would start, and we could not serve with."""
+    if config.model_config.runner_type != "generate":
+        raise ValueError("it is a pooling model, and only models that generate are served")
+    if not config.scheduler_config.enable_chunked_prefill:
+        raise ValueError("vLLM cannot prefill this model in chunks, and instances differ in nothing else")
     largest = max(chosen.p_chunk, chosen.d_chunk)
-    if largest > config.scheduler_config.max_num_batched_tokens:
-        raise ValueError(
-            f"a chunk of {largest} tokens is above --max-num-batched-tokens "
-            f"{config.scheduler_config.max_num_batched_tokens}"
-        )
-    return config
+    budget = config.scheduler_config.max_num_batched_tokens
+    if largest > budget:
+        raise ValueError(f"a chunk of {largest} tokens is above --max-num-batched-tokens {budget}")

@@ -19,8 +19,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.itinerary import ROOM
-from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD
-from taichi_serve.cluster.vllm.worker.copier import Copied, Drop, Failed, Gone, More, Order
+from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, Copied, Drop, Failed, Gone, More, Order
 from taichi_serve.messages import (
     Abort,
     Ahead,

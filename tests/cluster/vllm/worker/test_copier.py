@@ -37,13 +37,16 @@ class Blocks:
         self.gate.set()
         self.asked = threading.Semaphore(0)
         self.forgotten: list[str] = []
+        self.still: set[str] = set()  # sources whose reads do not end
 
     def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
         if source == "gone":
             raise OSError("no such process")
+        if source == "odd":
+            raise ValueError("two ranks")
         self.reads.append((source, remote, local, note))
         self.asked.release()
-        return self.gate.is_set
+        return lambda: self.gate.is_set() and source not in self.still
 
     def forget(self, source: str) -> None:
         self.forgotten.append(source)
@@ -96,7 +99,7 @@ def test_full_blocks_are_copied_once_and_the_tail_brings_the_rest(bench: Bench) 
     bench.send(More("a#1", "e0", [20, 21, 22, 23], "a"))
     assert blocks_of(bench.hear()) == ("a#1", 4, True, 3)
     assert bench.blocks.reads == [("e0", [21, 22], [11, 12], ""), ("e0", [23], [13], "a")]
-    assert bench.copier.wait("a#1", 10.0) is None
+    assert bench.copier.wait("a#1", 10.0)
 
 
 def test_it_may_hear_of_the_source_before_blocks_are_given(bench: Bench) -> None:
@@ -125,11 +128,11 @@ def test_a_tail_goes_before_what_is_only_copied_ahead(bench: Bench) -> None:
     assert [len(read[1]) for read in bench.blocks.reads] == [1, PIECE, PIECE, PIECE]
 
 
-def test_what_cannot_be_read_is_told_and_the_step_learns_how_much_is_here(bench: Bench) -> None:
+def test_what_cannot_be_read_is_told_and_counts_for_nothing_in_the_step(bench: Bench) -> None:
     bench.copier.order(Given("a#1", [10, 11], first=1))
     bench.send(More("a#1", "gone", [20, 21], "a"))
     assert bench.hear() == Failed("a#1", "OSError: no such process")
-    assert bench.copier.wait("a#1", 10.0) == 1
+    assert not bench.copier.wait("a#1", 10.0)
 
 
 def test_more_than_was_kept_for_it_is_refused(bench: Bench) -> None:
@@ -174,12 +177,78 @@ def test_the_memory_of_a_lost_engine_is_let_go(bench: Bench) -> None:
 def test_a_step_does_not_wait_for_ever_and_the_server_hears_of_it(bench: Bench) -> None:
     bench.copier.order(Given("a#1", [10, 11], first=1))
     bench.catch_up()
-    assert bench.copier.wait("a#1", 0.01) == 1
+    assert not bench.copier.wait("a#1", 0.01)
     assert bench.hear() == Failed("a#1", "its last blocks were not here in time")
 
 
-def test_a_step_does_not_wait_for_a_leg_that_was_dropped(bench: Bench) -> None:
+def test_a_leg_that_was_dropped_meanwhile_is_not_here_and_the_step_does_not_wait_for_it(bench: Bench) -> None:
     bench.copier.order(Given("a#1", [10], first=0))
     bench.send(Drop("a#1"))
     assert bench.hear() == Dropped("a#1")
-    assert bench.copier.wait("a#1", 10.0) is None
+    assert not bench.copier.wait("a#1", 10.0)
+
+
+def test_a_leg_that_the_thread_has_not_heard_of_yet_is_not_here(bench: Bench) -> None:
+    assert not bench.copier.wait("a#1", 0.01)
+
+
+def test_all_blocks_but_the_last_are_not_enough(bench: Bench) -> None:
+    bench.copier.order(Given("a#1", [10, 11], first=0))
+    bench.send(More("a#1", "e0", [20]))
+    assert blocks_of(bench.hear()) == ("a#1", 1, False, 1)
+    assert not bench.copier.wait("a#1", 0.01)
+
+
+def test_a_step_waits_no_longer_for_a_leg_that_is_dropped_while_its_read_stands_still(bench: Bench) -> None:
+    bench.blocks.gate.clear()
+    bench.copier.order(Given("a#1", [10], first=0))
+    bench.send(More("a#1", "e0", [20], "a"))
+    assert bench.blocks.asked.acquire(timeout=10)
+    bench.send(Drop("a#1"))
+    assert not bench.copier.wait("a#1", 10.0)
+
+
+def test_late_is_told_when_the_read_under_way_is_over_and_not_before(bench: Bench) -> None:
+    bench.blocks.gate.clear()
+    bench.copier.order(Given("a#1", [10], first=0))
+    bench.send(More("a#1", "e0", [20], "a"))
+    assert bench.blocks.asked.acquire(timeout=10)
+    assert not bench.copier.wait("a#1", 0.01)
+    bench.copier.order(Return("a#1"))
+    bench.catch_up()
+    assert bench.copier.returned() == set()
+    bench.blocks.gate.set()
+    assert blocks_of(bench.hear()) == ("a#1", 1, True, 1)
+    assert bench.hear() == Failed("a#1", "its last blocks were not here in time")
+    bench.catch_up()
+    assert bench.copier.returned() == {"a#1"}
+
+
+def test_a_read_whose_source_stands_still_keeps_nobody_else_waiting(bench: Bench) -> None:
+    bench.blocks.still = {"e0"}
+    bench.copier.order(Given("a#1", [10], first=0), Given("b#1", [11], first=0), Given("c#1", [12], first=0))
+    bench.send(More("a#1", "e0", [20]))
+    assert bench.blocks.asked.acquire(timeout=10)
+    bench.send(More("b#1", "e2", [30], "b"))  # a tail begins at once
+    assert blocks_of(bench.hear()) == ("b#1", 1, True, 1)
+    assert bench.copier.wait("b#1", 10.0)
+    bench.send(More("c#1", "e2", [31]))  # what is copied ahead, when the read before it is slow
+    assert blocks_of(bench.hear()) == ("c#1", 1, False, 1)
+    bench.send(Drop("a#1"))
+    bench.send(Drop("c#1"))
+    assert bench.hear() == Dropped("c#1")
+    bench.blocks.still = set()
+    assert blocks_of(bench.hear()) == ("a#1", 1, False, 1)
+    assert bench.hear() == Dropped("a#1")
+
+
+def test_whatever_a_read_raises_ends_its_leg_and_nothing_else(bench: Bench) -> None:
+    bench.copier.order(Given("a#1", [10], first=0))
+    bench.send(More("a#1", "odd", [20]))
+    assert bench.hear() == Failed("a#1", "ValueError: two ranks")
+    bench.catch_up()
+
+
+def test_an_order_that_cannot_be_read_is_passed_over(bench: Bench) -> None:
+    bench._line.send(b"\xff")
+    bench.catch_up()

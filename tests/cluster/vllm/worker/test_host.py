@@ -4,6 +4,8 @@ blocks."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.cluster.vllm.worker.host import HostAgent, Rows
+from taichi_serve.cluster.vllm.worker.life import Life, born
 
 ROWS = np.array([[1000, 64, 0], [2000, 64, 0]], dtype=np.uint64)
 
@@ -90,12 +93,13 @@ class Reachable:
 class Pair:
     """Our agent of engine e1, which has met the agent of e0."""
 
-    def __init__(self, directory: Path, memory: Reachable | None) -> None:
+    def __init__(self, directory: Path, memory: Reachable | None, pid: int = 0) -> None:
+        pid = pid or os.getpid()
         self.nixl, self.directory = Nixl(), directory
         self.agent = HostAgent(self.nixl, directory, memory, "e1", 0)
         self.agent.get_reg_descs([(1000, 64, 0)], "DRAM")
         self.agent.register_memory("all")
-        (directory / "kv-agent-0.json").write_text(json.dumps({"pid": 1, "engine_id": "e0", "memory": []}))
+        (directory / "kv-agent-0.json").write_text(json.dumps({"pid": pid, "engine_id": "e0", "memory": []}))
         assert self.agent.add_remote_agent(b"agent-0") == "agent-0"
         self.mine = self.agent.prep_xfer_dlist("", self.agent.get_xfer_descs(ROWS, "DRAM"))
         self.theirs = self.agent.prep_xfer_dlist("agent-0", self.agent.get_xfer_descs(ROWS, "DRAM"))
@@ -158,3 +162,35 @@ def test_a_word_about_a_request_that_the_worker_does_not_know_yet_is_kept(tmp_pa
     assert pair.agent.get_new_notifs() == {"agent-0": [b"HB:b"]}
     known.add("a")
     assert pair.agent.get_new_notifs() == {"agent-0": [b"a:1"]}
+
+
+def test_a_word_that_came_early_is_kept_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, Reachable())
+    known: set[str] = set()
+    pair.agent.knows = lambda request: request in known
+    pair.nixl.news = {"agent-0": [b"a:1"]}
+    for _ in range(3):  # the source's own core may sleep for any time before it hears that the leg left
+        assert pair.agent.get_new_notifs() == {}
+    known.add("a")
+    assert pair.agent.get_new_notifs() == {"agent-0": [b"a:1"]}
+
+
+def test_what_was_read_from_a_process_that_ended_meanwhile_does_not_count(tmp_path: Path) -> None:
+    source = subprocess.Popen(["sleep", "60"])
+    pair = Pair(tmp_path, Reachable(), source.pid)
+    assert pair.agent.check_xfer_state(pair.read(b"")) == "DONE"
+    handle = pair.read(b"a:1")
+    source.kill()
+    os.waitid(os.P_PID, source.pid, os.WEXITED | os.WNOWAIT)  # nobody has looked after it: its number is kept
+    assert pair.agent.check_xfer_state(handle) == "ERR"
+    source.wait()
+    assert pair.agent.check_xfer_state(pair.read(b"a:1")) == "ERR"
+    assert pair.nixl.told == []
+
+
+def test_a_process_that_got_the_number_of_another_is_not_taken_for_it() -> None:
+    here = Life(os.getpid(), born())
+    assert here.lives()
+    here.close()
+    with pytest.raises(ProcessLookupError, match="not there any more"):
+        Life(os.getpid(), born() - 1)

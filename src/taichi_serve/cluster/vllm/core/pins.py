@@ -26,7 +26,7 @@ class Pins:
 
     def __init__(self, manager: KVCacheManager, block_size: int, reads: Reads | None = None) -> None:
         self._manager = manager
-        self._reads = reads or Reads()
+        self._reads = Reads() if reads is None else reads
         self._block_size = block_size
         self._blocks: dict[str, dict[int, KVCacheBlock]] = {}
         self._readers: dict[str, str] = {}  # of the requests that are followed

@@ -171,7 +171,7 @@ class FlowScheduler(AsyncScheduler):
         """These requests stop after the token they are on; ids that are not here are dropped, and so is all
         of it where nothing moves."""
         if not self.stays:
-            self._leaving.update(i for i in request_ids if i in self.requests)
+            self._leaving.update(i for i in request_ids if self._runs(i))
 
     def release(self, legs: Sequence[str], readers: Sequence[str] = ()) -> tuple[int, float]:
         """Nobody reads any more from these `legs`, which left, or will, nor from what was pinned for these

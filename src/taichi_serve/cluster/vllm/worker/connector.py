@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,37 @@ def let_progress_sleep(bindings: Any) -> None:
     bindings.nixlAgentConfig = type("PatientAgentConfig", (stock,), members)
 
 
+class Transferring:
+    """One transfer of an agent. One that failed may still write until its handle could be released."""
+
+    def __init__(self, agent: Any, handle: Any) -> None:
+        self._agent, self._handle = agent, handle
+        self._wrong = ""
+        try:
+            agent.transfer(handle)
+        except Exception as wrong:  # noqa: BLE001 - NIXL's own errors have no common class
+            self._wrong = repr(wrong)
+
+    def over(self) -> bool:
+        """Whether nothing is written any more. Raises OSError then where not all was read."""
+        if not self._wrong:
+            try:
+                state = self._agent.check_xfer_state(self._handle)
+            except Exception as wrong:  # noqa: BLE001
+                state = repr(wrong)
+            if state == "PROC":
+                return False
+            if state == "DONE":
+                self._agent.release_xfer_handle(self._handle)
+                return True
+            self._wrong = state
+        try:
+            self._agent.release_xfer_handle(self._handle)
+        except Exception:  # noqa: BLE001
+            return False  # it is tried again at the next look
+        raise OSError(f"the transfer ended as {self._wrong}")
+
+
 class FlowConnectorWorker(NixlPullConnectorWorker):
     """The worker's side of the pull, whose agent reads peers on this host directly."""
 
@@ -80,7 +112,7 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         """vLLM's own, with orders to the thread that copies beside the steps. A leg whose last block should
-        be here by now is waited for; what is missing of it is computed again."""
+        be here by now is waited for; where it is not, nothing that was read for the leg counts."""
         super().start_load_kv(metadata)
         orders = getattr(metadata, "taichi", None) or Orders()
         if self._copier is None:
@@ -88,8 +120,19 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         if orders.copier:
             self._copier.order(*orders.copier)
         for given in orders.awaited:
-            if (here := self._copier.wait(given.leg, TAIL_SECONDS)) is not None:
-                self._invalid_block_ids.put(set(given.blocks[max(here, given.first) :]))
+            if not self._copier.wait(given.leg, TAIL_SECONDS):
+                self._invalid_block_ids.put(set(given.blocks[given.first :]))
+
+    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
+        """Give back what the server said to release (FlowConnectorScheduler.release): nothing else expires.
+        vLLM's own would warn of each, and count it as KV that was lost."""
+        now = time.perf_counter()
+        for leg in [leg for leg, until in self._reqs_to_send.items() if now >= until]:
+            self.consumer_notification_counts_by_req.pop(leg, None)
+            self.expected_consumer_notifications_by_req.pop(leg, None)
+            self._reqs_to_process.discard(leg)
+            del self._reqs_to_send[leg]
+            done_sending.add(leg)
 
     def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
         """Read blocks of a peer from whatever thread; see copier.Reader. The peer is told `note`
@@ -105,18 +148,7 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         agent = self.nixl_wrapper
         mine, theirs = self.src_xfer_handles_by_block_size[info.remote_block_size], self.dst_xfer_side_handles
         handle = agent.make_prepped_xfer("READ", mine, here, theirs[source][rank], there, notif_msg=word)
-        agent.transfer(handle)
-
-        def over() -> bool:
-            state = agent.check_xfer_state(handle)
-            if state == "PROC":
-                return False
-            agent.release_xfer_handle(handle)
-            if state != "DONE":
-                raise OSError(f"the transfer ended as {state}")
-            return True
-
-        return over
+        return Transferring(agent, handle).over
 
     def forget(self, source: str) -> None:
         """A peer is lost; see copier.Reader."""

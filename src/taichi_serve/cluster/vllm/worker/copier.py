@@ -1,23 +1,23 @@
 """KV that is copied while steps run: one thread in every worker, and the words it is spoken to in.
 
-A step never waits for it, and it never waits for a step. The server tells it which blocks of the source are
-final (More), the worker's own scheduler which blocks were given to the request here (Given); it copies what
-is missing, as soon as both are known, and says so. The last More of a leg brings the tail: it goes before
-everything that is only copied ahead. What is under way when a leg is dropped is seen to its end, because its
-target blocks may only be given away after that.
+A step never waits for it, and it never waits for a step, nor for a read. The server tells it which blocks of
+the source are final (More), the worker's own scheduler which blocks were given to the request here (Given);
+it copies what is missing, as soon as both are known, and says so. The last More of a leg brings the tail: it
+goes before everything that is only copied ahead. One read of each leg may be under way. One whose source
+stands still may stay so for any time; the other legs go on. Whatever ends a leg is answered when its read is
+over, because its target blocks may only be given away after that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import zmq
@@ -29,62 +29,20 @@ from taichi_serve.cluster.vllm.wire import (
     Failed,
     Given,
     Gone,
-    More,
     Order,
     Return,
     Word,
     copier_endpoint,
 )
+from taichi_serve.cluster.vllm.worker.legs import Late, Leg, Reader, Reading
 
 log = logging.getLogger("vllm.taichi.copier")
 
 PIECE = 96  # blocks that are copied ahead in one go: a tail behind it waits for no more than these
-POLL_SECONDS = 50e-6  # between two looks at a copy under way
+SLOW = 0.05  # seconds after which the next piece does not wait for a read any more
+POLL_SECONDS = 50e-6  # between two looks at a young read, and an eighth of its age later on
+POLL_MOST = 0.005
 REMEMBER = 4096  # legs that were dropped before their blocks were known here
-
-
-@dataclass(frozen=True, slots=True)
-class Late:
-    """A step waited for the leg in vain: it is computed again."""
-
-    leg: str
-
-
-class Reader(Protocol):
-    """Reads blocks of a peer into blocks here."""
-
-    def read(self, source: str, remote: list[int], local: list[int], note: str) -> Callable[[], bool]:
-        """Begin. The answer says whether it is over; it raises OSError when that failed."""
-        ...
-
-    def forget(self, source: str) -> None:
-        """Nothing is read from this peer any more: unmap what is mapped of it."""
-        ...
-
-
-@dataclass(slots=True)
-class Leg:
-    """What is known of one leg here."""
-
-    given: Given | None = None
-    more: More | None = None
-    done: int = 0  # blocks from the first one on that are here
-    told: int = -1  # as of the last Copied
-    copied: int = 0
-    seconds: float = 0.0
-    began: float = 0.0
-    over: bool = False  # the last block is here, or never will be
-    good: bool = False
-
-    @property
-    def wanting(self) -> bool:
-        """Whether there is something to do."""
-        return self.given is not None and self.more is not None and not self.over
-
-    @property
-    def urgent(self) -> bool:
-        """Whether somebody waits for it."""
-        return self.more is not None and bool(self.more.note)
 
 
 class Copier:
@@ -114,19 +72,25 @@ class Copier:
         self._orders.extend(orders)
         self._rope.send(b"")
 
-    def wait(self, leg: str, seconds: float) -> int | None:
-        """Wait until the leg's last block is here, and forget it. None then, or where it was dropped
-        meanwhile; else how many of its blocks are here: the rest is not to be had in time."""
+    def wait(self, leg: str, seconds: float) -> bool:
+        """Wait until the leg's last block is here, and forget it. False where it is not to be had, not in
+        time, or not wanted any more: nothing that was read for the leg counts then."""
         with self._changed:
-            self._changed.wait_for(lambda: leg not in self._legs or self._legs[leg].over, seconds)
-            known = self._legs.get(leg)
-            if known is not None and known.over:
-                del self._legs[leg]
-        if known is None or known.good:
-            return None
-        if not known.over:
+            self._changed.wait_for(lambda: self._is_over(leg) or self._is_ending(leg), seconds)
+            if self._is_over(leg):
+                return self._legs.pop(leg).good
+            ending = self._is_ending(leg)
+        if not ending:
             self.order(Late(leg))
-        return known.done
+        return False
+
+    def _is_over(self, leg: str) -> bool:
+        known = self._legs.get(leg)
+        return known is not None and known.over
+
+    def _is_ending(self, leg: str) -> bool:
+        known = self._legs.get(leg)
+        return leg in self._refused or (known is not None and bool(known.ends))
 
     def returned(self) -> set[str]:
         """Legs whose blocks may be given away, each told once."""
@@ -138,61 +102,97 @@ class Copier:
     # ----------------------------------------------------------------------------------- the thread's own
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._server, zmq.POLLIN)
-        poller.register(self._bell, zmq.POLLIN)
-        while True:
-            urgent = self._next()
-            for socket, _ in poller.poll(0 if urgent else None):
-                message = socket.recv()
-                if socket is self._server:
-                    self._take(msgspec.msgpack.decode(message, type=Order))
-            while self._orders:
-                self._take(self._orders.popleft())
-            if (leg := self._next()) is not None:
-                self._copy(*leg)
+        try:
+            poller = zmq.Poller()
+            poller.register(self._server, zmq.POLLIN)
+            poller.register(self._bell, zmq.POLLIN)
+            while True:
+                for socket, _ in poller.poll(self._patience()):
+                    self._hear(socket)
+                while self._orders:
+                    self._take(self._orders.popleft())
+                self._look()
+                while (leg := self._next()) is not None:
+                    self._begin(*leg)
+        except zmq.ZMQError:
+            pass  # this process is about to end
+        except BaseException:  # nobody would ever hear of the blocks that are lent to it
+            log.exception("the copier ended")
+            os._exit(1)
+
+    def _hear(self, socket: zmq.Socket[bytes]) -> None:
+        message = socket.recv()
+        if socket is not self._server:
+            return
+        try:
+            self._take(msgspec.msgpack.decode(message, type=Order))
+        except (msgspec.DecodeError, msgspec.ValidationError) as wrong:
+            log.error("an order that cannot be read: %s", wrong)
+
+    def _patience(self) -> float | None:
+        """Milliseconds until the next look at the reads under way; None where there are none. Sleeps itself
+        for less than one."""
+        now = time.monotonic()
+        ages = [now - leg.reading.began for leg in self._all() if leg.reading is not None]
+        if not ages:
+            return None
+        seconds = min(max(min(ages) / 8, POLL_SECONDS), POLL_MOST)
+        if seconds >= 1e-3:
+            return seconds * 1e3
+        time.sleep(seconds)
+        return 0
+
+    def _all(self) -> list[Leg]:
+        return list(self._legs.values())  # `wait` takes legs out of it meanwhile
 
     def _next(self) -> tuple[str, Leg] | None:
-        """The leg to go on with: first one that is waited for, then the oldest."""
-        wanting = [(name, leg) for name, leg in self._legs.items() if leg.wanting and self._open(leg)]
-        return min(wanting, key=lambda item: not item[1].urgent, default=None)
-
-    def _open(self, leg: Leg) -> bool:
-        assert leg.more is not None
-        return leg.urgent or len(leg.more.blocks) > leg.done or leg.told != leg.done
+        """The leg to begin a read of: one that is waited for; else the oldest, if no other read is young."""
+        wanting = [(name, leg) for name, leg in list(self._legs.items()) if leg.wanting]
+        name, leg = min(wanting, key=lambda item: not item[1].urgent, default=("", None))
+        if leg is None or leg.urgent:
+            return None if leg is None else (name, leg)
+        now = time.monotonic()
+        reads = [one.reading for one in self._all() if one.reading is not None]
+        return None if any(now - read.began < SLOW for read in reads) else (name, leg)
 
     def _take(self, order: Given | Return | Late | Order) -> None:
+        if isinstance(order, Gone):
+            self._reader.forget(order.source)
+        elif isinstance(order, (Drop, Return, Late)):
+            known = self._legs.get(order.leg)
+            if known is not None and known.reading is not None:
+                with self._changed:
+                    known.ends.append(order)
+                    self._changed.notify_all()
+            else:
+                self._end(order)
+        elif order.leg in self._refused:
+            pass  # it was dropped before
+        elif isinstance(order, Given):
+            leg = self._legs.setdefault(order.leg, Leg())
+            leg.given, leg.done = order, order.first
+        else:
+            self._legs.setdefault(order.leg, Leg()).more = order
+
+    def _end(self, order: Drop | Return | Late) -> None:
+        """Nothing is read for the leg, and nothing will be."""
+        with self._changed:
+            self._legs.pop(order.leg, None)
+            self._refused[order.leg] = None
+            if len(self._refused) > REMEMBER:
+                del self._refused[next(iter(self._refused))]
+            self._changed.notify_all()
         match order:
             case Drop(leg=name):
-                self._forget(name)
                 self._say(Dropped(name))
-            case Gone(source=source):
-                self._reader.forget(source)
             case Late(leg=name):
-                self._forget(name)
                 self._say(Failed(name, "its last blocks were not here in time"))
             case Return(leg=name):
-                self._forget(name)
                 self._refused.pop(name, None)
                 self._returned.append(name)
-            case _ if order.leg in self._refused:
-                pass  # it was dropped before
-            case Given(leg=name):
-                leg = self._legs.setdefault(name, Leg())
-                leg.given, leg.done = order, order.first
-            case More(leg=name):
-                self._legs.setdefault(name, Leg()).more = order
 
-    def _forget(self, name: str) -> None:
-        with self._changed:
-            self._legs.pop(name, None)
-            self._changed.notify_all()
-        self._refused[name] = None
-        if len(self._refused) > REMEMBER:
-            del self._refused[next(iter(self._refused))]
-
-    def _copy(self, name: str, leg: Leg) -> None:
-        """One piece of a leg, or the last word on it."""
+    def _begin(self, name: str, leg: Leg) -> None:
+        """One piece of a leg, or the last of it."""
         assert leg.given is not None and leg.more is not None
         more, here = leg.more, leg.given.blocks
         last = bool(more.note)
@@ -202,32 +202,52 @@ class Copier:
             return
         began = time.monotonic()
         leg.began = began if last else leg.began or began
-        try:
-            if end > leg.done or last:
-                over = self._reader.read(
-                    more.source, more.blocks[leg.done : end], here[leg.done : end], more.note
-                )
-                while not over():
-                    time.sleep(POLL_SECONDS)
-        except (OSError, RuntimeError, KeyError) as wrong:  # NIXL's own errors are RuntimeErrors
-            log.warning("KV of %s could not be copied: %r", name, wrong)
-            self._over(name, leg, Failed(name, f"{type(wrong).__name__}: {wrong}"))
-            return
-        self._copied(name, leg, max(end, leg.done), began, last)
+        remote, local = more.blocks[leg.done : end], here[leg.done : end]
+        leg.reading = Reading(lambda: True, began, max(end, leg.done), last)
+        with self._failing(name, leg):
+            if local or last:
+                leg.reading.over = self._reader.read(more.source, remote, local, more.note)
+        self._look_at(name, leg)
 
-    def _copied(self, name: str, leg: Leg, end: int, began: float, last: bool) -> None:
+    def _look(self) -> None:
+        """See to the reads under way."""
+        for name, leg in list(self._legs.items()):
+            self._look_at(name, leg)
+
+    def _look_at(self, name: str, leg: Leg) -> None:
+        if leg.reading is not None:
+            with self._failing(name, leg):
+                if leg.reading.over():
+                    self._copied(name, leg, leg.reading)
+        if leg.reading is None:
+            for order in leg.ends:
+                self._end(order)
+            leg.ends = []
+
+    @contextlib.contextmanager
+    def _failing(self, name: str, leg: Leg) -> Iterator[None]:
+        """Whatever goes wrong with a read ends its leg, and nothing else."""
+        try:
+            yield
+        except Exception as wrong:  # noqa: BLE001 - NIXL's own errors have no common class
+            log.warning("KV of %s could not be copied: %r", name, wrong)
+            leg.reading = None
+            self._over(name, leg, Failed(name, f"{type(wrong).__name__}: {wrong}"))
+
+    def _copied(self, name: str, leg: Leg, reading: Reading) -> None:
         assert leg.more is not None
         ended = time.monotonic()
-        leg.copied += end - leg.done
-        leg.seconds += ended - began
-        leg.done = end
-        if end >= len(leg.more.blocks):
-            leg.told = end
-            word = Copied(name, end, last, leg.copied, leg.seconds, leg.began, ended)
-            if last:
-                self._over(name, leg, word)
-            else:
-                self._say(word)
+        leg.copied += reading.end - leg.done
+        leg.seconds += ended - reading.began
+        leg.done, leg.reading = reading.end, None
+        if not reading.last and leg.done < len(leg.more.blocks):
+            return
+        leg.told = leg.done
+        word = Copied(name, leg.done, reading.last, leg.copied, leg.seconds, leg.began, ended)
+        if reading.last:
+            self._over(name, leg, word)
+        else:
+            self._say(word)
 
     def _over(self, name: str, leg: Leg, word: Copied | Failed) -> None:
         self._say(word)

@@ -120,8 +120,10 @@ class CudaMemory:
                 keep.append(there)
             event = torch.cuda.Event()
             event.record(stream)
-        if in_step:
-            torch.cuda.current_stream().wait_event(event)
+        if (
+            in_step
+        ):  # whether the source still lives is asked after the last byte, and before the step goes on
+            event.synchronize()
         return EventCopy(event, tuple(keep))
 
     def leave(self, peer: dict[str, Any]) -> None:

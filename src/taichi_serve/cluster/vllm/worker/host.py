@@ -6,7 +6,8 @@ memory itself: over CUDA IPC with one kernel on a stream of its own, or with pro
 Every other peer, and every host that refuses such reads, goes over NIXL as before, pair by pair.
 
 Peers find each other through small files in the server's own directory (mode 0700), so handles are only
-given to instances of the same server. A source frees its blocks when the reader says so, as with NIXL.
+given to instances of the same server. A source frees its blocks when the reader says so, as with NIXL. A read
+counts only if its source lived on after the last byte: memory of a dead process may be anybody's.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taichi_serve.cluster.vllm.wire import direct_marker, offer_file
+from taichi_serve.cluster.vllm.worker.life import Life, born
+from taichi_serve.cluster.vllm.worker.locked import Locked
 
 log = logging.getLogger("vllm.taichi.host")
 
 Rows = NDArray[np.uint64]  # (n, 3): address, bytes, device
-EARLY_SECONDS = 10.0  # how long a word about an unknown request is kept
+EARLY_WORDS = 4096  # about requests that are not known yet; who left has no other way to be freed
 
 
 class Memory(Protocol):
@@ -93,26 +96,6 @@ class Transfer:
     took: float = 0.0
 
 
-class Locked:
-    """A NIXL agent for more than one thread: its calls come one after the other."""
-
-    def __init__(self, nixl: Any) -> None:
-        self._nixl = nixl
-        self._lock = threading.RLock()
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._nixl, name)
-        if not callable(found):
-            return found
-
-        def call(*args: Any, **options: Any) -> Any:
-            with self._lock:
-                return found(*args, **options)
-
-        self.__dict__[name] = call
-        return call
-
-
 class HostAgent:
     """A NIXL agent that keeps transfers between instances of one host to itself; without `memory` it keeps
     none.
@@ -128,8 +111,9 @@ class HostAgent:
         self._rank = rank
         self._thread = threading.local()
         self.knows: Callable[[str], bool] = lambda request: True
-        self._early: list[tuple[float, str, bytes]] = []
+        self._early: list[tuple[str, bytes]] = []
         self._peers: dict[str, dict[str, Any]] = {}
+        self._lives: dict[str, Life] = {}  # of the peers, by agent
         self._ranges: list[Rows] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -138,16 +122,16 @@ class HostAgent:
     def get_new_notifs(self) -> dict[str, list[bytes]]:
         """Words of readers. One about a request that our worker has not heard of yet is kept for later:
         a reader on this host can be done before the source's own next step."""
-        now = time.perf_counter()
-        words = [(now, agent, word) for agent, news in self._nixl.get_new_notifs().items() for word in news]
-        words, self._early = self._early + words, []
+        fresh = [(agent, word) for agent, news in self._nixl.get_new_notifs().items() for word in news]
+        words, self._early = self._early + fresh, []
         known: dict[str, list[bytes]] = {}
-        for at, agent, word in words:
+        for agent, word in words:
             request = word.decode().rsplit(":", 1)[0]
-            if self.knows(request) or request.startswith("HB") or now - at > EARLY_SECONDS:
+            if self.knows(request) or request.startswith("HB"):
                 known.setdefault(agent, []).append(word)
             else:
-                self._early.append((at, agent, word))
+                self._early.append((agent, word))
+        del self._early[:-EARLY_WORDS]
         return known
 
     # ------------------------------------------------------------------------------ meeting the peers
@@ -164,6 +148,7 @@ class HostAgent:
             return registered
         word = {
             "pid": os.getpid(),
+            "born": born(),
             "engine_id": self._engine_id,
             "memory": self._memory.offer(np.concatenate(self._ranges)),
         }
@@ -178,7 +163,12 @@ class HostAgent:
         name = name.decode() if isinstance(name, bytes) else str(name)
         path = self._file(name)
         if self._memory is not None and path.exists():
-            self._peers[name] = json.loads(path.read_text())
+            peer = json.loads(path.read_text())
+            try:
+                self._lives[name] = Life(peer["pid"], peer.get("born"))
+                self._peers[name] = peer
+            except OSError as gone:
+                log.warning("KV of %s goes over NIXL: %s", peer["engine_id"], gone)
         return name
 
     def remove_remote_agent(self, agent: str) -> Any:
@@ -196,6 +186,7 @@ class HostAgent:
         if (peer := self._peers.pop(agent, None)) is not None and self._memory is not None:
             self._marker(peer).unlink(missing_ok=True)
             self._memory.leave(peer)
+            self._lives.pop(agent).close()
 
     def _file(self, agent: str) -> Path:
         return offer_file(self._directory, agent)
@@ -269,6 +260,9 @@ class HostAgent:
                 return "PROC"
         except OSError as wrong:
             log.warning("KV of %s could not be read: %s", handle.peer, wrong)
+            return "ERR"
+        if (life := self._lives.get(handle.peer)) is None or not life.lives():
+            log.warning("KV of %s was read, but it may have ended before the last byte", handle.peer)
             return "ERR"
         handle.took = time.perf_counter() - handle.began
         if handle.note:

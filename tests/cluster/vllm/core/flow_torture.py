@@ -1,0 +1,441 @@
+"""Many requests that move between pretended instances in every way there is, while everything that can go
+wrong does: reads fail or stand still, tails are late, legs are dropped and aborted at any time, there is no
+room, requests are preempted, an instance dies. Deterministic by its seed.
+
+    python tests/cluster/vllm/core/flow_torture.py SECONDS [SEED]
+
+It runs until it finds something, or time is up.
+
+Stands for the server in the simplest way that keeps to the protocol of docs/decisions/118: a source is told
+to let go after the target's answer to a drop, or after the first token there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from flowbench import WRONG, Instance, Stream, abort, reads_directly, request
+from vllm.v1.engine import EngineCoreOutput
+
+from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Marks
+
+ROOM = 32
+
+
+@dataclass
+class Move:
+    """One move of a job, from `source` to `target`."""
+
+    source: int
+    target: int
+    source_leg: str
+    leg: str
+    ahead: bool
+    known: int = 0
+    left: bool = False  # the source's blocks are held for it
+    gone: bool = False  # the tail was asked for
+    over: bool = False
+
+
+@dataclass
+class Job:
+    """One request of a user."""
+
+    name: str
+    prompt: int
+    most: int
+    at: int = 0
+    leg: str = ""
+    number: int = 0
+    tokens: list[int] = field(default_factory=list)
+    move: Move | None = None  # before its next leg's first token
+    done: bool = False
+
+
+class World:
+    """Instances, jobs, and the messages between them, which take any time."""
+
+    def __init__(self, seed: int) -> None:
+        chance = self.chance = Random(seed)
+        self.streams: dict[str, Stream] = {}
+        count = chance.choice([2, 2, 3])
+        shape = {
+            "blocks": chance.choice([14, 24, 60]),
+            "seats": chance.choice([2, 4, 16]),
+            "chunk": chance.choice([16, 32, 64]),
+            "overlap": chance.choice([True, True, False]),
+        }
+        self.instances = [Instance(i, Random(seed * 7 + i), self.streams, **shape) for i in range(count)]
+        peers = dict(enumerate(self.instances))
+        failing = chance.choice([0.0, 0.05, 0.2])
+        for one in self.instances:
+            one.peers, one.failing = peers, failing
+            for other in self.instances:
+                if other is not one:
+                    reads_directly(one.index, other.index, bool(chance.getrandbits(1)))
+        self.jobs: dict[str, Job] = {}
+        self.moves: list[Move] = []
+        self.heard: list[deque[EngineCoreOutput]] = [deque() for _ in self.instances]
+        self.asked: list[tuple[Move, Future[bool] | bool]] = []
+        self.shared = [chance.randint(10, 5000) for _ in range(64)]
+        self.wrong: list[str] = []
+        self.seen: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------------------------ what users do
+
+    def arrive(self) -> None:
+        chance = self.chance
+        name = f"r{len(self.jobs)}"
+        length = chance.randint(1, 90)
+        common = chance.choice([0, min(length, 64), min(chance.randint(0, length), 64)])
+        prompt = self.shared[:common] + [chance.randint(10, 5000) for _ in range(length - common)]
+        self.streams[name] = Stream(prompt)
+        job = self.jobs[name] = Job(name, length, chance.randint(1, 30))
+        job.at, job.leg = chance.randrange(len(self.instances)), name
+        if self.instances[job.at].dead:
+            job.done = True
+            return
+        self._start(job)
+
+    def _start(self, job: Job) -> None:
+        """Compute the tokens so far where it is; some are to be handed over after the first."""
+        hand_over = self.chance.random() < 0.4
+        others = [i for i in range(len(self.instances)) if i != job.at and not self.instances[i].dead]
+        marks = None
+        if job.tokens:
+            marks = Marks(moved=True, output=len(job.tokens))
+        elif hand_over and others:
+            follow = self.chance.random() < 0.5
+            move = Move(job.at, self.chance.choice(others), job.leg, self._name(job), False)
+            marks = Marks(hand_over=True, reader=f"{move.leg}+" if follow else None)
+            job.move = move
+            self.moves.append(move)
+        tokens = self.streams[job.name].tokens[: job.prompt + len(job.tokens)]
+        self.instances[job.at].scheduler.add_request(
+            request(job.leg, tokens, job.most - len(job.tokens), marks)
+        )
+
+    def _name(self, job: Job) -> str:
+        job.number += 1
+        return f"{job.name}#{job.number}"
+
+    def cancel(self, job: Job) -> None:
+        if job.done:
+            return
+        job.done = True
+        if job.move is not None:
+            self._give_up(job.move)
+            job.move = None
+        self._abort(job.at, job.leg)
+
+    def _abort(self, at: int, leg: str) -> None:
+        if not self.instances[at].dead:
+            abort(self.instances[at], leg)
+
+    # ---------------------------------------------------------------------------------------- moves
+
+    def begin_move(self, job: Job) -> None:
+        others = [i for i in range(len(self.instances)) if i != job.at and not self.instances[i].dead]
+        if job.done or job.move is not None or not job.tokens or not others:
+            return
+        move = Move(job.at, self.chance.choice(others), job.leg, self._name(job), self.chance.random() < 0.6)
+        job.move = move
+        self.moves.append(move)
+        source = self.instances[move.source].scheduler
+        if not move.ahead:
+            source.leave([move.source_leg])
+            return
+        blocks = source.pin(move.source_leg, move.leg)
+        if blocks is None:
+            move.ahead = False
+            source.leave([move.source_leg])
+            return
+        move.known = len(job.tokens)
+        tokens = self.streams[job.name].tokens[: job.prompt + move.known]
+        marks = Marks(moved=True, output=move.known, ahead=ROOM)
+        target = self.instances[move.target]
+        target.scheduler.add_request(request(move.leg, tokens, job.most - move.known, marks))
+        target.copier.inbox.append(("more", move.leg, move.source, blocks, ""))
+        self.seen["ahead"] += 1
+
+    def _give_up(self, move: Move) -> None:
+        """End the leg at the target; when it answers, the source may let go."""
+        if move.over:
+            return
+        move.over = True
+        target = self.instances[move.target]
+        if target.dead:
+            self._let_go(move)
+            return
+        if move.ahead:
+            target.copier.inbox.append(("drop", move.leg))
+        self.asked.append((move, target.scheduler.drop(move.leg)))
+        self.seen["dropped"] += 1
+
+    def _let_go(self, move: Move) -> None:
+        source = self.instances[move.source]
+        if not source.dead:
+            source.scheduler.release([move.source_leg] if move.left else [], [move.leg, f"{move.leg}+"])
+
+    def answers(self) -> None:
+        waiting = []
+        for move, answer in self.asked:
+            if isinstance(answer, Future) and not answer.done() and not self.instances[move.target].dead:
+                waiting.append((move, answer))
+            else:
+                self._let_go(move)
+        self.asked = waiting
+
+    # ------------------------------------------------------------------------------- what instances say
+
+    def hear(self, index: int) -> None:
+        """The next output of an instance, and the next word of its copier."""
+        if self.heard[index] and self.chance.random() < 0.9:
+            self._take(index, self.heard[index].popleft())
+        words = self.instances[index].copier.words
+        if words:
+            self._word(*words.popleft())
+
+    def _word(self, kind: str, leg: str) -> None:
+        job = self.jobs[leg.split("#", maxsplit=1)[0]]
+        move = job.move
+        if move is None or move.leg != leg or move.over:
+            return
+        if kind == "copied" and not move.left:
+            if not self.instances[move.source].dead:
+                self.instances[move.source].scheduler.leave([move.source_leg])
+        elif kind == "landed" and move.gone and not self._direct(move):
+            self._arrive(job, move)
+        elif kind == "failed" and not move.gone:
+            self._give_up(move)
+            job.move = None
+        elif kind == "failed":
+            self._again(job, move)
+
+    def _direct(self, move: Move) -> bool:
+        return self.instances[move.target].scheduler._side._is_direct(f"e{move.source}")
+
+    def _take(self, index: int, output: EngineCoreOutput) -> None:
+        leg = output.request_id
+        job = self.jobs[leg.split("#", maxsplit=1)[0]]
+        left = output.stop_reason == LEFT
+        if job.done or job.leg != leg or job.at != index:
+            if left:
+                self._late(index, leg)
+            return
+        if output.new_token_ids and job.move is not None and job.move.leg == leg:
+            self._landed(job, job.move)
+        job.tokens += output.new_token_ids
+        true = self.streams[job.name].tokens[job.prompt : job.prompt + len(job.tokens)]
+        if job.tokens != true or WRONG in output.new_token_ids:
+            self.wrong.append(f"{leg} on i{index}: token {len(job.tokens)} is wrong")
+        if left:
+            self._left(job, output)
+        elif output.stop_reason == UNREAD:
+            self.seen["unread"] += 1
+            if job.move is None:
+                self.wrong.append(f"{leg} had tokens already, and then it could not be read")
+                job.done = True
+                return
+            self._again(job, job.move)
+        elif output.finish_reason is not None:
+            job.done = True
+            if job.move is not None:
+                self._give_up(job.move)
+                job.move = None
+
+    def _late(self, index: int, leg: str) -> None:
+        """It left before it was ended from outside. Whoever was to read it is asked first."""
+        for move in self.moves:
+            if move.source_leg == leg and move.source == index:
+                move.left = True
+                self._give_up(move) if not move.over else self.asked.append((move, self._ask(move)))
+                return
+        self.instances[index].scheduler.release([leg])
+
+    def _ask(self, move: Move) -> Future[bool] | bool:
+        target = self.instances[move.target]
+        return True if target.dead else target.scheduler.drop(move.leg)
+
+    def _landed(self, job: Job, move: Move) -> None:
+        """Its first token is there: nothing is read for it any more."""
+        move.over = True
+        job.move = None
+        self._let_go(move)
+        self.seen["moved"] += 1
+
+    def _left(self, job: Job, output: EngineCoreOutput) -> None:
+        params: Any = output.kv_transfer_params
+        move = job.move
+        if move is None:  # it was given up after the source was told
+            self.instances[job.at].scheduler.release([job.leg])
+            job.leg = self._name(job)
+            self._start(job)
+            return
+        move.left = True
+        target = self.instances[move.target]
+        if target.dead:
+            self._again(job, move)
+            return
+        job.at, job.leg = move.target, move.leg
+        blocks = list(params["remote_block_ids"][0])
+        if move.ahead and params["remote_num_tokens"] < job.prompt + move.known + ROOM:
+            move.gone = True
+            if self._direct(move):
+                self._arrive(job, move)
+            target.copier.inbox.append(("more", move.leg, move.source, blocks, move.source_leg))
+            return
+        if move.ahead:
+            self._again(job, move)
+            return
+        marks = Marks(moved=True, output=len(job.tokens))
+        tokens = self.streams[job.name].tokens[: job.prompt + len(job.tokens)]
+        target.scheduler.add_request(request(move.leg, tokens, job.most - len(job.tokens), marks, params))
+
+    def _arrive(self, job: Job, move: Move) -> None:
+        if job.leg == move.leg and not self.instances[move.target].scheduler.arrive(
+            move.leg, job.tokens[move.known :]
+        ):
+            self._again(job, move)
+
+    def _again(self, job: Job, move: Move) -> None:
+        """Its KV does not come: compute its tokens again, under another name."""
+        self._give_up(move)
+        job.move = None
+        job.at = move.target if not self.instances[move.target].dead else move.source
+        if self.instances[job.at].dead:
+            alive = [one.index for one in self.instances if not one.dead]
+            job.at = alive[0]
+        job.leg = self._name(job)
+        self._start(job)
+
+    def lose(self, index: int) -> None:
+        """An instance dies. Whoever runs there goes on elsewhere from the tokens so far."""
+        alive = [one for one in self.instances if not one.dead and one.index != index]
+        if self.instances[index].dead or not alive:
+            return
+        dead = self.instances[index]
+        dead.dead = True
+        self.heard[index].clear()
+        dead.copier.words.clear()
+        self.seen["lost"] += 1
+        for job in self.jobs.values():
+            if job.done:
+                continue
+            move = job.move
+            if move is not None and index in (move.source, move.target) and not move.over:
+                self._give_up(move)
+                job.move = None
+                if job.at == index or job.leg == move.leg:
+                    self._abort(job.at, job.leg)
+                else:
+                    continue
+            elif job.at != index:
+                continue
+            job.at, job.leg = self.chance.choice(alive).index, self._name(job)
+            self._start(job)
+
+    # ----------------------------------------------------------------------------------------- the end
+
+    def turn(self, settle: bool) -> None:
+        """One thing happens somewhere."""
+        chance, index = self.chance, self.chance.randrange(len(self.instances))
+        one = self.instances[index]
+        if chance.random() < 0.02 and not settle:
+            one.stuck = not one.stuck
+        one.stuck = one.stuck and not settle
+        if not one.dead:
+            self.hear(index)
+            one.copier.turn()
+            if len(self.heard[index]) < 3:
+                self.heard[index].extend(one.step())
+        self.answers()
+        if settle or not self.jobs:
+            return
+        job = chance.choice(list(self.jobs.values()))
+        what = chance.random()
+        if what < 0.12:
+            self.begin_move(job)
+        elif what < 0.13:
+            self.cancel(job)
+        elif what < 0.16:
+            self._patience_ends(job)
+        elif what < 0.1604:
+            self.lose(index)
+
+    def _patience_ends(self, job: Job) -> None:
+        move = job.move
+        if move is None or job.done:
+            return
+        if job.leg == move.leg:
+            self._again(job, move)
+        elif move.ahead and not move.left:
+            self._give_up(move)
+            job.move = None
+
+    def faults(self) -> list[str]:
+        """What must never be, when all is over."""
+        found = list(self.wrong)
+        found += [f"{job.name} waits for ever: {job}" for job in self.jobs.values() if not job.done]
+        for one in self.instances:
+            found += one.faults
+            if one.dead:
+                continue
+            if one.used() or one.scheduler.requests:
+                names = {n: r.status.name for n, r in one.scheduler.requests.items()}
+                found.append(f"i{one.index} still has {one.used()} blocks, {names}, {one.held}")
+            books = {"reads": len(one.scheduler._reads), "pins": len(one.scheduler._pins._blocks)}
+            books |= {"arrivals": len(one.scheduler._arrivals), "pulled": len(one.scheduler._side.pulled)}
+            books |= {"leaving": len(one.scheduler._leaving), "known": len(one.scheduler._side._known)}
+            books |= {
+                "arrived": len(one.scheduler._side._arrived),
+                "followed": len(one.scheduler._pins._followed),
+            }
+            if any(books.values()):
+                found.append(f"i{one.index} remembers {books}")
+        return found
+
+
+def torture(seed: int, jobs: int = 12, turns: int = 500) -> tuple[list[str], Counter[str]]:
+    """One run: the faults that it found, and what took place."""
+    world = World(seed)
+    for _ in range(turns):
+        if len(world.jobs) < jobs and world.chance.random() < 0.05:
+            world.arrive()
+        world.turn(settle=False)
+    for _ in range(6000):
+        world.turn(settle=True)
+        if all(job.done for job in world.jobs.values()) and not any(
+            one.used() or one.steps or one.worked or one.scheduler.requests
+            for one in world.instances
+            if not one.dead
+        ):
+            break
+    for _ in range(60):
+        world.turn(settle=True)
+    for one in world.instances:
+        world.seen.update(one.seen)
+    return world.faults(), world.seen
+
+
+def main(seconds: float, seed: int) -> int:
+    """Run until something is found."""
+    ends, runs, seen = time.monotonic() + seconds, 0, Counter[str]()
+    while time.monotonic() < ends:
+        found, counts = torture(seed + runs)
+        runs, seen = runs + 1, seen + counts
+        if found:
+            print(f"seed {seed + runs - 1} (run {runs}):", *found[:8], sep="\n  ")
+            return 1
+    print(f"{runs} runs, nothing found: {dict(seen)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))

@@ -1,0 +1,474 @@
+"""An instance without a model: vLLM's own scheduler, connector and block pool with ours on top, and a worker
+that is pretended.
+
+Every slot of KV keeps a hash of the tokens up to there. The pretended worker looks at all that attention
+would read, and makes the request's true next token only where each slot holds what it should; so a block that
+was never filled, was given away too early, or was found in the prefix cache too early, ends in a wrong token.
+Reads take place when they end, which is the worst moment that a source can be read at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from taichi_serve.cluster.vllm.args import engine_config
+from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
+from taichi_serve.cluster.vllm.wire import Given, Marks, Return, direct_marker
+from taichi_serve.tiny import cached_tiny_model
+
+BLOCK = 16
+WRONG = 1  # the token that comes out where attention read something else; no true stream has it
+PRIME = (1 << 61) - 1
+
+
+class Stream:
+    """The one true output of a prompt: every token hangs on all before it."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.tokens, self.hashes, self._hash = list(prompt), [], 0
+
+    def upto(self, count: int) -> None:
+        """Have hashes of so many tokens, and the token after them."""
+        for place in range(len(self.hashes), count):
+            if place == len(self.tokens):
+                self.tokens.append(self._hash % 5000 + 10)
+            self._hash = (self._hash * 1000003 + self.tokens[place] + 1) % PRIME
+            self.hashes.append(self._hash)
+        if count == len(self.tokens):
+            self.tokens.append(self._hash % 5000 + 10)
+
+
+@cache
+def _directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix="flowbench-"))
+
+
+@cache
+def _config(index: int, overlap: bool) -> Any:
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(18900 + index)
+    init_none_hash(sha256)
+    flags = ["--max-model-len", "4096", "--enforce-eager", "--block-size", str(BLOCK), "--d-heavy", "3"]
+    config = engine_config([str(cached_tiny_model()), *flags], f"e{index}", str(_directory()))
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # a thousand schedulers have a thousand greetings
+    config.scheduler_config.async_scheduling = overlap  # as on a GPU; a CPU instance has none
+    return config
+
+
+class _NoGrammar(StructuredOutputManager):
+    def __init__(self) -> None:
+        pass
+
+    def grammar_init(self, request: Any) -> None:
+        pass
+
+    def accept_tokens(self, request: Any, tokens: Any) -> bool:
+        return True
+
+    def should_advance(self, request: Any) -> bool:
+        return False
+
+
+def scheduler(
+    index: int = 0, blocks: int = 64, chunk: int = 64, seats: int = 16, overlap: bool = True
+) -> FlowScheduler:
+    """The real one; with `overlap` a step is planned while the one before it runs."""
+    config = _config(index, overlap)
+    config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
+    kv = KVCacheConfig(
+        num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    made = FlowScheduler(
+        vllm_config=config,
+        kv_cache_config=kv,
+        structured_output_manager=_NoGrammar(),
+        block_size=BLOCK,
+        log_stats=True,
+    )
+    assert made.defer_block_free == overlap
+    made.max_num_active_reqs = made.max_num_running_reqs = seats
+    made.chunk = chunk
+    return made
+
+
+def reads_directly(reader: int, source: int, yes: bool) -> None:
+    """Whether one instance reads the other's memory within its steps; else it goes over NIXL."""
+    marker = direct_marker(_directory(), f"e{reader}", f"e{source}", 0)
+    if yes:
+        marker.touch()
+    else:
+        marker.unlink(missing_ok=True)
+
+
+def request(
+    name: str, tokens: Sequence[int], most: int, marks: Marks | None = None, kv: Any = None, **more: Any
+) -> Request:
+    """An engine request, as it comes out of the socket."""
+    extra: dict[str, Any] = {} if marks is None else marks.entry()
+    if kv is not None:
+        extra["kv_transfer_params"] = dict(kv)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=most, ignore_eos=True, extra_args=extra or None, **more
+    )
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(tokens),
+        sampling_params=params,
+        pooling_params=None,
+        block_hasher=hasher,
+    )
+
+
+@dataclass
+class Pull:
+    """A read under way; it takes place when it ends. `source` is None where that one is dead."""
+
+    leg: str
+    source: Instance | None
+    remote: list[int]
+    local: list[int]
+    note: str
+    last: bool = False
+
+
+@dataclass
+class CopiedLeg:
+    """What the pretended copier knows of a leg; see worker/legs.py."""
+
+    given: Given | None = None
+    more: tuple[int, list[int], str] | None = None
+    done: int = 0
+    told: int = -1
+    reading: Pull | None = None
+    ends: list[tuple[str, str]] = field(default_factory=list)
+    over: bool = False
+    good: bool = False
+
+
+class Copier:
+    """worker/copier.py's rules without its thread: it does what `turn` says, one thing at a time."""
+
+    def __init__(self, here: Instance) -> None:
+        self.here = here
+        self.legs: dict[str, CopiedLeg] = {}
+        self.refused: set[str] = set()
+        self.inbox: deque[Any] = (
+            deque()
+        )  # from the server: ("more", leg, source, blocks, note), ("drop", leg)
+        self.words: deque[tuple[str, str]] = (
+            deque()
+        )  # to the server: (copied | landed | failed | dropped, leg)
+        self.returned: set[str] = set()
+
+    def order(self, order: Given | Return) -> None:
+        if isinstance(order, Return):
+            self._end("return", order.leg)
+        elif order.leg not in self.refused:
+            leg = self.legs.setdefault(order.leg, CopiedLeg())
+            leg.given, leg.done = order, order.first
+
+    def turn(self) -> None:
+        """Take an order, begin a read, or end one."""
+        chance = self.here.chance
+        if self.inbox and chance.random() < 0.5:
+            self._take(self.inbox.popleft())
+            return
+        for name, leg in list(self.legs.items()):
+            if leg.reading is not None and not self.here.stuck and chance.random() < 0.5:
+                self._read(name, leg, leg.reading)
+            elif leg.reading is None:
+                self._begin(name, leg)
+
+    def _take(self, order: Any) -> None:
+        kind, name = order[:2]
+        if kind == "drop":
+            self._end("drop", name)
+        elif name not in self.refused:
+            self.legs.setdefault(name, CopiedLeg()).more = order[2:]
+
+    def _begin(self, name: str, leg: CopiedLeg) -> None:
+        if leg.given is None or leg.more is None or leg.over or leg.ends:
+            return
+        source, blocks, note = leg.more
+        if not note and len(blocks) <= leg.done and leg.told == leg.done:
+            return
+        if len(blocks) > len(leg.given.blocks):
+            self._over(name, leg, False)
+            return
+        end = len(blocks) if note else min(len(blocks), leg.done + 2)
+        local, remote = leg.given.blocks[leg.done : end], blocks[leg.done : end]
+        peer = self.here.peers[source]
+        leg.reading = Pull(name, None if peer.dead else peer, remote, local, note, bool(note))
+
+    def _read(self, name: str, leg: CopiedLeg, pull: Pull) -> None:
+        good = self.here.read(pull)
+        leg.reading = None
+        if not good:
+            self._over(name, leg, False)
+        else:
+            leg.done += len(pull.local)
+            if pull.last:
+                self._over(name, leg, True)
+            elif leg.more is not None and leg.done >= len(leg.more[1]):
+                leg.told = leg.done
+                self.words.append(("copied", name))
+        for kind, _ in leg.ends:
+            self._ended(kind, name)
+
+    def _over(self, name: str, leg: CopiedLeg, good: bool) -> None:
+        leg.over, leg.good = True, good
+        self.words.append(("landed" if good else "failed", name))
+
+    def _end(self, kind: str, name: str) -> None:
+        leg = self.legs.get(name)
+        if leg is not None and leg.reading is not None:
+            leg.ends.append((kind, name))
+        else:
+            self._ended(kind, name)
+
+    def _ended(self, kind: str, name: str) -> None:
+        self.legs.pop(name, None)
+        self.refused.add(name)
+        if kind == "return":
+            self.refused.discard(name)
+            self.returned.add(name)
+        else:
+            self.words.append(("dropped" if kind == "drop" else "failed", name))
+
+    def wait(self, name: str) -> bool:
+        """A step waits; it may be in vain."""
+        for _ in range(self.here.chance.choice([0, 4, 40, 40])):
+            leg = self.legs.get(name)
+            if name in self.refused or (leg is not None and (leg.over or leg.ends)):
+                break
+            self.turn()
+        leg = self.legs.get(name)
+        if leg is not None and leg.over:
+            return self.legs.pop(name).good
+        if not (name in self.refused or (leg is not None and leg.ends)):
+            self._end("late", name)
+        return False
+
+
+class Instance:
+    """One instance: the real scheduler, and a worker with two steps under way at most."""
+
+    def __init__(
+        self, index: int, chance: Random, streams: dict[str, Stream], overlap: bool = True, **shape: int
+    ) -> None:
+        self.index, self.chance, self.streams, self.overlap = index, chance, streams, overlap
+        self.scheduler = scheduler(index, overlap=overlap, **shape)
+        self.peers: dict[int, Instance] = {}
+        self.dead = False
+        self.stuck = False  # reads beside the steps do not end
+        self.failing = 0.0  # the share of reads that fail
+        self.slots: dict[int, list[int]] = {}  # block -> a hash for each slot
+        self.copier = Copier(self)
+        self.steps: deque[tuple[SchedulerOutput, dict[str, Any]]] = deque()
+        self.worked: tuple[SchedulerOutput, ModelRunnerOutput] | None = None
+        self.pulls: deque[Pull] = deque()
+        self.done_sending: set[str] = set()
+        self.processed: set[str] = set()
+        self.held: dict[str, float] = {}
+        self.early: set[str] = set()
+        self.seen: dict[str, int] = {}
+        self.faults: list[str] = []
+
+    @staticmethod
+    def stream_of(leg: str) -> str:
+        return leg.split("#", maxsplit=1)[0]
+
+    # ------------------------------------------------------------------------------------------ the core
+
+    def step(self) -> list[EngineCoreOutput]:
+        """What vLLM's loop does in one turn: plan a step, and take in the oldest where as many as can be are
+        under way. Requests may be ended from outside while the oldest is done and not taken in."""
+        if self.dead or not (self.steps or self.worked or self.scheduler.has_requests()):
+            return []
+        if self.worked is None and self.scheduler.has_requests() and len(self.steps) < 1 + self.overlap:
+            self.plan()
+            more = self.steps[-1][0].total_num_scheduled_tokens or self.scheduler.has_requests()
+            if len(self.steps) < 1 + self.overlap and more and self.chance.random() < 0.8:
+                return []
+        if self.worked is None:
+            output, sights = self.steps.popleft()
+            self.worked = output, self._work(output, sights)
+            if self.chance.random() < 0.3:
+                return []
+        return self.take_in()
+
+    def plan(self) -> SchedulerOutput:
+        """Plan a step."""
+        output = self.scheduler.schedule()
+        sights = {leg: self._sight(leg, tokens) for leg, tokens in output.num_scheduled_tokens.items()}
+        self.steps.append((output, sights))
+        for _ in output.preempted_req_ids or ():
+            self._count("preempted")
+        return output
+
+    def take_in(self) -> list[EngineCoreOutput]:
+        """The core takes in the outputs of the oldest step; the worker does it now if it has not."""
+        if self.worked is None:
+            output, sights = self.steps.popleft()
+            self.worked = output, self._work(output, sights)
+        (output, made), self.worked = self.worked, None
+        found = self.scheduler.update_from_output(output, made)
+        return [one for outputs in found.values() for one in outputs.outputs]
+
+    def _sight(self, leg: str, tokens: int) -> tuple[int, int, list[int], bool]:
+        """How the step sees it: tokens with KV, tokens to compute, blocks, whether more prompt follows."""
+        one = self.scheduler.requests[leg]
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(leg)
+        return one.num_computed_tokens - tokens, tokens, list(blocks), bool(one.is_prefill_chunk)
+
+    # ---------------------------------------------------------------------------------------- the worker
+
+    def _work(self, output: SchedulerOutput, sights: dict[str, Any]) -> ModelRunnerOutput:
+        invalid = self._begin(output.kv_connector_metadata)
+        legs = list(output.num_scheduled_tokens)
+        tokens = [self._compute(leg, *sights[leg]) for leg in legs]
+        received: set[str] = set()
+        for _ in range(len(self.pulls)):
+            pull = self.pulls.popleft()
+            if self.stuck or self.chance.random() < 0.4:
+                self.pulls.append(pull)
+                continue
+            if not self.read(pull):
+                invalid |= set(pull.local)
+            received.add(pull.leg)
+        received |= self.copier.returned
+        self.copier.returned = set()
+        return ModelRunnerOutput(
+            req_ids=legs,
+            req_id_to_index={leg: i for i, leg in enumerate(legs)},
+            sampled_token_ids=tokens,
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+            kv_connector_output=KVConnectorOutput(
+                invalid_block_ids=invalid, finished_recving=received, finished_sending=self._sent()
+            ),
+        )
+
+    def _begin(self, meta: Any) -> set[int]:
+        """Orders of the connector's metadata; the blocks that could not be read for this step."""
+        invalid: set[int] = set()
+        self.processed = (self.processed | set(meta.reqs_in_batch)) - set(meta.reqs_not_processed)
+        now = meta.scheduler_clock
+        for leg, until in meta.reqs_to_send.items():
+            if leg in self.processed:
+                self.held[leg] = until - now
+        for leg, one in meta.reqs_to_recv.items():
+            local = list(one.local_block_ids[0]) if len(one.local_block_ids) else []
+            source = self.peers[int(one.remote.engine_id[1:])]
+            remote = list(one.remote.block_ids[0])[-len(local) :] if local else []
+            pull = Pull(leg, None if source.dead else source, remote, local, one.remote.request_id)
+            if one.awaiting_kvs:
+                self.pulls.append(pull)
+            elif not self.read(pull):
+                invalid |= set(local)
+        for order in meta.taichi.copier:
+            self.copier.order(order)
+        for given in meta.taichi.awaited:
+            if not self.copier.wait(given.leg):
+                self._count("tail failed")
+                invalid |= set(given.blocks[given.first :])
+            else:
+                self._count("tail here")
+        return invalid
+
+    def _compute(self, leg: str, at: int, tokens: int, blocks: list[int], more: bool) -> list[int]:
+        stream = self.streams[self.stream_of(leg)]
+        stream.upto(at + tokens)
+        right = all(
+            self.slots.get(block, [0] * BLOCK)[: at - first] == stream.hashes[first : min(first + BLOCK, at)]
+            for block, first in zip(blocks, range(0, at, BLOCK), strict=False)
+        )
+        for place in range(at, at + tokens):
+            slots = self.slots.setdefault(blocks[place // BLOCK], [0] * BLOCK)
+            slots[place % BLOCK] = stream.hashes[place] if right else -self.chance.randrange(1, PRIME)
+        return [] if more else [stream.tokens[at + tokens] if right else WRONG]
+
+    def read(self, pull: Pull) -> bool:
+        """The read takes place. False where it failed; then nobody is told, and anything may be there."""
+        for block in pull.local:
+            if block not in self._owned(pull.leg):
+                self.faults.append(
+                    f"a read for {pull.leg} wrote into block {block}, which is not its own any more"
+                )
+        failed = pull.source is None or pull.source.dead or self.chance.random() < self.failing
+        for mine, theirs in zip(pull.local, pull.remote, strict=True):
+            there = pull.source.slots.get(theirs, [0] * BLOCK) if pull.source is not None else []
+            self.slots[mine] = [-self.chance.randrange(1, PRIME)] * BLOCK if failed else list(there)
+        if failed:
+            self._count("read failed")
+        elif pull.note and pull.source is not None:
+            pull.source.early.add(pull.note)
+        return not failed
+
+    def _owned(self, leg: str) -> set[int]:
+        """Its own blocks, or those that nobody gets before the steps under way are over."""
+        kept = {block.block_id for _, blocks in self.scheduler.deferred_frees for block in blocks}
+        if leg not in self.scheduler.requests:
+            return kept
+        return kept | set(self.scheduler.kv_cache_manager.get_block_ids(leg)[0])
+
+    def _sent(self) -> set[str]:
+        """Legs whose reader is done, or that are to be let go."""
+        sent = {leg for leg, left in self.held.items() if left < 0 or leg in self.early}
+        for leg in sent:
+            del self.held[leg]
+            self.early.discard(leg)
+            self.processed.discard(leg)
+        return sent
+
+    def _count(self, what: str) -> None:
+        self.seen[what] = self.seen.get(what, 0) + 1
+
+    # -------------------------------------------------------------------------------------- its measures
+
+    def used(self) -> int:
+        """Blocks that somebody has."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return int(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+
+    def run(self, until: Callable[[], bool], turns: int = 200) -> list[EngineCoreOutput]:
+        """Step until something holds."""
+        outputs: list[EngineCoreOutput] = []
+        for _ in range(turns):
+            if until():
+                return outputs
+            outputs += self.step()
+            self.copier.turn()
+        raise AssertionError("it does not come to that")
+
+
+def abort(instance: Instance, leg: str) -> None:
+    """As vLLM's core ends a request from outside."""
+    instance.scheduler.finish_requests(leg, RequestStatus.FINISHED_ABORTED)

@@ -1,0 +1,38 @@
+"""Whatever is read, fails, is late, dropped, aborted or preempted, in any order: no wrong token, nobody waits
+for ever, no block is lost, and none is given away while it is written into."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from flow_torture import torture
+
+RUNS = 40
+
+
+@pytest.mark.parametrize("batch", range(6))
+def test_nothing_that_can_happen_between_instances_makes_a_wrong_token(batch: int) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(batch * RUNS, (batch + 1) * RUNS):
+        faults, counts = torture(seed)
+        assert faults == [], f"seed {seed}"
+        seen += counts
+    for what in (
+        "ahead",
+        "dropped",
+        "moved",
+        "read failed",
+        "tail here",
+        "tail failed",
+        "unread",
+        "preempted",
+    ):
+        assert seen[what] > 0, what
+
+
+def test_a_run_is_told_by_its_seed() -> None:
+    assert torture(7) == torture(7)
