@@ -184,9 +184,9 @@ async def test_a_poisonous_request_takes_two_instances_and_is_ended_and_everybod
 
 
 async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_the_server_fails(
-    tmp_path: Path, reference: list[Answer]
+    tmp_path_factory: pytest.TempPathFactory, reference: list[Answer]
 ) -> None:
-    server = Server(tmp_path / "two", "--d-heavy", "2", "--restarts", "1")
+    server = Server(tmp_path_factory.mktemp("two"), "--d-heavy", "2", "--restarts", "1")
     try:
         server.wait_ready()
         async with server.client() as client:
