@@ -376,6 +376,59 @@ def test_its_output_task_puts_outputs_into_outputs_queue_and_can_be_made_anew() 
     assert not mentions(AsyncMPClient._ensure_output_queue_task, "output_queue_task is not None")
 
 
+def test_its_client_can_be_made_in_a_thread_waits_for_its_core_no_longer_than_a_constant_says() -> None:
+    from vllm.v1.engine import core_client
+
+    assert "timeout=VLLM_ENGINE_READY_TIMEOUT_S * 1000" in inspect.getsource(core_client.MPClient.__init__)
+    # Without a running loop it makes the task later.
+    assert "except RuntimeError:" in inspect.getsource(core_client.AsyncMPClient.__init__)
+    assert mentions(core_client.MPClient, "self.resources = BackgroundResources(ctx=sync_ctx)") == []
+
+
+def test_whoever_waits_for_the_answer_of_a_core_is_in_utility_results() -> None:
+    from vllm.v1.engine import core_client
+
+    texts = "self.utility_results[call_id] = future", "return await future"
+    assert mentions(core_client.AsyncMPClient, *texts) == []
+
+
+def test_every_worker_answers_check_health_and_a_call_to_all_waits_for_those_before_it() -> None:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    assert callable(WorkerBase.check_health)
+    assert names(EngineCore.collective_rpc) == ["method", "timeout", "args", "kwargs"]
+    # One that times out leaves its answer behind, for the next: so it is called without a time limit.
+    assert mentions(MultiprocExecutor, "self.rpc_broadcast_mq.enqueue(", "mq.dequeue(timeout=") == []
+
+
+def test_an_error_put_into_the_queue_of_a_request_ends_it_for_its_client() -> None:
+    from http import HTTPStatus
+
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+    queue.put(GracefulHTTPError("why", HTTPStatus.INTERNAL_SERVER_ERROR))
+    with pytest.raises(GracefulHTTPError, match="why"):
+        queue.get_nowait()
+    assert "except (VLLMClientError, GracefulHTTPError)" in inspect.getsource(AsyncLLM.generate)
+    assert names(OutputProcessor.abort_requests) == ["request_ids", "internal"]
+    assert "self.request_states" in inspect.getsource(OutputProcessor.__init__)
+
+
+def test_a_server_without_engines_ends_only_when_nobody_takes_outputs_any_more() -> None:
+    from vllm.entrypoints.generate.base import serving
+    from vllm.entrypoints.launchers import launcher
+
+    assert "engine.errored and not engine.is_running" in inspect.getsource(launcher.terminate_if_errored)
+    # Routes ask before they begin a stream, so a client gets the status and not an event.
+    assert "raise self.engine_client.dead_error" in inspect.getsource(serving)
+
+
 def test_a_request_of_the_engine_has_the_fields_that_a_leg_changes() -> None:
     from vllm.v1.engine import EngineCoreRequest
 

@@ -27,6 +27,8 @@ FLAGS = (
     "2",
     "--stall-timeout",
     "10",
+    "--restarts",
+    "0",
     "--shutdown-timeout",
     "60",
     *OVER_NIXL,

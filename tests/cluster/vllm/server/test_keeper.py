@@ -54,6 +54,7 @@ class Cluster:
         self.told: list[tuple[Any, ...]] = []
         self.met: list[tuple[str, str]] = []
         self.fails: Callable[[Engine, Engine | None], bool] = lambda at, to: False
+        self.hangs: Callable[[Engine, Engine | None], bool] = lambda at, to: False
         self.joined = asyncio.Event()
 
     def lose(self, engine: Engine, why: str) -> None:
@@ -77,7 +78,8 @@ class Cluster:
     def rehearse(self, request: EngineCoreRequest, at: Any, to: Any) -> asyncio.Future[int]:
         self.met.append((at.process.name, (to or at).process.name))
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        done.set_result(0 if self.fails(at, to) else 2)
+        if not self.hangs(at, to):
+            done.set_result(0 if self.fails(at, to) else 2)
         return done
 
     def abandon(self, request_id: str, cancelled: bool) -> None:
@@ -207,6 +209,29 @@ async def test_a_pair_that_cannot_move_is_a_start_that_failed(house: House) -> N
     house.keeper.exited(house.cluster.engines[1], 1)
     await until(lambda: any("i0 -> i1" in line for line in house.said))
     assert house.launcher.made[0].process.ended  # type: ignore[attr-defined]
+    await house.keeper.stop()
+
+
+async def test_whoever_is_too_busy_to_meet_it_keeps_nobody_out(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taichi_serve.cluster.vllm.server.keeper.MEET_SECONDS", 1.0)
+    house.cluster.hangs = lambda at, to: at.process.name == "i0"
+    house.keeper.exited(house.cluster.engines[1], 1)
+    await house.joined()
+    assert house.launcher.begun == ["i1.2"]
+    assert any("without having met everybody" in line and "i0 -> i1" in line for line in house.said)
+    assert [word[0] for word in house.cluster.told] == ["lose", "abandon", "join"]
+
+
+async def test_who_cannot_compute_by_itself_is_not_let_in(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taichi_serve.cluster.vllm.server.keeper.MEET_SECONDS", 1.0)
+    house.cluster.hangs = lambda at, to: at.process.name == "i1.2" and to is None
+    house.keeper.exited(house.cluster.engines[1], 1)
+    await until(lambda: any("could not be started again" in line for line in house.said))
+    assert not house.cluster.joined.is_set()
     await house.keeper.stop()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -43,6 +46,18 @@ def test_the_files_of_one_incarnation_go_and_those_of_all_others_stay(tmp_path: 
     assert not (tmp_path / "i1").exists()
     assert (tmp_path / "i1.2" / "socket").exists()
     assert (tmp_path / "i1.log").exists()
+
+
+def test_sockets_of_vllm_go_when_nobody_listens_on_them_any_more(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
+    names = [str(uuid4()) for _ in range(2)]
+    sockets = [socket.socket(socket.AF_UNIX) for _ in names]
+    with sockets[0], sockets[1]:
+        for name, listener in zip(names, sockets, strict=True):
+            listener.bind(name)
+        sockets[0].close()
+        remove_files(Path(), "i1", "server-i1")
+        assert [Path(name).exists() for name in names] == [False, True]
 
 
 def test_offers_that_cannot_be_read_are_left(tmp_path: Path) -> None:

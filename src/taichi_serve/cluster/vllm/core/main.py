@@ -38,7 +38,7 @@ def main(path: str) -> None:
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in this directory it goes with the others.
-    tempfile.tempdir = os.environ.get("VLLM_RPC_BASE_PATH", str(Path(path).parent))
+    tempfile.tempdir = str(Path(path).with_suffix(""))
 
     # Only now what takes seconds to import: the server may be killed meanwhile.
     from vllm.platforms import current_platform

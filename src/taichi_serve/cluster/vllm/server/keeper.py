@@ -24,7 +24,7 @@ from taichi_serve.cluster.vllm.server.scratch import Say
 from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.suspects import computed, computed_prompts
-from taichi_serve.cluster.vllm.server.warm import Pair, meet
+from taichi_serve.cluster.vllm.server.warm import LateError, Pair, meet
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.messages import Abort, Command, Outcome
 
@@ -161,6 +161,8 @@ class Keeper:
         vanish(engine)
         self.silent.discard(engine)
         self._unmet = [pair for pair in self._unmet if engine not in pair]
+        if not self._open and engine in self._cluster.engines:
+            self.told.say(f"instance {engine.name} ended: {why}; its log is {engine.process.log}")
         if serves:
             self.losses += 1
             # A dead engine says no more of itself: vLLM's gauges would stay as they were.
@@ -241,6 +243,8 @@ class Keeper:
             here = [other for other in others if other not in self.silent]
             try:
                 await meet(self._cluster, [engine], both_ways([engine], here), MEET_SECONDS)
+            except LateError as late:
+                self.told.say(f"instance {engine.name} serves without having met everybody: {late}")
             except StartError:
                 if engine.alive and any(not e.alive or e in self.silent for e in here):
                     continue

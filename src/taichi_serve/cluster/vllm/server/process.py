@@ -57,12 +57,12 @@ class EngineProcess:
             "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port_of(self._side_channel)),
         }
-        # vLLM's own sockets inside an instance belong into a directory of its own: it leaves them behind.
-        (directory / name).mkdir()
+        (directory / name).mkdir()  # for what it makes by itself and may leave behind (core/main.py)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "taichi_serve.cluster.vllm.core.main", str(path)],
-                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory / name), **side_channel, **env},
+                # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
+                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -15,6 +15,8 @@ from pathlib import Path
 # In /proc/PID/maps: the queues and locks between an engine core and its workers, and among the workers. A
 # model that lies in /dev/shm is not one of these.
 SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+# vLLM's own sockets inside an instance: their names say nothing of their owner.
+UNNAMED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 KEPT_LOGS = 4  # of an instance's dead processes
 
 
@@ -54,8 +56,11 @@ def remove_files(directory: Path, name: str, engine_id: str) -> None:
     # An id is not the beginning of a longer one: i1 not of i10, and not of i1.2.
     named = re.compile(rf"{re.escape(engine_id)}(?!\d|\.\d)")
     own = {f"{name}.{kind}" for kind in ("json", "start", "in", "out")}
-    for path in list(directory.iterdir()):
-        if path.name in own or named.search(path.name) or _offered_by(path, engine_id):
+    paths = list(directory.iterdir())
+    bound = Path("/proc/net/unix").read_text()  # after the list: whatever is in both had its owner by then
+    for path in paths:
+        nobodys = path.is_socket() and UNNAMED.fullmatch(path.name) and str(path) not in bound
+        if path.name in own or named.search(path.name) or nobodys or _offered_by(path, engine_id):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 

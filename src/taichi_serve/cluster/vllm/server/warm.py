@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Protocol
 
@@ -22,11 +22,17 @@ from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.process import StartError
 
 BLOCKS = 2
+OUTPUT = 2  # tokens
 TURNS = 2  # the first meeting of a pair goes another way than all that follow
 MEASURE = 9  # a turn of its own: other prompts than in the turns before
 SECONDS = 180.0  # that one turn may take
 
 Pair = tuple[Engine, Engine]
+
+
+class LateError(StartError):
+    """Each one is well by itself, and no pair failed, but some have not moved a request in time: who is under
+    load has prompts of its own to compute first."""
 
 
 class Rehearsing(Protocol):
@@ -51,7 +57,8 @@ async def warm(cluster: VllmCluster, timeout: float = SECONDS) -> None:
 async def meet(
     cluster: Rehearsing, alone: Sequence[Engine], pairs: Sequence[Pair], timeout: float = SECONDS
 ) -> None:
-    """Have these engines prefill and decode, and these pairs move. Raises StartError naming what failed."""
+    """Have these engines prefill and decode, and these pairs move. Raises StartError naming what failed, and
+    LateError where nothing did and something was not over in time."""
     for turn in range(TURNS):
         await _turn(cluster, alone, pairs, turn, timeout)
 
@@ -69,37 +76,44 @@ async def _turn(
     requests = [_request(a, b or a, turn) for a, b in parts]
     waits = [cluster.rehearse(request, *part) for request, part in zip(requests, parts, strict=True)]
     engines = list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
-    for _ in range(round(timeout)):  # seconds, but for those in which this process stood still
-        _, pending = await asyncio.wait(waits, timeout=1)
-        if not pending or not all(engine.alive for engine in engines):
-            break
-    for request, wait in zip(requests, waits, strict=True):
-        if not wait.done():
-            cluster.abandon(request.request_id, cancelled=False)
-    bad = [
-        f"{a.name} -> {b.name}" if b else a.name
-        for (a, b), wait in zip(parts, waits, strict=True)
-        if not wait.done() or wait.result() < 2
-    ]
+    await _settled(waits, engines, timeout)
     for engine in engines:
         if not engine.alive:
             raise StartError(
                 f"instance {engine.name} ended while it was warmed: {engine.process.cause()}; "
                 f"its log is {engine.process.log}"
             )
+    well = [wait.done() and wait.result() >= OUTPUT for wait in waits]
+    late = [not wait.done() for wait in waits]
+    for request, wait in zip(requests, waits, strict=True):
+        if not wait.done():
+            cluster.abandon(request.request_id, cancelled=False)
+    bad = [
+        f"{a.name} -> {b.name}" if b else a.name for (a, b), good in zip(parts, well, strict=True) if not good
+    ]
     if bad:
         logs = ", ".join(str(e.process.log) for e in engines)
-        raise StartError(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
+        only_late = all(x or y for x, y in zip(well, late, strict=True)) and all(well[len(pairs) :])
+        kind = LateError if only_late else StartError
+        raise kind(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
 
 
-async def measure(cluster: VllmCluster, engines: Iterable[Engine] = ()) -> None:
+async def _settled(waits: Sequence[asyncio.Future[int]], engines: list[Engine], timeout: float) -> None:
+    """Wait until all are over, somebody dies, or the time is over."""
+    for _ in range(round(timeout)):  # seconds, but for those in which this process stood still
+        _, pending = await asyncio.wait(waits, timeout=1)
+        if not pending or not all(engine.alive for engine in engines):
+            return
+
+
+async def measure(cluster: VllmCluster) -> None:
     """Prefill two chunks and decode a little on every instance: facts that tell the predictor its speed.
 
     Without them an instance that no prompt was sent to keeps its default, and if that is worse than what was
     learned about the others, no prompt will ever be sent to it.
     """
     waits = []
-    for engine in engines or cluster.engines:
+    for engine in cluster.engines:
         if engine.chunk:
             length = 2 * engine.chunk + 3
             request = _request(engine, engine, MEASURE, length, 8)
@@ -108,7 +122,9 @@ async def measure(cluster: VllmCluster, engines: Iterable[Engine] = ()) -> None:
         await asyncio.wait(waits, timeout=60.0)
 
 
-def _request(one: Engine, other: Engine, turn: int, length: int = 0, output: int = 2) -> EngineCoreRequest:
+def _request(
+    one: Engine, other: Engine, turn: int, length: int = 0, output: int = OUTPUT
+) -> EngineCoreRequest:
     config = one.client.vllm_config
     a, b, number = one.index, other.index, next(_count)
     length = length or BLOCKS * config.cache_config.block_size + 3
