@@ -253,11 +253,11 @@ def certificate(tmp_path: Path) -> tuple[str, str]:
 
 
 async def test_over_tls_on_a_unix_socket_it_serves_and_while_it_ends_says_so(
-    tmp_path: Path, certificate: tuple[str, str]
+    tmp_path: Path, certificate: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     (key, cert), uds = certificate, str(tmp_path / "socket")
     server = Server(
-        tmp_path / "server",
+        tmp_path_factory.mktemp("tls"),  # its own sockets need a short path
         *("--p-heavy", "1", "--d-heavy", "1", "--uds", uds, "--ssl-keyfile", key, "--ssl-certfile", cert),
         *("--shutdown-timeout", "60", "--disable-log-stats", "--scheduling-policy", "priority"),
         *("--max-num-active-seqs", "32", "--enable-request-id-headers"),
