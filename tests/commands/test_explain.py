@@ -31,7 +31,7 @@ class Server(BaseHTTPRequestHandler):
                 401,
                 json.dumps({"error": {"message": "The API key is missing or wrong."}}).encode(),
             )
-        elif self.path == f"/taichi/requests/{ID}":
+        elif self.path in (f"/taichi/requests/{ID}", "/taichi/requests/cmpl-a%2Fb%20c%25%3Fd%23"):
             status, body = 200, RECORDED
         self.send_response(status)
         self.end_headers()
@@ -192,6 +192,11 @@ def test_bad_input_is_one_line_and_exit_status_2(
     out, error = capsys.readouterr()
     assert (out, len(error.splitlines())) == ("", 1)
     assert error.startswith(f"explain: {said}")
+
+
+def test_an_id_may_have_any_character(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main(["cmpl-a/b c%?d#", "--url", url, "--api-key", "key"]) == 0
+    assert ID in capsys.readouterr().out
 
 
 def test_a_server_that_does_not_know_the_request_says_so_and_the_exit_status_is_2(

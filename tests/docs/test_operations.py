@@ -33,7 +33,7 @@ def test_every_flag_is_in_the_table_with_its_default() -> None:
 
 
 def test_every_refused_flag_is_named() -> None:
-    from taichi_serve.cluster.vllm.args import REFUSED
+    from taichi_serve.cluster.vllm.refused import REFUSED
 
     for name in REFUSED:
         assert f"`--{name.replace('_', '-')}`" in TEXT
@@ -54,7 +54,7 @@ def test_every_route_is_in_the_table() -> None:
     from taichi_serve.frontend.routes import router
 
     made = {
-        f"{method} {route.path}".replace("request_id", "id")
+        f"{method} {route.path}".replace("request_id:path", "id")
         for route in router.routes
         for method in route.methods
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path as File
 from typing import Any
 
 import httpx
@@ -140,3 +141,28 @@ async def test_the_flag_lets_scrapers_in_without_a_key() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         assert (await client.get("/metrics")).status_code == 200
         assert (await client.get("/v1/models")).status_code == 401
+
+
+# What no flag makes: routes of pooling and of speech, whose models are refused at the start.
+OTHER_MODELS = re.compile(r"/classify|/v1/embeddings|/v2/embed|/v1/audio/.*|/v1/realtime")
+
+
+def documented() -> dict[str, str]:
+    """docs/routes.md: for each "METHOD /path" what it says of several instances."""
+    text = (File(__file__).parents[2] / "docs" / "routes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z]+ \S+)` \|.*\| (.*) \|$", text, re.MULTILINE)
+    return dict(rows)
+
+
+def test_the_table_of_routes_is_the_route_table_of_the_application(app: FastAPI) -> None:
+    online = application("--profiler-config", '{"profiler": "torch", "torch_profiler_dir": "/tmp"}')
+    found = set()
+    for route in (*app.routes, *online.routes):
+        path = route.path.replace("request_id:path", "id")
+        methods = getattr(route, "methods", None) or {"GET"}
+        found |= {f"{method} {path}" for method in methods - {"HEAD"} if not OTHER_MODELS.fullmatch(path)}
+    assert found == set(documented())
+
+
+def test_the_table_says_501_of_what_is_refused_and_of_nothing_else() -> None:
+    assert {row.split()[1] for row, says in documented().items() if says == "501"} == set(NOT_HERE)

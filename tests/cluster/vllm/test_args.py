@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import yaml
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from taichi_serve.bench.workload import workload
 from taichi_serve.cluster.vllm import args as flags
@@ -19,6 +21,7 @@ from taichi_serve.search.goodput import Contender, Scene
 from taichi_serve.search.report import config, config_text
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
+from taichi_serve.tiny import cached_tiny_model
 
 MODEL = "some/model"
 
@@ -121,3 +124,18 @@ def test_what_is_wrong_is_said_and_ends_with_status_2(
         flags.parse([MODEL, *words.split()])
     assert end.value.code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForRewardModel", "Qwen2ForSequenceClassification"])
+def test_a_model_that_does_not_generate_is_refused_before_an_engine_starts(architecture: str) -> None:
+    overrides = json.dumps({"architectures": [architecture]})
+    with pytest.raises(ValueError, match="pooling model, and only models that generate"):
+        flags.engine_config([str(cached_tiny_model()), "--hf-overrides", overrides], "engine")
+
+
+def test_front_end_and_engines_share_no_cache_of_inputs_where_there_are_several() -> None:
+    for count, gigabytes in (("1", 4), ("2", 0)):
+        args = flags.parse([MODEL, "--d-heavy", count])
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        flags._set(engine_args, args, "engine", "")
+        assert engine_args.mm_processor_cache_gb == gigabytes
