@@ -10,11 +10,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -32,15 +31,16 @@ from taichi_serve.cluster.vllm.server.fleet import fleet, prepare, scratch
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.warm import measure
 from taichi_serve.cluster.vllm.wire import Call
-from taichi_serve.eventlog import encode
+from taichi_serve.eventlog import EventLog
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
+from taichi_serve.frontend.ending import Ending
 from taichi_serve.frontend.record import Recorder
+from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
 from taichi_serve.latency.profile import ProfileError
 from taichi_serve.latency.profiled import Profiled
-from taichi_serve.messages import Command, Event
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 log = logging.getLogger("taichi")
@@ -56,7 +56,9 @@ class System:
     llm: ClusterLLM
     max_chunk: int
     tasks: list[asyncio.Task[None]]
-    event_log: IO[str] | None = None
+    trouble: Trouble
+    ending: Ending
+    event_log: EventLog | None = None
 
 
 def say(text: str) -> None:
@@ -91,31 +93,31 @@ def _system(
     )
     config = cluster.engines[0].client.vllm_config
     written = _event_log(args.event_log)
-    recorder = Recorder(scheduler, bytes_per_token(config), _writer(written))
+    trouble, ending = Trouble(say), Ending()
+    recorder = Recorder(scheduler, bytes_per_token(config), written.write if written else None, trouble)
     llm = cluster_llm(config, cluster, outputs, args)
+    if (statistics := llm.logger_manager) is not None:  # what fails there would end every stream
+        statistics.record = trouble.guarded("statistics", statistics.record)
     tasks = [
         asyncio.create_task(drive(recorder, cluster), name="drive"),
         asyncio.create_task(_watch(cluster, args.stall_timeout), name="watch"),
     ]
-    tasks[0].add_done_callback(_drive_ended)
+    tasks[0].add_done_callback(partial(_drive_ended, ending))
     largest = config.scheduler_config.max_num_batched_tokens
-    return System(cluster, scheduler, recorder, llm, largest, tasks, written)
+    return System(cluster, scheduler, recorder, llm, largest, tasks, trouble, ending, written)
 
 
-def _event_log(path: str | None) -> IO[str] | None:
+def _event_log(path: str | None) -> EventLog | None:
     try:
-        return Path(path).open("a", encoding="utf-8") if path else None
+        return EventLog(Path(path)) if path else None
     except OSError as wrong:
         raise StartError(f"the event log {path} cannot be written: {wrong.strerror}") from wrong
 
 
-def _writer(out: IO[str] | None) -> Callable[[Event, Sequence[Command]], object] | None:
-    return None if out is None else lambda event, commands: out.write(encode(event, commands) + "\n")
-
-
-def _drive_ended(task: asyncio.Task[None]) -> None:
+def _drive_ended(ending: Ending, task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.critical("the scheduler failed; shutting down", exc_info=task.exception())
+        ending.fail("the scheduler failed")
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -169,8 +171,9 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
         except asyncio.CancelledError:
             say("stopped before it was ready")
             return 130
-    say("stopped")
-    return 0
+    status = system.ending.status(asked=system.llm.closing)
+    say(system.ending.words)
+    return status
 
 
 async def _serve_http(system: System, args: argparse.Namespace, address: str, sock: socket.socket) -> None:
@@ -190,7 +193,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
             task.cancel()
         await asyncio.gather(*system.tasks, return_exceptions=True)
         if system.event_log is not None:
-            system.event_log.close()
+            system.trouble.guarded("event log", system.event_log.close)()
 
 
 async def _announce(system: System, sock: socket.socket, address: str) -> None:
