@@ -7,8 +7,10 @@ messages.py, so a log is read back strictly: a line that does not fit is an erro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import IO, Any, get_args
 
 import msgspec
@@ -62,6 +64,49 @@ def read(lines: Iterable[str], about: str = "") -> Iterator[Entry]:
             pending = LogError(f"line {number}: {error}")
             if line.endswith("\n"):
                 raise pending from error
+
+
+class EventLog:
+    """A log on disk, appended to; what cannot be written is lost, and what is written stays readable.
+
+    A full disk takes half a line and an error: the half is cut off again, so that the log has no torn line in
+    its middle when there is room once more.
+    """
+
+    AT_ONCE = 1 << 13  # bytes that are gathered before they are written
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where the file cannot be opened."""
+        self._file = path.open("ab", buffering=0)
+        self._gathered = bytearray()
+
+    def write(self, event: Event, commands: Iterable[Command]) -> None:
+        """Add an entry; raises OSError where it, and what was gathered before it, is lost."""
+        self._gathered += encode(event, commands).encode() + b"\n"
+        if len(self._gathered) >= self.AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is gathered; raises OSError where that is lost."""
+        text, self._gathered = bytes(self._gathered), bytearray()
+        before, written = self._size(), 0
+        try:
+            while written < len(text):
+                written += self._file.write(text[written:])
+        except OSError:
+            if written and self._size() == before + written:  # nobody else has appended to it since
+                self._file.truncate(before)
+            raise
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Write the rest; raises OSError where that is lost, and is closed all the same."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 class Logged:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -214,3 +215,14 @@ def test_a_wrong_key_is_one_line_and_exit_status_1(url: str, capsys: pytest.Capt
 def test_no_server_is_one_line_and_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main(["x", "--url", "http://127.0.0.1:1"]) == 1
     assert "no answer from http://127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "record", [{"id": "a"}, {"id": "a", "arrived_at": 0.0, "legs": [{}], "log": []}, [], 7, {"legs": 7}]
+)
+def test_a_record_that_cannot_be_read_is_one_line_and_exit_status_2(
+    record: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(explain, "asked", lambda url, name, key: [record])
+    assert explain.main(["a"]) == 2
+    assert capsys.readouterr().err.startswith("explain: this version cannot read the record of a: ")

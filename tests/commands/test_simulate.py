@@ -93,6 +93,19 @@ def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_pat
     assert f"{trace}: row 3: num_prefill_tokens: 40000 + 5 tokens are over" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("words", "done"), [("skip", "skipped"), ("cut", "cut")])
+def test_rows_over_the_models_limit_are_counted_and_said_where_they_are_not_refused(
+    words, done, capsys, tmp_path
+):
+    trace = tmp_path / "long.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n10,5\n40000,5\n")
+    assert simulate.main(parsed(simulate, f"{ONE} --workload {trace} --over-limit {words} --json")) == 0
+    told = capsys.readouterr()
+    note = f"long: 1 of 2 rows are over the model's limit of 32768 tokens and were {done}"
+    assert json.loads(told.out)["note"] == note
+    assert told.err == f"taichi simulate: {note}\n"
+
+
 def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "Effort", lambda seconds, most, knobs: Effort(seconds, 60, most, 0.2))
     out = tmp_path / "best.yaml"

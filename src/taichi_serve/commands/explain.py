@@ -53,6 +53,10 @@ def main(argv: list[str]) -> int:
     except ValueError as wrong:
         errors.print(f"explain: {wrong}", soft_wrap=True, markup=False)
         return 2
+    except (LookupError, TypeError, AttributeError) as wrong:
+        said = f"explain: this version cannot read the record of {args.id}: {type(wrong).__name__}: {wrong}"
+        errors.print(said, soft_wrap=True, markup=False)
+        return 2
     return 0
 
 

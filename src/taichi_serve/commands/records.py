@@ -23,8 +23,8 @@ def asked(url: str, name: str, key: str | None) -> list[Record]:
     """What a server remembers of the request; ValueError where it knows no such request."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        where = f"{url.rstrip('/')}/taichi/requests/{quote(name, safe='')}"
-        answer = httpx.get(where, headers=headers, timeout=10.0)
+        route = f"{url.rstrip('/')}/taichi/requests/{quote(name, safe='')}"
+        answer = httpx.get(route, headers=headers, timeout=10.0)
         content = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as wrong:
         raise NoAnswerError(f"no answer from {url}: {wrong}") from wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY
@@ -13,9 +13,11 @@ from prometheus_client.registry import Collector
 from taichi_serve.messages import Move, Outcome
 
 if TYPE_CHECKING:
+    from taichi_serve.frontend.record import Recorder
     from taichi_serve.frontend.server import System
     from taichi_serve.latency.accuracy import Accuracy
     from taichi_serve.scheduling.counters import Counters
+    from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 
 class TaichiCollector(Collector):
@@ -25,36 +27,57 @@ class TaichiCollector(Collector):
         self._system = system
 
     def collect(self) -> Iterator[Metric]:
-        """Everything, now."""
+        """Everything, now. A part that fails is left out and counted: it takes no other part along."""
         recorder, scheduler = self._system.recorder, self._system.scheduler
-        yield CounterMetricFamily("taichi_requests_accepted", "Requests accepted", recorder.accepted)
-        ended = CounterMetricFamily("taichi_requests_ended", "Requests over", labels=["outcome"])
-        for outcome in Outcome:
-            ended.add_metric([outcome.value], recorder.outcomes[outcome])
-        yield ended
-        moves = CounterMetricFamily("taichi_moves", "Moves completed", labels=["move"])
-        for move in Move:
-            moves.add_metric([move.value], recorder.moves[move])
-        yield moves
-        yield CounterMetricFamily("taichi_moved_bytes", "KV bytes moved", recorder.moved_bytes)
-        yield CounterMetricFamily("taichi_recomputes", "Legs computed again", recorder.recomputes)
-        bound = CounterMetricFamily("taichi_bound_requests", "Requests bound to one instance", labels=["by"])
-        for reason, count in recorder.bound.items():
-            bound.add_metric([reason], count)
-        yield bound
-        queued = GaugeMetricFamily("taichi_queued_prefill_tokens", "Prompt tokens queued", labels=["engine"])
-        chunk = GaugeMetricFamily("taichi_chunk", "Prompt tokens per step", labels=["engine", "kind"])
-        alive = GaugeMetricFamily("taichi_alive", "1 while the instance lives", labels=["engine"])
-        for number, instance in enumerate(scheduler.instances.values()):
-            queued.add_metric([str(number)], instance.queued_prefill_tokens)
-            chunk.add_metric([str(number), instance.kind.value], instance.chunk)
-            alive.add_metric([str(number)], float(instance.alive))
-        yield from (queued, chunk, alive)
-        yield from _predictions(list(scheduler.accuracy.values()))
-        yield from _backflow(scheduler.counters)
+        parts: tuple[tuple[Callable[..., Iterable[Metric]], object], ...] = (
+            (_requests, recorder),
+            (_moves, recorder),
+            (_instances, scheduler),
+            (_predictions, scheduler.accuracy),
+            (_backflow, scheduler.counters),
+        )
+        trouble = recorder.trouble
+        for part, of in parts:
+            yield from trouble.guarded("metrics", lambda part=part, of=of: list(part(of)))() or ()
+        troubles = CounterMetricFamily("taichi_trouble", "Failures beside serving", labels=["what"])
+        for what, count in trouble.counts.items():
+            troubles.add_metric([what], count)
+        yield troubles
 
 
-def _predictions(accuracy: Sequence[Accuracy]) -> Iterator[Metric]:
+def _requests(recorder: Recorder) -> Iterator[Metric]:
+    yield CounterMetricFamily("taichi_requests_accepted", "Requests accepted", recorder.accepted)
+    ended = CounterMetricFamily("taichi_requests_ended", "Requests over", labels=["outcome"])
+    for outcome in Outcome:
+        ended.add_metric([outcome.value], recorder.outcomes[outcome])
+    yield ended
+    bound = CounterMetricFamily("taichi_bound_requests", "Requests bound to one instance", labels=["by"])
+    for reason, count in recorder.bound.items():
+        bound.add_metric([reason], count)
+    yield bound
+
+
+def _moves(recorder: Recorder) -> Iterator[Metric]:
+    moves = CounterMetricFamily("taichi_moves", "Moves completed", labels=["move"])
+    for move in Move:
+        moves.add_metric([move.value], recorder.moves[move])
+    yield moves
+    yield CounterMetricFamily("taichi_moved_bytes", "KV bytes moved", recorder.moved_bytes)
+    yield CounterMetricFamily("taichi_recomputes", "Legs computed again", recorder.recomputes)
+
+
+def _instances(scheduler: GlobalScheduler) -> Iterator[Metric]:
+    queued = GaugeMetricFamily("taichi_queued_prefill_tokens", "Prompt tokens queued", labels=["engine"])
+    chunk = GaugeMetricFamily("taichi_chunk", "Prompt tokens per step", labels=["engine", "kind"])
+    alive = GaugeMetricFamily("taichi_alive", "1 while the instance lives", labels=["engine"])
+    for number, instance in enumerate(scheduler.instances.values()):
+        queued.add_metric([str(number)], instance.queued_prefill_tokens)
+        chunk.add_metric([str(number), instance.kind.value], instance.chunk)
+        alive.add_metric([str(number)], float(instance.alive))
+    yield from (queued, chunk, alive)
+
+
+def _predictions(accuracy: Mapping[str, Accuracy]) -> Iterator[Metric]:
     """Predicted against actual times. Sums, so that whoever reads them chooses the window."""
     labels = ["engine", "of"]
     compared = CounterMetricFamily("taichi_predictions", "Predictions compared", labels=labels)
@@ -63,7 +86,7 @@ def _predictions(accuracy: Sequence[Accuracy]) -> Iterator[Metric]:
     error = CounterMetricFamily(
         "taichi_prediction_error_seconds", "Sum of |actual - predicted|", labels=labels
     )
-    for number, instance in enumerate(accuracy):
+    for number, instance in enumerate(accuracy.values()):
         for of, drift in (("ttft", instance.ttft), ("tpot", instance.tpot)):
             compared.add_metric([str(number), of], drift.count)
             predicted.add_metric([str(number), of], drift.predicted)

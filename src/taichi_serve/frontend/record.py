@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.messages import (
     Arrived,
     Command,
@@ -36,7 +37,16 @@ Write = Callable[[Event, Sequence[Command]], object]
 class Recorder:
     """A scheduler around the scheduler: the same decisions, and a memory of them."""
 
-    def __init__(self, scheduler: GlobalScheduler, bytes_per_token: int, write: Write | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: GlobalScheduler,
+        bytes_per_token: int,
+        write: Write | None = None,
+        trouble: Trouble | None = None,
+    ) -> None:
+        """`write` gets every fact with its decisions. Neither it nor the memory is essential: where one of
+        them fails, `trouble` counts it, and the decisions go their way."""
+        self.trouble = trouble or Trouble()
         self.scheduler = scheduler
         self.bytes_per_token = bytes_per_token
         self.histories: OrderedDict[str, History] = OrderedDict()
@@ -50,11 +60,18 @@ class Recorder:
         self.steps: Counter[str] = Counter()
         self.prefill_tokens: Counter[str] = Counter()
         self._why: dict[str, Move] = {}
-        self._write = write
+        self._write = self.trouble.guarded("event log", write) if write else None
+        self._remember = self.trouble.guarded("record", self._remembered)
 
     def on(self, event: Event) -> Sequence[Command]:
         """Pass the fact on, and remember it with the decisions that came of it."""
         commands = self.scheduler.on(event)
+        self._remember(event, commands)
+        if self._write is not None:
+            self._write(event, commands)
+        return commands
+
+    def _remembered(self, event: Event, commands: Sequence[Command]) -> None:
         if type(event) is Stepped:
             self.steps[event.instance] += 1
             self.prefill_tokens[event.instance] += event.prefill_tokens
@@ -64,9 +81,6 @@ class Recorder:
             self._history(request).append(part)
             if isinstance(part, Decode | Flow):
                 self._why[request] = part.move
-        if self._write is not None:
-            self._write(event, commands)
-        return commands
 
     def _history(self, request: str) -> History:
         history = self.histories.get(request)

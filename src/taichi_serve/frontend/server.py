@@ -9,11 +9,10 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -33,23 +32,22 @@ from taichi_serve.cluster.vllm.server.keeper import Keeper
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.warm import measure
 from taichi_serve.cluster.vllm.wire import Call
-from taichi_serve.eventlog import encode
+from taichi_serve.eventlog import EventLog
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.connection import Connection
+from taichi_serve.frontend.ending import Ending
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
+from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
 from taichi_serve.latency.profile import ProfileError
 from taichi_serve.latency.profiled import Profiled
-from taichi_serve.messages import Command, Event
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 log = logging.getLogger("taichi")
-
-FAILED = 3  # exit status of a server that had to end, and that nobody asked to
 
 
 @dataclass
@@ -64,13 +62,13 @@ class System:
     attendance: Attendance
     max_chunk: int
     tasks: list[asyncio.Task[None]]
-    event_log: IO[str] | None = None
-    asked: bool = False  # somebody wanted it to end
-    failed: str | None = None  # why it ends, where nobody did
+    trouble: Trouble
+    ending: Ending
+    event_log: EventLog | None = None
 
     def fail(self, why: str) -> None:
         """End the server because it cannot go on."""
-        self.failed = self.failed or why
+        self.ending.fail(why)
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -107,11 +105,15 @@ def _system(
     )
     config = cluster.engines[0].client.vllm_config
     written = _event_log(args.event_log)
-    recorder = Recorder(scheduler, bytes_per_token(config), _writer(written))
+    trouble, ending = Trouble(say), Ending()
+    recorder = Recorder(scheduler, bytes_per_token(config), written.write if written else None, trouble)
     llm = cluster_llm(config, cluster, outputs, args)
+    if (statistics := llm.logger_manager) is not None:  # what fails there would end every stream
+        statistics.record = trouble.guarded("statistics", statistics.record)
     llm.attendance = Attendance(cluster, keeper)
     largest = config.scheduler_config.max_num_batched_tokens
-    system = System(cluster, scheduler, recorder, llm, keeper, llm.attendance, largest, [], written)
+    looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
+    system = System(*looked_at, largest, [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
     driving = asyncio.create_task(drive(recorder, Gate(cluster, keeper.quarantine)), name="drive")
     driving.add_done_callback(partial(_drive_ended, system))
@@ -119,15 +121,11 @@ def _system(
     return system
 
 
-def _event_log(path: str | None) -> IO[str] | None:
+def _event_log(path: str | None) -> EventLog | None:
     try:
-        return Path(path).open("a", encoding="utf-8") if path else None
+        return EventLog(Path(path)) if path else None
     except OSError as wrong:
         raise StartError(f"the event log {path} cannot be written: {wrong.strerror}") from wrong
-
-
-def _writer(out: IO[str] | None) -> Callable[[Event, Sequence[Command]], object] | None:
-    return None if out is None else lambda event, commands: out.write(encode(event, commands) + "\n")
 
 
 def _drive_ended(system: System, task: asyncio.Task[None]) -> None:
@@ -167,15 +165,15 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
         try:
             async with running(args, argv) as system:
                 await _serve_http(system, args, listen_address, sock)
-                failed = system.failed or (None if system.asked else "the HTTP server ended by itself")
         except StartError as wrong:
             say(str(wrong))
             return 1
         except asyncio.CancelledError:
             say("stopped before it was ready")
             return 130
-    say("stopped" if failed is None else f"stopped: {failed}")
-    return 0 if failed is None else FAILED
+    status = system.ending.status(asked=system.llm.closing)
+    say(system.ending.words)
+    return status
 
 
 async def _serve_http(system: System, args: argparse.Namespace, address: str, sock: socket.socket) -> None:
@@ -195,7 +193,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
             task.cancel()
         await asyncio.gather(*system.tasks, return_exceptions=True)
         if system.event_log is not None:
-            system.event_log.close()
+            system.trouble.guarded("event log", system.event_log.close)()
 
 
 async def _announce(system: System, sock: socket.socket, address: str) -> None:
@@ -216,7 +214,6 @@ def _drain_from_thread(system: System, loop: asyncio.AbstractEventLoop, timeout:
 
 async def _drain(system: System, timeout: float) -> None:
     """Let what runs finish, at most `timeout` seconds; then end it. New requests get 503 meanwhile."""
-    system.asked = True
     system.llm.closing = True
     if not await system.llm.drained(timeout):
         system.llm.reject_rest()

@@ -5,6 +5,7 @@ A prediction is a belief: the truth is in the cluster. Nothing here reads a cloc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,15 +39,22 @@ class Predictor(Protocol):
 
 @dataclass(slots=True)
 class Average:
-    """A decaying ratio of two sums: the first sample counts fully, old ones fade."""
+    """A decaying ratio of two sums: the first sample counts fully, old ones fade. `at` is when the last one
+    came, for whoever gives it times (seconds)."""
 
     above: float = 0.0
     below: float = 0.0
+    at: float = 0.0
 
     def add(self, above: float, below: float, keep: float) -> None:
         """Take a sample; `keep` is the weight that the past retains."""
         self.above = self.above * keep + above
         self.below = self.below * keep + below
+
+    def learn(self, above: float, below: float, keep: float, began: float, now: float) -> None:
+        """The same of something that took from `began` until `now`: what was seen long before counts less."""
+        self.add(above, below, keep * kept(began - self.at))
+        self.at = now
 
     def value(self, default: float) -> float:
         """The ratio, or the default while there is no sample."""
@@ -54,12 +62,42 @@ class Average:
 
 
 STALL = 4.0  # a sample counts for at most so many times what was known
+NOISE = 1.5  # up to so many times what was expected is no surprise
+REMAIN = 4.0  # samples that a surprise leaves of the past
+FRESH = 1.0  # seconds for which what was seen of an instance is taken as it is
+HALF = 2.0  # seconds after those in which half of it is forgotten
 
 
 def bounded(sample: float, known: Average) -> float:
     """One stall of seconds must not outweigh a hundred good samples: an instance that then looks bad is
     asked no more, and nothing would ever correct it."""
     return min(sample, STALL * known.value(sample))
+
+
+def surprised(ratio: float, weight: float, sample: float, keep: float) -> float:
+    """What the past, of this `weight`, retains when a `sample` took `ratio` times what was expected.
+
+    The longer it took, the less the past says: an instance that becomes three times as slow is known for that
+    within a second. But a few samples of it always remain, or one outlier would be all that is known.
+    """
+    if ratio <= NOISE:
+        return keep
+    return max(math.pow(keep, ratio * ratio), min(keep, REMAIN * sample / weight if weight > 0.0 else keep))
+
+
+def kept(idle: float) -> float:
+    """The weight, 0 to 1, of what was seen so many seconds ago."""
+    return 1.0 if idle <= FRESH else 0.5 ** ((idle - FRESH) / HALF)
+
+
+def relaxed(value: float, usual: float, idle: float) -> float:
+    """What is believed of an instance that was seen `idle` seconds ago: what was seen of it, and more and
+    more of what is `usual` among all, where that is better.
+
+    An instance that looks bad gets no work, and without work nobody sees what it can do by now: somebody has
+    to be sent there to look. One that looks good needs no such doubt.
+    """
+    return value if value <= usual or idle <= FRESH else usual + (value - usual) * kept(idle)
 
 
 @dataclass(slots=True)
@@ -71,6 +109,9 @@ class Learned:
     Were that time learned for each of them, or without the fixed part, an instance that gets few or short
     prompts would look slow for long ones, they would keep away from just the instance that is kept free
     for them, and the error would never heal. TPOT is the recent time per step with decodes in it.
+
+    No single step counts for more than a few times what such a step was known to take, and what was seen of
+    an instance that has no work any more gives way to what its steps without prompts usually take elsewhere.
     """
 
     seconds_per_prompt_token: float = 0.0005
@@ -81,6 +122,8 @@ class Learned:
     prefill: Average = field(default_factory=Average)
     steps: dict[str, Average] = field(default_factory=dict)
     gaps: Average = field(default_factory=Average)
+    usual: Average = field(default_factory=Average)  # seconds of a step without prompts, of all instances
+    now: float = 0.0  # when the last step of any instance ended
 
     def ttft(self, instance: Instance, prompt_tokens: int) -> float:
         """The steps that the queue and the own prompt fill, and the time of their tokens (seconds)."""
@@ -89,13 +132,17 @@ class Learned:
         return steps * self._fixed(instance) + tokens * self.prefill.value(self.seconds_per_prompt_token)
 
     def _fixed(self, instance: Instance) -> float:
-        known = self.fixed.get(instance.name)
-        return known.value(0.0) if known else 0.0
+        return self._relaxed(self.fixed.get(instance.name), 0.0)
+
+    def _relaxed(self, known: Average | None, default: float) -> float:
+        if known is None or not known.below:
+            return default
+        value = known.value(default)
+        return relaxed(value, self.usual.value(value), self.now - known.at)
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """The recent time per step with decodes in it (seconds); one more decode is taken to be free."""
-        known = self.steps.get(instance.name)
-        return known.value(self.seconds_per_step) if known else self.seconds_per_step
+        return self._relaxed(self.steps.get(instance.name), self.seconds_per_step)
 
     def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """The recent average gap of all moves (seconds); staying costs nothing."""
@@ -103,16 +150,25 @@ class Learned:
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Learn the time of prompt tokens from steps that had some, and the fixed time from the others."""
+        self.now = max(self.now, step.at)
+        if step.decodes:
+            # A step with many prompt tokens among many without is long by right.
+            likely = self._fixed(instance) + step.prefill_tokens * self.prefill.value(0.0)
+            self._see(self.steps.setdefault(instance.name, Average()), step, likely)
         if step.prefill_tokens:
             rest = max(0.0, step.seconds - self._fixed(instance)) / step.prefill_tokens
             self.prefill.add(
                 bounded(rest, self.prefill) * step.prefill_tokens, step.prefill_tokens, self.keep
             )
         else:
-            fixed = self.fixed.setdefault(instance.name, Average())
-            fixed.add(bounded(step.seconds, fixed), 1.0, self.keep)
-        if step.decodes:
-            self.steps.setdefault(instance.name, Average()).add(step.seconds, 1.0, self.keep)
+            self._see(self.fixed.setdefault(instance.name, Average()), step)
+            self.usual.add(bounded(step.seconds, self.usual), 1.0, self.keep)
+
+    def _see(self, known: Average, step: Stepped, likely: float = 0.0) -> None:
+        expected = max(likely, known.value(step.seconds))
+        seconds = min(step.seconds, STALL * expected)
+        keep = surprised(seconds / expected if expected else 1.0, known.below, 1.0, self.keep)
+        known.learn(seconds, 1.0, keep, step.at - step.seconds, self.now)
 
     def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
         """Learn the gap of a move."""

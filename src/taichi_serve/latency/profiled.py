@@ -2,7 +2,8 @@
 
 Every instance has two biases, observed over predicted seconds of its recent steps: of those with prompt
 tokens in them, and of those without. They are bounded, so one stall cannot make an instance look dead; within
-the bounds a profile of another machine heals in a few dozen steps.
+the bounds a profile of another machine heals in a few dozen steps. What was seen of an instance that has no
+work any more gives way to the bias of all (predict.py says why).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.model import Roofline, prompt_attention
-from taichi_serve.latency.predict import Average
+from taichi_serve.latency.predict import FRESH, Average, kept, relaxed, surprised
 from taichi_serve.latency.profile import Profile, Transfer
 from taichi_serve.messages import Flowed, Stepped
 from taichi_serve.sliders import Kind
@@ -38,6 +39,7 @@ class Seen:
     mixed_bias: float = 1.0  # the two ratios within their bounds: asked for often, changed once a step
     plain_bias: float = 1.0
     usual: float = 0.0  # the value of `prompt`
+    at: float = 0.0  # when its last step ended
 
 
 class Profiled:
@@ -51,6 +53,8 @@ class Profiled:
         self.transfers = dict(transfers)
         self.bytes_per_token = bytes_per_token
         self.seen: dict[str, Seen] = {}
+        self.usual = Average()  # seconds observed over predicted, of all steps of all instances
+        self.now = 0.0  # when the last step of any instance ended
         self.gaps: dict[tuple[Kind, Kind], Average] = {}
 
     @classmethod
@@ -85,7 +89,11 @@ class Profiled:
         if running or decodes:
             # A request arrives when on average half of a step is left, and cannot join it.
             seconds += ((beside if running else plain) + max(floor, token * (running + decodes))) / 2
-        return (seconds + model.attention * pairs) * (seen.mixed_bias if seen else 1.0)
+        seconds += model.attention * pairs
+        if seen is None:
+            return seconds
+        idle = self.now - seen.at
+        return seconds * (seen.mixed_bias if idle <= FRESH else self._relaxed(seen.mixed_bias, idle))
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
@@ -95,13 +103,17 @@ class Profiled:
         seen = self.seen.get(instance.name)
         if seen is None:
             return seconds
-        seconds *= seen.plain_bias
-        share = seen.share.value(0.0)
+        idle = self.now - seen.at
+        seconds *= self._relaxed(seen.plain_bias, idle)
+        share = seen.share.value(0.0) * kept(idle)
         if share == 0.0:
             return seconds
         prompt = seen.usual
         mixed = self.model.of(prompt, prompt * self._pairs(instance), decodes, context)
-        return (1 - share) * seconds + share * mixed * seen.mixed_bias
+        return (1 - share) * seconds + share * mixed * self._relaxed(seen.mixed_bias, idle)
+
+    def _relaxed(self, bias: float, idle: float) -> float:
+        return bias if idle <= FRESH else relaxed(bias, bounded(self.usual.value(1.0)), idle)
 
     def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """The gap (s): KV over the link, or computing it again where that is faster, and one step there."""
@@ -123,13 +135,18 @@ class Profiled:
         predicted = self.model.of(step.prefill_tokens, pairs, step.decodes, instance.context_tokens)
         # Each sample is bounded too: a stall of a minute would outweigh hundreds of good steps.
         observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
+        self.now = seen.at = max(self.now, step.at)
+        ratio, began = observed / predicted if predicted else 1.0, step.at - step.seconds
+        self.usual.add(observed, predicted, KEEP)
         if step.prefill_tokens:
-            seen.mixed.add(observed, predicted, KEEP)
+            keep = surprised(ratio / seen.mixed_bias, seen.mixed.below, predicted, KEEP)
+            seen.mixed.learn(observed, predicted, keep, began, self.now)
             seen.mixed_bias = bounded(seen.mixed.value(1.0))
             seen.prompt.add(step.prefill_tokens, 1.0, KEEP)
             seen.usual = seen.prompt.value(0.0)
         else:
-            seen.plain.add(observed, predicted, KEEP)
+            keep = surprised(ratio / seen.plain_bias, seen.plain.below, predicted, KEEP)
+            seen.plain.learn(observed, predicted, keep, began, self.now)
             seen.plain_bias = bounded(seen.plain.value(1.0))
         if step.decodes:
             seen.share.add(1.0 if step.prefill_tokens else 0.0, 1.0, KEEP)
