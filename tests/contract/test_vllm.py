@@ -309,6 +309,44 @@ def test_a_core_keeps_stepping_while_finished_requests_wait_for_their_workers(sc
     )
 
 
+def test_requests_can_be_taken_out_of_a_queue_and_put_back_in_front() -> None:
+    from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
+
+    for queue in (FCFSRequestQueue, PriorityRequestQueue):
+        assert names(queue.remove_requests) == ["requests"]
+        assert names(queue.prepend_request) == ["request"]
+
+
+def test_adapters_are_counted_over_the_step_and_too_many_end_the_engine(scheduler: Any) -> None:
+    assert not mentions(
+        scheduler,
+        "for req in scheduled_running_reqs",
+        "assert len(scheduled_loras) <= self.lora_config.max_loras",
+    )
+
+
+def test_expired_sends_are_given_back_in_one_place_of_the_worker() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import (
+        NixlBaseConnectorWorker as Worker,
+    )
+
+    assert names(Worker._reap_expired_send_leases) == ["done_sending"]
+    assert not mentions(
+        Worker,
+        "consumer_notification_counts_by_req",
+        "expected_consumer_notifications_by_req",
+        "_reqs_to_process",
+    )
+
+
+def test_workers_are_started_by_the_main_thread_of_the_core_as_its_children() -> None:
+    from vllm.v1.executor import multiproc_executor
+
+    source = inspect.getsource(multiproc_executor.WorkerProc.make_worker_process)
+    assert "context.Process(" in source and "proc.start()" in source
+    assert "forkserver" not in inspect.getsource(multiproc_executor)
+
+
 def test_blocks_of_a_step_under_way_are_kept_until_it_is_over(scheduler: Any) -> None:
     assert not mentions(scheduler, "self.defer_block_free = True", "self._drain_deferred_frees()")
 

@@ -85,17 +85,18 @@ class TransferParams(TypedDict, total=False):
 
 
 class Call(StrEnum):
-    """Methods that are added to vLLM's EngineCore (core/calls.py), called by server/engine_client.py."""
+    """Methods that are added to vLLM's EngineCore (core/calls.py), called by server/engine_client.py. Ids
+    are those of legs; one that is not there is no error."""
 
-    ARRIVE = "taichi_arrive"
-    CHUNK = "taichi_chunk"
-    DROP = "taichi_drop"
-    KV = "taichi_kv"
-    LEAVE = "taichi_leave"
-    PIN = "taichi_pin"
-    RELEASE = "taichi_release"
-    SETTLE = "taichi_settle"
-    UNPIN = "taichi_unpin"
+    ARRIVE = "taichi_arrive"  # (leg, tokens since) -> bool: copied ahead, it left; False: not to be had
+    CHUNK = "taichi_chunk"  # (tokens)
+    DROP = "taichi_drop"  # (leg) -> True, once nothing is read for it here any more, however long that takes
+    KV = "taichi_kv"  # () -> why requests of this engine stay, a sentence each; empty: they move
+    LEAVE = "taichi_leave"  # (legs): they end with LEFT after the token they are on, and are held
+    PIN = "taichi_pin"  # (leg, reader) -> its full blocks, pinned; None: it does not run, or stays
+    RELEASE = "taichi_release"  # (legs that left, readers of pins) -> (KV tokens held, at)
+    SETTLE = "taichi_settle"  # (): it is warm
+    UNPIN = "taichi_unpin"  # (reader) -> (KV tokens held, at)
 
 
 # ------------------------------------------------------------------------------------------ core to server

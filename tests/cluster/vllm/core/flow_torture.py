@@ -70,6 +70,7 @@ class World:
             "seats": chance.choice([2, 4, 16]),
             "chunk": chance.choice([16, 32, 64]),
             "overlap": chance.choice([True, True, False]),
+            "v2": chance.choice([True, False]),
         }
         self.instances = [Instance(i, Random(seed * 7 + i), self.streams, **shape) for i in range(count)]
         peers = dict(enumerate(self.instances))

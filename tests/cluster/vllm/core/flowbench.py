@@ -94,9 +94,15 @@ class _NoGrammar(StructuredOutputManager):
 
 
 def scheduler(
-    index: int = 0, blocks: int = 64, chunk: int = 64, seats: int = 16, overlap: bool = True
+    index: int = 0,
+    blocks: int = 64,
+    chunk: int = 64,
+    seats: int = 16,
+    overlap: bool = True,
+    v2: bool = False,
 ) -> FlowScheduler:
-    """The real one; with `overlap` a step is planned while the one before it runs."""
+    """The real one; with `overlap` a step is planned while the one before it runs, with `v2` for that
+    model runner."""
     config = _config(index, overlap)
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
@@ -113,6 +119,7 @@ def scheduler(
     assert made.defer_block_free == overlap
     made.max_num_active_reqs = made.max_num_running_reqs = seats
     made.chunk = chunk
+    made.use_v2_model_runner = v2
     return made
 
 
@@ -422,6 +429,10 @@ class Instance:
                 self.faults.append(
                     f"a read for {pull.leg} wrote into block {block}, which is not its own any more"
                 )
+        if pull.source is not None and not pull.source.dead:
+            pool = pull.source.scheduler.kv_cache_manager.block_pool
+            if any(pool.blocks[block].ref_cnt == 0 for block in pull.remote):
+                self.faults.append(f"a read for {pull.leg} met blocks that its source had given away")
         failed = pull.source is None or pull.source.dead or self.chance.random() < self.failing
         for mine, theirs in zip(pull.local, pull.remote, strict=True):
             there = pull.source.slots.get(theirs, [0] * BLOCK) if pull.source is not None else []

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from taichi_serve.cluster.vllm.core.janitor import watch
 from taichi_serve.cluster.vllm.wire import Spec
 
 PR_SET_PDEATHSIG = 1
@@ -35,6 +36,7 @@ def main(path: str) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
     spec = msgspec.json.decode(Path(path).read_bytes(), type=Spec)
     die_with_parent(spec.parent)
+    watch(spec.parent, Path(path).parent)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in this directory it goes with the others.

@@ -9,6 +9,7 @@ of each step.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, flight_file
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
+
+log = logging.getLogger("vllm.taichi.scheduler")
 
 # A chunk of 0 keeps new prompts away by policy; what was preempted or lost its KV must still be computed.
 RECOVERY_CHUNK = 128
@@ -115,6 +118,10 @@ class FlowScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         """A request that moves in brings its output so far, where the runner can tell it from a prompt."""
         ours = marks_of(request)
+        here = self.requests.get(request.request_id)
+        if here is not None and here.streaming_queue is None:  # vLLM's own would end the engine
+            log.error("%s is here already: the second one is passed over", request.request_id)
+            return
         if ours.ahead and self.stays:
             return  # it is not here, and whoever asks hears so
         if ours.output:

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from taichi_serve.cluster.vllm.wire import Orders
 from taichi_serve.cluster.vllm.worker.copier import Copier
 from taichi_serve.cluster.vllm.worker.host import HostAgent, Memory
+from taichi_serve.cluster.vllm.worker.parent import die_with_core
+from taichi_serve.cluster.vllm.worker.seeds import draw_nothing_to_take_back
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,8 +94,10 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
     nixl_wrapper: Any
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
+        die_with_core()
         if current_platform.is_cpu():
             let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind)
+            draw_nothing_to_take_back(GPUModelRunner)
         cores = os.sched_getaffinity(0)
         super().__init__(vllm_config, engine_id, kv_cache_config)
         # vLLM binds this thread, which also runs the model, to the last core: the same for every instance.

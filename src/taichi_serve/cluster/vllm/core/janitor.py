@@ -1,0 +1,95 @@
+"""A tiny process beside an engine core that is there when everybody else was killed.
+
+The kernel ends a core with its server and workers with their core, but nobody then takes away what they made:
+shared memory, sockets, the server's directory. The janitor waits for the core's end, ends what is left of its
+process group, and removes its shared memory; where the server is gone too it removes the server's directory.
+A server that lives sees to all of it itself, the janitor included (process.py). It is forked before anything
+large is imported, and uses the standard library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import time
+from pathlib import Path
+
+# In /proc/PID/maps: see process.py, which looks for the same.
+SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+LOOK_SECONDS = 15.0  # between two looks at what is shared, while the engine is young; rarer later
+LOOK_RARELY = 300.0
+GRACE = 1.0  # seconds in which the engine's processes may end by themselves; Python's tracker cleans up in it
+LEFT_SECONDS = 3.0
+
+
+def watch(server: int, directory: Path) -> None:
+    """Fork it. `server` is the parent of this process, whose own process group it looks after; nothing
+    happens where this process leads none."""
+    core = os.getpid()
+    if os.getpgrp() != core:
+        return
+    core_fd, server_fd = os.pidfd_open(core), os.pidfd_open(server)
+    if os.fork():
+        os.close(core_fd)
+        os.close(server_fd)
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _run(core_fd, server_fd, os.getpgrp(), directory)
+    finally:
+        os._exit(0)
+
+
+def _run(core: int, server: int, group: int, directory: Path) -> None:
+    shared: set[str] = set()
+    began = time.monotonic()
+    while not _ended(core, LOOK_SECONDS if time.monotonic() - began < LOOK_RARELY else LOOK_RARELY):
+        shared |= _shared(group)
+    shared |= _shared(group)
+    until = time.monotonic() + GRACE
+    while _others(group) and time.monotonic() < until:
+        time.sleep(0.02)
+    for process in _others(group):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+    for path in shared:
+        Path(path).unlink(missing_ok=True)
+    if _ended(server, LEFT_SECONDS):  # its other engines may be a moment behind
+        for _ in range(10):
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                return
+            time.sleep(0.2)
+
+
+def _ended(process: int, seconds: float) -> bool:
+    """Whether the process behind this descriptor ends within so many seconds."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _others(group: int) -> list[int]:
+    """Living processes of the group, but for this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            number = int(path.name)
+            if number != os.getpid() and os.getpgid(number) == group:
+                stat = (path / "stat").read_text()
+                if stat[stat.rindex(")") + 2] not in "ZX":
+                    found.append(number)
+    return found
+
+
+def _shared(group: int) -> set[str]:
+    """Files of shared memory that processes of the group have mapped."""
+    found: set[str] = set()
+    for number in _others(group):
+        with contextlib.suppress(OSError):
+            found.update(SHARED.findall(Path(f"/proc/{number}/maps").read_text()))
+    return found
