@@ -63,7 +63,13 @@ def test_golden_log_is_decided_as_it_was(path: Path) -> None:
 
 
 def test_there_are_golden_logs_of_every_mode() -> None:
-    assert {p.stem for p in GOLDEN} >= {"aggregation", "disaggregation", "hybrid", "bad_day"}
+    assert {p.stem for p in GOLDEN} >= {
+        "aggregation",
+        "disaggregation",
+        "hybrid",
+        "bad_day",
+        "comes_back",
+    }
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,12 @@ def test_only_the_lines_about_one_request_are_looked_at_and_still_counted() -> N
     assert [event for event, _ in read(torn, about='b"')] == [Finished(0.0, 'b"', 1)]
     with pytest.raises(LogError, match=r"^line 2: "):
         list(read([lines[0], "{ 'a' \n"], about="a"))
+
+
+def test_a_log_of_an_older_server_may_or_may_not_say_what_binds_a_request() -> None:
+    line = '{"on": ["Arrived", {"at": 1.0, "request": "a", "prompt_tokens": 3, "max_tokens": 4%s}], "do": []}'
+    said = [decode(line % rest)[0] for rest in ("", ', "movable": false, "bound_by": "seed"')]
+    assert said == [Arrived(1.0, "a", 3, 4), Arrived(1.0, "a", 3, 4, movable=False, bound_by="seed")]
 
 
 def test_a_move_that_an_older_server_logged_has_zero_for_the_parts_it_did_not_know() -> None:

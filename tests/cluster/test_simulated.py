@@ -23,12 +23,14 @@ from taichi_serve.messages import (
     Finished,
     Flow,
     Flowed,
+    Joined,
     Lost,
     Move,
     Outcome,
     Prefill,
     Prefilled,
     Refused,
+    Silent,
     Stepped,
 )
 from taichi_serve.scheduling.policy import Policy
@@ -192,6 +194,78 @@ def test_a_move_to_a_lost_instance_is_refused_and_the_request_goes_on():
     log = played(answers, cluster([Call(0.0, 50, 4)], Sliders(1, 1, 100, 100), happenings=gone))
     assert [e.leg for e in log if isinstance(e, Refused)] == [1]
     assert log[-1] == Finished(4.0, "r0", 4)
+
+
+def test_told_to_flow_with_its_last_token_in_flight_it_goes_on_at_the_target_if_the_source_is_lost():
+    flow = Flow("r0", 1, "i1", Move.OPERATOR)
+    answers = {("Arrived", "r0"): [Prefill("r0", 0, "i0")], ("Prefilled", "r0"): [flow]}
+    gone = [Lost(1.5, "i0", "killed")]
+    log = played(answers, cluster([Call(0.0, 50, 2)], Sliders(1, 1, 100, 100), happenings=gone))
+    # The second token was to be out at 2. It is computed again, with the prompt and the first one.
+    assert Flowed(2.5, "r0", 1, "i1", 2, 0, 2.5) in log
+    assert log[-1] == Finished(2.5, "r0", 2)
+
+
+def test_a_token_in_flight_of_a_preempted_request_is_not_out_when_its_instance_is_lost():
+    answers = {
+        ("Arrived", "r0"): [Prefill("r0", 0, "i0")],
+        ("Arrived", "r1"): [Prefill("r1", 0, "i0")],
+        ("Lost", "i0"): [Decode("r0", 1, "i1", Move.RESCUE), Prefill("r1", 1, "i1")],
+    }
+    calls = [Call(0.0, 30, 10), Call(0.0, 30, 10)]
+    made = cluster(calls, Sliders(1, 1, 100, 100), kv=64, happenings=[Lost(2.5, "i0", "killed")])
+    log = played(answers, made)
+    # At 2 the first token of r1 is in flight, and r1 is taken out of the step after that to make room for r0.
+    assert [(e.request, e.output_tokens) for e in log if isinstance(e, Flowed)] == [("r0", 3)]
+    assert [(e.request, e.leg) for e in log if isinstance(e, Prefilled)] == [("r0", 0), ("r1", 1)]
+    assert [e.output_tokens for e in log if isinstance(e, Finished)] == [10, 10]
+    assert not made.jobs
+
+
+def test_a_silent_instance_stands_still_and_then_goes_on():
+    answers = {("Arrived", "r0"): [Prefill("r0", 0, "i0")]}
+    still = [Silent(1.5, "i0"), Silent(7.0, "i0", on=False)]
+    log = played(answers, cluster([Call(0.0, 50, 3)], happenings=still))
+    # The step that was to end at 2 ends as soon as it goes on.
+    assert [(type(e).__name__, e.at) for e in log[2:]] == [
+        ("Prefilled", 1.0), ("Silent", 1.5), ("Silent", 7.0), ("Stepped", 7.0), ("Stepped", 8.0),
+        ("Finished", 8.0),
+    ]  # fmt: skip
+
+
+def test_a_prompt_that_is_placed_anew_is_not_computed_where_it_was():
+    answers = {
+        ("Arrived", "r0"): [Prefill("r0", 0, "i0", hand_over=True)],
+        ("Silent", "i0"): [Prefill("r0", 1, "i1")],
+    }
+    still = [Silent(0.5, "i0"), Silent(5.0, "i0", on=False)]
+    made = cluster([Call(0.0, 50, 2)], Sliders(1, 1, 100, 100), happenings=still)
+    log = played(answers, made)
+    assert [e for e in log if isinstance(e, Prefilled)] == [Prefilled(1.5, "r0", 1, "i1")]
+    assert log[-1] == Stepped(5.0, "i0", 1.0, 50, 0, 0)  # the step was under way, for nobody
+    assert all(e.residents.free == 100 for e in made.engines.values())
+
+
+def test_an_instance_comes_back_empty_and_works_again():
+    answers = {
+        ("Arrived", "r0"): [Prefill("r0", 0, "i0")],
+        ("Joined", "i0"): [Prefill("r0", 1, "i0")],
+    }
+    days = [Lost(0.5, "i0", "killed"), Joined(3.0, "i0", 1600)]
+    log = played(answers, cluster([Call(0.0, 50, 2)], happenings=days))
+    assert log[1:] == [
+        *days,
+        Stepped(4.0, "i0", 1.0, 50, 0, 64),
+        Prefilled(4.0, "r0", 1, "i0"),
+        Stepped(5.0, "i0", 1.0, 0, 1, 0),
+        Finished(5.0, "r0", 2),
+    ]
+
+
+def test_a_prompt_for_a_lost_instance_is_refused():
+    answers = {("Arrived", "r0"): [Prefill("r0", 0, "i0")]}
+    log = played(answers, cluster([Call(1.0, 50, 2)], happenings=[Lost(0.5, "i0", "killed")]))
+    assert log[-1] == Refused(1.0, "r0", 0, "i0 is lost")
 
 
 def test_two_pulls_share_a_port_first_come_first_served():

@@ -29,10 +29,12 @@ from taichi_serve.messages import (  # noqa: E402
     Finished,
     Flow,
     Flowed,
+    Joined,
     Lost,
     Prefill,
     Prefilled,
     SetChunk,
+    Silent,
     Slid,
     Stepped,
 )
@@ -47,6 +49,10 @@ STORIES: dict[str, dict[str, object]] = {
     },
     "hybrid": {"sliders": HYBRID, "policy": {"dwell": 0.0}},
     "bad_day": {"sliders": HYBRID, "policy": {"dwell": 0.0}},
+    "comes_back": {
+        "sliders": {"p_heavy": 1, "d_heavy": 2, "p_chunk": 512, "d_chunk": 0},
+        "policy": {"dwell": 0.0},
+    },
 }
 
 
@@ -133,12 +139,36 @@ def bad_luck(story: Story, tick: int) -> None:
     if tick == 120:
         story.tell(Slid(story.now, Sliders(2, 1, 256, 32)))
     if tick == 150:
-        for n, w in story.work.items():
-            if w.on == "i2":
-                w.on = ""
-            if story.coming.get(n) == "i2":
-                del story.coming[n]
-        story.tell(Lost(story.now, "i2", "killed"))
+        lose(story, "i2")
+
+
+def lose(story: Story, name: str) -> None:
+    for n, w in story.work.items():
+        if w.on == name:
+            w.on = ""
+        if story.coming.get(n) == name:
+            del story.coming[n]
+    story.tell(Lost(story.now, name, "killed"))
+
+
+def coming_back(story: Story, tick: int) -> None:
+    """The only one who prefills is silent, heard, lost and back; then all are lost, and two come back."""
+    match tick:
+        case 40:
+            story.tell(Silent(story.now, "i0"))
+        case 60:
+            story.tell(Silent(story.now, "i0", on=False))
+        case 90:
+            lose(story, "i0")
+        case 120:
+            story.tell(Joined(story.now, "i0", 2_000))
+        case 150:
+            for name in ("i2", "i0", "i1"):
+                lose(story, name)
+        case 160:
+            story.tell(Joined(story.now, "i1", 2_400))
+        case 165:
+            story.tell(Joined(story.now, "i0", 2_400))
 
 
 def tell(name: str, head: dict[str, object]) -> str:
@@ -153,8 +183,10 @@ def tell(name: str, head: dict[str, object]) -> str:
             story.tell(Arrived(story.now, request, prompt, output + 50))
         if name == "bad_day":
             bad_luck(story, tick)
+        if name == "comes_back":
+            coming_back(story, tick)
         for instance in story.chunks:
-            if story.inner.instances[instance].alive:
+            if story.inner.instances[instance].answers:
                 story.step(instance)
     return json.dumps(head) + "\n" + story.out.getvalue()
 

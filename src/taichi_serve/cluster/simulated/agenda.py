@@ -12,6 +12,7 @@ from heapq import heappush
 from taichi_serve.cluster.simulated.engine import Engine
 from taichi_serve.cluster.simulated.job import Job, Where
 from taichi_serve.cluster.simulated.link import Link
+from taichi_serve.cluster.simulated.step import Step
 
 LEASE = 30.0  # seconds that blocks stay pinned for a pull that does not begin (vLLM's kv_lease_duration)
 
@@ -45,8 +46,35 @@ class Agenda:
 
     def kick(self, engine: Engine) -> None:
         """An engine with nothing in flight starts at once."""
-        if engine.current is None and engine.alive and engine is not self.telling:
+        if engine.current is None and engine.alive and not engine.silent and engine is not self.telling:
             self.advance(engine)
+
+    def ended(self, engine: Engine) -> Step | None:
+        """The step that ends now, whose facts are told next; None if the engine is lost or stands still."""
+        step = engine.current
+        if not engine.alive or step is None:
+            return None
+        if engine.silent:
+            engine.stalled = True
+            return None
+        self.telling, engine.current = engine, None
+        return step
+
+    def told(self, engine: Engine) -> None:
+        """The facts of a step are out: the next one begins."""
+        self.telling = None
+        self.advance(engine)
+
+    def still(self, engine: Engine, on: bool) -> None:
+        """The engine stands still, or goes on with the step that it stood still in."""
+        if not engine.alive:
+            return
+        engine.silent = on
+        if not on and engine.stalled:
+            engine.stalled = False
+            self.push(self.now, Due.STEP, engine)
+        elif not on:
+            self.kick(engine)
 
     def advance(self, engine: Engine) -> None:
         """Begin the engine's next step, and the transfers that it made room for."""
@@ -70,6 +98,7 @@ class Agenda:
 
     def expect(self, job: Job, target: Engine) -> None:
         """Let `target` ask for what is pinned, until the lease of this leg ends."""
+        job.engine = target
         target.expect(job)
         self.push(self.now + LEASE, Due.LEASE, (job, job.leg))
 

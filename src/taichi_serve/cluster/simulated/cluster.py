@@ -8,31 +8,30 @@ and a request is forgotten when it is over, so memory does not grow with the len
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from heapq import heappop
 
 from taichi_serve.cluster.base import told
 from taichi_serve.cluster.simulated.agenda import Agenda, Due
 from taichi_serve.cluster.simulated.engine import Engine
-from taichi_serve.cluster.simulated.job import Call, Job, Where
+from taichi_serve.cluster.simulated.job import Call, Job
 from taichi_serve.cluster.simulated.link import Link
+from taichi_serve.cluster.simulated.orders import Orders
 from taichi_serve.cluster.simulated.step import Ends, EngineShape, Step, Truth
 from taichi_serve.messages import (
-    Abort,
     Arrived,
     Command,
-    Decode,
     Event,
     Finished,
-    Flow,
     Flowed,
+    Joined,
     Lost,
-    Prefill,
     Prefilled,
-    Refused,
-    SetChunk,
+    Silent,
     Stepped,
 )
 from taichi_serve.sliders import Sliders
+from taichi_serve.stage import Stage
 
 
 class SimulatedCluster:
@@ -50,8 +49,9 @@ class SimulatedCluster:
     ) -> None:
         """`truths` are the step times: one for all instances, or one for each.
 
-        `calls` must be in order of time. `happenings` are facts from outside (Cancelled, Asked, Drained,
-        Slid, and Lost, which kills the instance). Clients allow as many tokens as `max_model_len` leaves room
+        `calls` must be in order of time. `happenings` are facts from outside: Cancelled, Asked, Drained,
+        Slid, Hopeless; Lost, which kills the instance; Joined, which starts it again, empty; and Silent,
+        between whose two ends it stands still. Clients allow as many tokens as `max_model_len` leaves room
         for: nobody but the engines knows how long an output will be.
         """
         if len(truths) not in (1, sliders.instances):
@@ -64,6 +64,7 @@ class SimulatedCluster:
         self.agenda = Agenda(link)
         self.max_model_len = max_model_len
         self.jobs: dict[str, Job] = {}
+        self.orders = Orders(self.engines, self.jobs, self.agenda)
         self.arrived = 0
         self.closed = False
         self._calls = iter(calls)
@@ -90,11 +91,9 @@ class SimulatedCluster:
             self.agenda.now, _, due, what = heappop(heap)
             if due is Due.STEP:
                 assert isinstance(what, Engine)
-                if what.alive and what.current is not None:
-                    self.agenda.telling = what
-                    yield from self._step_facts(what, what.current)
-                    self.agenda.telling = None
-                    self.agenda.advance(what)
+                if (step := self.agenda.ended(what)) is not None:
+                    yield from self._step_facts(what, step)
+                    self.agenda.told(what)
             elif due is Due.ARRIVAL:
                 assert isinstance(what, Call)
                 yield self._arrive(what)
@@ -106,9 +105,9 @@ class SimulatedCluster:
                 assert isinstance(what, tuple)
                 self.agenda.expire(*what)
             else:
-                if isinstance(what, Lost):
-                    self._kill(what.instance)
-                yield what  # type: ignore[misc]  # a fact by its Due
+                event: Event = what  # type: ignore[assignment]  # a fact by its Due
+                self._happen(event)
+                yield event
 
     def close(self) -> None:
         """No further facts."""
@@ -117,22 +116,22 @@ class SimulatedCluster:
     def _step_facts(self, engine: Engine, step: Step) -> list[Event]:
         now, name = self.agenda.now, engine.name
         ended: list[Event] = []
-        for ends, job in step.ends:
-            if job.where is Where.DONE or job.engine is not engine:
-                continue
+        for ends, job, leg in step.ends:
+            if job.engine is not engine or job.leg != leg:
+                continue  # it was ended, or sent elsewhere, while the step ran
             if ends is Ends.FIRST:
                 held = job.hand_over
-                ended.append(Prefilled(now, job.id, job.leg, name, 0, held))
+                ended.append(Prefilled(now, job.id, leg, name, 0, held))
+                job.enter(Stage.HELD if held else Stage.DECODING)
                 if held:
-                    job.where, job.last_at = Where.HELD, now
+                    job.where, job.last_at = None, now
             elif ends is Ends.FLOWED:
+                job.enter(Stage.DECODING)
                 ended.append(self._flowed(engine, job))
             elif ends is Ends.LEFT:
-                self._depart(job)
+                self.orders.depart(job, engine)
             else:
-                engine.residents.free += job.blocks
-                job.where = Where.DONE
-                del self.jobs[job.id]
+                self.orders.end(job)
                 ended.append(Finished(now, job.id, job.output))
         stepped = Stepped(
             now,
@@ -159,111 +158,11 @@ class SimulatedCluster:
             pulled,
         )
 
-    # ---------------------------------------------------------------------------------------------- orders
+    # --------------------------------------------------------------------------------------------- orders
 
     def send(self, command: Command) -> None:
         """Take a decision; what cannot be done comes back as a fact. Links here copy nothing ahead."""
-        if isinstance(command, SetChunk):
-            self.engines[command.instance].chunk = command.chunk
-            return
-        job = self.jobs.get(command.request)
-        if job is None:
-            return  # it is over: Finished crosses the command
-        if isinstance(command, Prefill):
-            self._prefill(job, command)
-        elif isinstance(command, Decode):
-            self._decode(job, command)
-        elif isinstance(command, Flow):
-            self._flow(job, command)
-        elif isinstance(command, Abort):
-            self._abort(job, command)
-
-    def _prefill(self, job: Job, command: Prefill) -> None:
-        engine = self.engines[command.on]
-        job.leg, job.hand_over, job.began, job.pulled = command.leg, command.hand_over, job.made, False
-        if not engine.alive:
-            self._refuse(job, command.leg, f"{engine.name} is lost")
-            return
-        job.restart()
-        engine.queue(job)
-        self.agenda.kick(engine)
-
-    def _decode(self, job: Job, command: Decode) -> None:
-        target, source = self.engines[command.on], job.engine
-        if not target.alive:
-            self._refuse(job, command.leg, f"{target.name} is lost")
-            if job.where is Where.HELD and source is not None:  # it goes on where it was
-                job.hand_over = False
-                source.land(job)
-                self.agenda.kick(source)
-            return
-        if job.where is Where.DECODING and source is not None and source is not target:
-            self._leave(job, source, command.leg, target)  # it was to go where an instance was lost
-            return
-        if job.where is Where.DECODING or job.where is Where.ENDING:
-            job.target = None
-            self._refuse(job, command.leg, "it still runs there")
-            return
-        if job.where is not Where.HELD or source is None or not source.alive:
-            self._stranded(job, command.leg, target)
-            return
-        job.leg, job.hand_over, job.began, job.pulled = command.leg, False, job.made, True
-        if source is target:
-            target.land(job)
-        else:
-            self.agenda.pull(job, source, target)
-        self.agenda.kick(target)
-
-    def _stranded(self, job: Job, leg: int, target: Engine) -> None:
-        """A leg without KV to pull, or with a pull that never began: from what is left."""
-        job.leg, job.hand_over, job.began, job.pulled = leg, False, job.made, False
-        if job.source is target and job.where is Where.NOWHERE:  # back where its KV still is
-            job.blocks, job.pinned, job.source, job.engine = job.pinned, 0, None, target
-            job.pulled = True
-            target.land(job)
-        elif job.source is not None and job.source.alive and job.where is Where.NOWHERE:
-            job.pulled = True
-            self.agenda.expect(job, target)
-        else:
-            job.restart()
-            target.queue(job, first=job.made > 0)
-        self.agenda.kick(target)
-
-    def _flow(self, job: Job, command: Flow) -> None:
-        target, source = self.engines[command.to], job.engine
-        if job.where is Where.ENDING:
-            return  # its last token is in flight
-        if job.where is not Where.DECODING or source is None or source is target or not target.alive:
-            self._refuse(job, command.leg, f"it is {job.where.value}, or {target.name} cannot take it")
-            return
-        self._leave(job, source, command.leg, target)
-
-    def _leave(self, job: Job, source: Engine, leg: int, target: Engine) -> None:
-        job.target = (leg, target)
-        if job not in source.leaving:
-            source.leaving.append(job)
-
-    def _abort(self, job: Job, command: Abort) -> None:
-        engine, made = job.engine, self._made(job)
-        if engine is not None and engine.alive:
-            engine.drop(job)
-        self.agenda.unpin(job)
-        job.where = Where.DONE
-        del self.jobs[job.id]
-        self.agenda.push(self.agenda.now, Due.FACT, Finished(self.agenda.now, job.id, made, command.outcome))
-        if engine is not None:
-            self.agenda.kick(engine)
-
-    def _made(self, job: Job) -> int:
-        """Output tokens that are out."""
-        if job.where is Where.DECODING and job.engine is not None:
-            return job.made + job.engine.emitted(job)
-        return job.made
-
-    def _refuse(self, job: Job, leg: int, why: str) -> None:
-        self.agenda.push(
-            self.agenda.now, Due.FACT, Refused(self.agenda.now, job.id, leg, why, self._made(job))
-        )
+        self.orders.carry_out(command)
 
     # --------------------------------------------------------------------------------------- what happens
 
@@ -277,7 +176,8 @@ class SimulatedCluster:
                 f"({min(self.max_model_len, self.shape.kv_capacity)})"
             )
         self.jobs[name] = Job(name, call.at, call.prompt_tokens, call.output_tokens)
-        return Arrived(call.at, name, call.prompt_tokens, room)
+        bound_by = None if call.movable else "what it asks for"
+        return Arrived(call.at, name, call.prompt_tokens, room, call.movable, bound_by)
 
     def _draw(self) -> None:
         call = next(self._calls, None)
@@ -288,33 +188,12 @@ class SimulatedCluster:
                 )
             self.agenda.push(call.at, Due.ARRIVAL, call)
 
-    def _depart(self, job: Job) -> None:
-        """The leg is over because of a Flow: its blocks are pinned and the target asks for them."""
-        source = job.engine
-        assert source is not None
-        job.last_at = self.agenda.now
-        leg, target = job.target or (job.leg, source)
-        job.target = None
-        job.leg, job.began, job.pulled = leg, job.made, True
-        if not target.alive:
-            self._refuse(job, leg, f"{target.name} is lost")
-            job.leg = leg - 1
-            source.land(job)
-            return
-        self.agenda.pull(job, source, target)
-        self.agenda.kick(target)
-
-    def _kill(self, name: str) -> None:
-        """It is gone with all its KV; who was on it waits for orders, or goes on where it was to go."""
-        lost = self.engines[name]
-        lost.alive = False
-        for job in list(self.jobs.values()):
-            if job.source is lost:
-                job.source, job.pinned = None, 0
-                if job.engine is not None and job.engine.alive:
-                    self.agenda.again(job, job.engine)
-            if job.engine is lost:
-                lost.strand(job)
-                if job.target is not None:
-                    (leg, target), job.target = job.target, None
-                    self._stranded(job, leg, target)
+    def _happen(self, event: Event) -> None:
+        """What a fact from outside does to an engine."""
+        if isinstance(event, Lost):
+            self.orders.lose(self.engines[event.instance])
+        elif isinstance(event, Silent):
+            self.agenda.still(self.engines[event.instance], event.on)
+        elif isinstance(event, Joined) and not (before := self.engines[event.instance]).alive:
+            shape = replace(self.shape, kv_capacity=event.kv_capacity)
+            self.engines[before.name] = Engine(before.name, before.chunk, shape, before.truth)

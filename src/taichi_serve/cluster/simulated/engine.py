@@ -14,42 +14,15 @@ the step after its last token, which on vLLM it does.
 
 from __future__ import annotations
 
-from collections import deque
-
 from taichi_serve.cluster.simulated.job import Job, Where
-from taichi_serve.cluster.simulated.residents import Residents
-from taichi_serve.cluster.simulated.step import Ends, EngineShape, Step, Truth
+from taichi_serve.cluster.simulated.roster import Roster
+from taichi_serve.cluster.simulated.step import Ends, Step
 
 RECOMPUTE_FLOOR = 128  # prompt tokens a step for what must be computed on an instance with chunk 0
 
 
-class Engine:
+class Engine(Roster):
     """One instance. The cluster tells it what has come; it plans steps and keeps its blocks."""
-
-    def __init__(self, name: str, chunk: int, shape: EngineShape, truth: Truth) -> None:
-        self.name = name
-        self.chunk = chunk
-        self.truth = truth
-        self.max_running = shape.max_running
-        self.alive = True
-        self.residents = Residents(shape)
-        self.current: Step | None = None  # in flight
-        self.next: Step | None = None  # planned, begins when the current one is done
-        self.waiting: deque[Job] = deque()
-        self.inbound: deque[Job] = deque()  # wait for blocks to be pulled into
-        self.landed: deque[Job] = deque()
-        self.partial: list[Job] = []  # of whose prompt a part is computed, oldest first
-        self.running: dict[Job, None] = {}  # partial and decoding, oldest first
-        self.leaving: list[Job] = []  # told to flow since the last plan
-        self.pulls: list[Job] = []  # got their blocks in the last plan: the cluster starts their transfer
-        self.missing: dict[Job, None] = {}  # preempted while decoding, not yet computed again
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait here for a prefill or for room."""
-        return len(self.waiting) + len(self.inbound)
-
-    # ------------------------------------------------------------------------------------------ the steps
 
     def advance(self) -> Step | None:
         """Begin the step that was planned, plan the one after it, and return the step now in flight."""
@@ -68,13 +41,15 @@ class Engine:
 
     def _part(self, current: Step | None) -> None:
         """Those told to flow are not planned any more; their leg ends with the token in flight."""
+        later = []
         for job in self.leaving:
-            # Who is ENDING by now has its last token in flight: Finished crosses the Flow.
-            if job.where is Where.DECODING and job.engine is self and current is not None:
-                self._leave(job)
+            if current is not None and job.where is Where.RESIDENT:
+                self.leave(job)
                 job.where = Where.ENDING
-                current.ends.append((Ends.LEFT, job))
-        self.leaving.clear()
+                current.ends.append((Ends.LEFT, job, job.leg))
+            elif job.where is not Where.ENDING:  # else its last token is in flight: Finished crosses the Flow
+                later.append(job)
+        self.leaving = later
 
     def _plan(self) -> Step | None:
         """One step: resident decodes, then running prompts, then what has landed, then waiting prompts."""
@@ -106,7 +81,7 @@ class Engine:
         step.decodes = self.residents.decodes
         for job in self.residents.tick():
             del self.running[job]
-            step.ends.append((Ends.LAST, job))
+            step.ends.append((Ends.LAST, job, job.leg))
         step.context = self.residents.context
         for job in complete:
             self._first_token(step, job)
@@ -116,16 +91,17 @@ class Engine:
     def _first_token(self, step: Step, job: Job) -> None:
         """The prompt (or what had to be computed again) is through: its next token comes out of this step."""
         job.made += 1
+        job.run, job.last = 1, self.residents.ticks
         if job.missing:
             job.missing = False
             del self.missing[job]
         else:
-            step.ends.append((Ends.FIRST if job.made == 1 else Ends.FLOWED, job))
+            step.ends.append((Ends.FIRST if job.made == 1 else Ends.FLOWED, job, job.leg))
         if job.made >= job.output:
             job.hand_over = False
             del self.running[job]
             job.where = Where.ENDING
-            step.ends.append((Ends.LAST, job))
+            step.ends.append((Ends.LAST, job, job.leg))
         elif job.hand_over:
             del self.running[job]
             job.where = Where.ENDING
@@ -141,10 +117,10 @@ class Engine:
             if budget <= 0:
                 break
             take = min(budget, job.need - job.computed)
-            while job.where is Where.PREFILLING and not self._take_blocks(job, job.computed + take):
+            while job.where is Where.COMPUTING and not self._take_blocks(job, job.computed + take):
                 self._preempt()
                 calm = False
-            if job.where is Where.PREFILLING:
+            if job.where is Where.COMPUTING:
                 self._compute(step, job, take, complete)
                 budget -= take
         self.partial = [job for job in self.partial if job.computed < job.need]
@@ -154,25 +130,15 @@ class Engine:
         """A request whose KV is here computes its last token and emits the next: it goes first."""
         while self.landed and len(self.running) < self.max_running:
             job = self.landed[0]
-            if job.where is Where.LANDED and job.engine is self:
-                if not self._take_blocks(job, job.computed + 1):
-                    if self.running or len(self.landed) == 1:
-                        return  # somebody's blocks will come free
-                    last = self.landed.pop()
-                    if last.where is Where.LANDED and last.engine is self:
-                        self.again(last)
-                    continue
-                self.running[job] = None
-                self.residents.join(job)
-                step.ends.append((Ends.FLOWED, job))
+            if not self._take_blocks(job, job.computed + 1):
+                if self.running or len(self.landed) == 1:
+                    return  # somebody's blocks will come free
+                self.again(self.landed[-1])
+                continue
+            self.running[job] = None
+            self.residents.join(job)
+            step.ends.append((Ends.FLOWED, job, job.leg))
             self.landed.popleft()
-
-    def again(self, job: Job) -> None:
-        """Its KV cannot be had, or not be kept: compute it here, before anybody else's prompt."""
-        self.residents.free += job.blocks
-        job.pulled = False
-        job.restart()
-        self.queue(job, first=True)
 
     def _start_pulls(self) -> bool:
         """Give blocks to those that come from elsewhere; False when the first in line has to wait for
@@ -181,14 +147,13 @@ class Engine:
         promised = sum(residents.blocks_for(job.need) - job.blocks for job in self.partial)
         while self.inbound:
             job = self.inbound[0]
-            if job.where is Where.INBOUND and job.engine is self:
-                blocks = residents.blocks_for(job.prompt + job.made)
-                if blocks > residents.free - promised:
-                    return False
-                residents.free -= blocks
-                job.blocks = blocks
-                job.where = Where.PULLING
-                self.pulls.append(job)
+            blocks = residents.blocks_for(job.prompt + job.made)
+            if blocks > residents.free - promised:
+                return False
+            residents.free -= blocks
+            job.blocks = blocks
+            job.where = Where.PULLING
+            self.pulls.append(job)
             self.inbound.popleft()
         return True
 
@@ -196,17 +161,16 @@ class Engine:
         """Take waiting prompts in order of arrival, each only if all of it would fit."""
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             job = self.waiting[0]
-            if job.where is Where.WAITING and job.engine is self:
-                if self.residents.blocks_for(job.need) > self.residents.free:
-                    return
-                take = min(budget, job.need)
-                budget -= take
-                self._take_blocks(job, take)
-                self.running[job] = None
-                job.where = Where.PREFILLING
-                self._compute(step, job, take, complete)
-                if job.computed < job.need:
-                    self.partial.append(job)
+            if self.residents.blocks_for(job.need) > self.residents.free:
+                return
+            take = min(budget, job.need)
+            budget -= take
+            self._take_blocks(job, take)
+            self.running[job] = None
+            job.where = Where.COMPUTING
+            self._compute(step, job, take, complete)
+            if job.computed < job.need:
+                self.partial.append(job)
             self.waiting.popleft()
 
     def _compute(self, step: Step, job: Job, take: int, complete: list[Job]) -> None:
@@ -230,8 +194,8 @@ class Engine:
     def _preempt(self) -> None:
         """The youngest running request loses its blocks and waits, first in line, to be computed again."""
         job = next(reversed(self.running))
-        if job.where is Where.DECODING:
-            self._leave(job)
+        if job.where is Where.RESIDENT:
+            self.leave(job)
             job.missing = True
             self.missing[job] = None
         else:
@@ -239,65 +203,5 @@ class Engine:
             del self.running[job]
         self.residents.free += job.blocks
         job.restart()
-        job.where = Where.WAITING
+        job.where = Where.QUEUED
         self.waiting.appendleft(job)
-
-    def _leave(self, job: Job) -> None:
-        del self.running[job]
-        self.residents.leave(job)
-
-    # ------------------------------------------------------------------------------------ coming and going
-
-    def queue(self, job: Job, first: bool = False) -> None:
-        """The prompt waits here, behind the others or before them."""
-        job.engine = self
-        job.where = Where.WAITING
-        if first:
-            self.waiting.appendleft(job)
-        else:
-            self.waiting.append(job)
-
-    def expect(self, job: Job) -> None:
-        """The job's KV is to be pulled to this engine as soon as there is room."""
-        job.engine = self
-        job.where = Where.INBOUND
-        job.blocks = 0
-        self.inbound.append(job)
-
-    def land(self, job: Job) -> None:
-        """The job's KV is here: prompt and tokens so far, but for the last one, are computed."""
-        job.computed = job.prompt + job.made - 1
-        job.where = Where.LANDED
-        self.landed.append(job)
-
-    def emitted(self, job: Job) -> int:
-        """Tokens that a resident decode got out since it joined: those of steps that are done."""
-        ahead = sum(step is not None for step in (self.current, self.next))
-        return max(0, self.residents.ticks - ahead - job.since)
-
-    def strand(self, job: Job) -> None:
-        """This engine is lost: the job is nowhere, with the tokens that were out and without those in
-        flight."""
-        if job.where is Where.DECODING:
-            self._leave(job)
-            job.made -= sum(step is not None for step in (self.current, self.next))
-        elif job.where is Where.ENDING:
-            ahead = self.next is not None and any(job is other for _, other in self.next.ends)
-            job.made -= 2 if ahead and self.current is not None else 1
-        job.made = max(job.made, job.began)
-        job.where = Where.NOWHERE
-        job.engine = None
-        job.missing = False
-        job.restart()
-
-    def drop(self, job: Job) -> None:
-        """Forget a job wherever it is and free its blocks. Queues are cleaned when it comes up in them."""
-        if job.where is Where.DECODING:
-            self._leave(job)
-        elif job in self.running:
-            del self.running[job]
-            self.partial.remove(job)
-        self.missing.pop(job, None)
-        job.missing = False
-        self.residents.free += job.blocks
-        job.blocks = 0

@@ -50,7 +50,7 @@ class Residents:
 
     def join(self, job: Job) -> None:
         """From the next tick on this job gets a token in each."""
-        job.where = Where.DECODING
+        job.where = Where.RESIDENT
         job.since = self.ticks
         job.finish_tick = self.ticks + job.output - job.made
         self._phases[(self.ticks + 1 - job.computed) % self.block_size] += 1
@@ -62,8 +62,10 @@ class Residents:
     def leave(self, job: Job) -> None:
         """This job stops being resident, with the tokens that were planned up to now."""
         phase = (job.since + 1 - job.computed) % self.block_size
-        job.computed += self.ticks - job.since
-        job.made += self.ticks - job.since
+        tokens = self.ticks - job.since
+        job.computed += tokens
+        job.made += tokens
+        job.run, job.last = job.run + tokens, self.ticks
         job.blocks = -(-job.computed // self.block_size)
         if self._grown > self.ticks and phase == self._grown % self.block_size:
             job.blocks += 1
@@ -82,7 +84,7 @@ class Residents:
             # A job that left in the meantime has an entry that no longer counts.
             engine = job.engine
             mine = engine is not None and engine.residents is self
-            if mine and job.where is Where.DECODING and job.finish_tick == finish:
+            if mine and job.where is Where.RESIDENT and job.finish_tick == finish:
                 self.leave(job)
                 job.where = Where.ENDING
                 done.append(job)

@@ -51,5 +51,5 @@ class Step:
         self.decodes = 0
         self.context = 0
         self.seconds = 0.0
-        self.ends: list[tuple[Ends, Job]] = []
+        self.ends: list[tuple[Ends, Job, int]] = []  # with the leg that it is about
         self.missed: tuple[str, ...] = ()
