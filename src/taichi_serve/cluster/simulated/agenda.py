@@ -12,7 +12,6 @@ from heapq import heappush
 from taichi_serve.cluster.simulated.engine import Engine
 from taichi_serve.cluster.simulated.job import Job, Where
 from taichi_serve.cluster.simulated.link import Link
-from taichi_serve.cluster.simulated.step import Step
 
 LEASE = 30.0  # seconds that blocks stay pinned for a pull that does not begin (vLLM's kv_lease_duration)
 
@@ -48,22 +47,6 @@ class Agenda:
         """An engine with nothing in flight starts at once."""
         if engine.current is None and engine.alive and not engine.silent and engine is not self.telling:
             self.advance(engine)
-
-    def ended(self, engine: Engine) -> Step | None:
-        """The step that ends now, whose facts are told next; None if the engine is lost or stands still."""
-        step = engine.current
-        if not engine.alive or step is None:
-            return None
-        if engine.silent:
-            engine.stalled = True
-            return None
-        self.telling, engine.current = engine, None
-        return step
-
-    def told(self, engine: Engine) -> None:
-        """The facts of a step are out: the next one begins."""
-        self.telling = None
-        self.advance(engine)
 
     def still(self, engine: Engine, on: bool) -> None:
         """The engine stands still, or goes on with the step that it stood still in."""

@@ -88,22 +88,25 @@ class SimulatedCluster:
         agenda = self.agenda
         heap = agenda.heap
         while heap and not self.closed:
-            self.agenda.now, _, due, what = heappop(heap)
+            agenda.now, _, due, what = heappop(heap)
             if due is Due.STEP:
                 assert isinstance(what, Engine)
-                if (step := self.agenda.ended(what)) is not None:
+                step, what.stalled = what.current, what.silent
+                if step is not None and what.alive and not what.silent:
+                    agenda.telling, what.current = what, None
                     yield from self._step_facts(what, step)
-                    self.agenda.told(what)
+                    agenda.telling = None
+                    agenda.advance(what)
             elif due is Due.ARRIVAL:
                 assert isinstance(what, Call)
                 yield self._arrive(what)
                 self._draw()
             elif due is Due.LANDING:
                 assert isinstance(what, tuple)
-                self.agenda.land(*what)
+                agenda.land(*what)
             elif due is Due.LEASE:
                 assert isinstance(what, tuple)
-                self.agenda.expire(*what)
+                agenda.expire(*what)
             else:
                 event: Event = what  # type: ignore[assignment]  # a fact by its Due
                 self._happen(event)
