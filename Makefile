@@ -8,8 +8,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # Wall-clock limits in seconds, far above what a run takes: they end a run that hangs.
-CHECK_LIMIT := 300
-ENGINE_LIMIT := 1500
+CHECK_LIMIT := 600
+ENGINE_LIMIT := 2700
 ENGINE_TEST_LIMIT := 600
 
 help: ## this list
@@ -27,11 +27,11 @@ check: $(READY) ## format, lint, strict types, import contracts, tests without e
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
 	timeout --foreground --kill-after=10 $(CHECK_LIMIT) \
-		$(BIN)/pytest -m "not engine and not gpu and not torture" --session-timeout=$(CHECK_LIMIT)
+		$(BIN)/pytest -m "not engine and not gpu and not long" --session-timeout=$(CHECK_LIMIT)
 
 test: check ## the whole test suite: check, then the tests that start real vLLM engines
 	timeout --foreground --kill-after=30 $(ENGINE_LIMIT) \
-		$(BIN)/pytest -m "(engine or torture) and not gpu" --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+		$(BIN)/pytest -m "(engine or long) and not gpu" --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
 
 torture: $(READY) ## 20,000 worlds of the server's side over pretended engines (RUNS=N for another number)
 	$(BIN)/python tests/torture/torture.py --runs $(or $(RUNS),20000)

@@ -30,13 +30,9 @@ STAGES: dict[Stage, frozenset[Stage]] = {
     Stage.WAITING: frozenset({Stage.PREFILLING, Stage.LANDING, Stage.OVER}),
     Stage.PREFILLING: frozenset({Stage.PREFILLING, Stage.DECODING, Stage.HELD, Stage.WAITING, Stage.OVER}),
     Stage.DECODING: frozenset({Stage.LEAVING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
-    Stage.LEAVING: frozenset(
-        {Stage.DECODING, Stage.HELD, Stage.LANDING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}
-    ),
+    Stage.LEAVING: frozenset({Stage.DECODING, Stage.HELD, Stage.LANDING, Stage.WAITING, Stage.OVER}),
     Stage.HELD: frozenset({Stage.LANDING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
-    Stage.LANDING: frozenset(
-        {Stage.DECODING, Stage.HELD, Stage.LEAVING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}
-    ),
+    Stage.LANDING: frozenset({Stage.DECODING, Stage.PREFILLING, Stage.WAITING, Stage.OVER}),
     Stage.OVER: frozenset(),
 }
 

@@ -25,7 +25,8 @@ def no_socket() -> Any:
 
 async def ended(monkeypatch: pytest.MonkeyPatch, closing: bool, scheduler: Exception | None = None) -> int:
     """Serve over a system without engines, whose HTTP server ends at once; `closing`: a signal had come."""
-    system = SimpleNamespace(ending=Ending(), llm=SimpleNamespace(closing=closing))
+    ending = Ending()
+    system = SimpleNamespace(ending=ending, fail=ending.fail, llm=SimpleNamespace(closing=closing))
 
     @contextlib.asynccontextmanager
     async def running(args: Any, argv: list[str]) -> AsyncIterator[Any]:
@@ -38,7 +39,7 @@ async def ended(monkeypatch: pytest.MonkeyPatch, closing: bool, scheduler: Excep
 
         task = asyncio.create_task(drive())
         await asyncio.wait([task])
-        server._drive_ended(system.ending, task)
+        server._drive_ended(system, task)
 
     monkeypatch.setattr(server, "running", running)
     monkeypatch.setattr(server, "_serve_http", serve_http)
@@ -51,8 +52,8 @@ async def ended(monkeypatch: pytest.MonkeyPatch, closing: bool, scheduler: Excep
     ("closing", "scheduler", "status", "said"),
     [
         (True, None, 0, "taichi: stopped\n"),
-        (False, None, 1, "taichi: stopped: nobody asked for it\n"),
-        (True, RuntimeError("books"), 1, "taichi: stopped: the scheduler failed\n"),
+        (False, None, 3, "taichi: stopped: nobody asked for it\n"),
+        (True, RuntimeError("books"), 3, "taichi: stopped: the scheduler failed: RuntimeError('books')\n"),
     ],
 )
 async def test_an_end_that_nobody_asked_for_has_another_exit_code_than_0(

@@ -157,10 +157,10 @@ def raise_cancelled() -> None:
 def test_only_an_end_that_was_asked_for_has_exit_code_0() -> None:
     assert (Ending().status(asked=True), Ending().words) == (0, "stopped")
     alone = Ending()
-    assert alone.status(asked=False) == 1
+    assert alone.status(asked=False) == 3
     assert alone.words == "stopped: nobody asked for it"
     failed = Ending()
     failed.fail("the scheduler failed")
     failed.fail("every instance is gone")
-    assert failed.status(asked=True) == 1  # the signal was our own
+    assert failed.status(asked=True) == 3  # the signal was our own
     assert failed.words == "stopped: the scheduler failed"

@@ -71,7 +71,9 @@ class Core:
     dead = False
     kv_capacity = 600
     vllm_config: Any = SimpleNamespace(
-        use_v2_model_runner=False, model_config=SimpleNamespace(max_model_len=4000)
+        use_v2_model_runner=False,
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        model_config=SimpleNamespace(max_model_len=4000),
     )
 
     def __init__(self, world: World, engine_id: str, chunk: int) -> None:

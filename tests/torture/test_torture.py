@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "first", [0, *(pytest.param(first, marks=pytest.mark.torture) for first in range(IN_ONE, WORLDS, IN_ONE))]
+    "first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(IN_ONE, WORLDS, IN_ONE))]
 )
 def test_every_request_ends_once_and_nothing_is_left(first: int) -> None:
     found = {seed: wrong for seed in range(first, first + IN_ONE) if (wrong := torture.run(seed))}
@@ -44,7 +44,7 @@ def until_found(most: int = 60) -> list[str]:
     return next((wrong for seed in range(most) if (wrong := torture.run(seed))), [])
 
 
-@pytest.mark.torture
+@pytest.mark.long
 def test_a_source_that_lets_go_before_the_target_has_said_so_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -59,13 +59,13 @@ def test_a_source_that_lets_go_before_the_target_has_said_so_is_found(
     assert any("had let go" in wrong or "not pinned" in wrong for wrong in until_found())
 
 
-@pytest.mark.torture
+@pytest.mark.long
 def test_a_promise_that_is_not_broken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Itinerary, "_break_promise", lambda self: [])
     assert any("pins" in wrong for wrong in until_found())
 
 
-@pytest.mark.torture
+@pytest.mark.long
 def test_a_request_whose_instance_was_lost_and_that_is_forgotten_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

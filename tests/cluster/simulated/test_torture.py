@@ -13,10 +13,8 @@ ELSEWHERE = {
     "held -> over",
     "held -> prefilling",
     "held -> waiting",
-    "landing -> held",
-    "landing -> leaving",
     "leaving -> held",
-    "leaving -> prefilling",
+    "decoding -> prefilling",
 }
 
 

@@ -54,6 +54,7 @@ class Told:
 
     class vllm_config:  # noqa: N801
         use_v2_model_runner = False
+        cache_config = SimpleNamespace(enable_prefix_caching=True)
         model_config = SimpleNamespace(max_model_len=100)
 
     dead = False

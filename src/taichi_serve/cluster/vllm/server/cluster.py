@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import PrefillStats
 
-from taichi_serve.cluster.vllm.server import facts
+from taichi_serve.cluster.vllm.server import facts, figures
 from taichi_serve.cluster.vllm.server.acts import Seat
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.exact import bound_by
@@ -57,6 +58,9 @@ class VllmCluster:
         self._joined = dict(self._known)  # as they will be once the scheduler has heard of it
         self._deliver = deliver
         self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
+        self._caching = bool(engines and engines[0].client.vllm_config.cache_config.enable_prefix_caching)
+        self._prefilled: list[PrefillStats] = []  # of requests whose first tokens came with these outputs
+        self.stays: str | None = None  # why no request of this model can move
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.hands = Hands(self.tell, self._fail, move_timeout, later)
         self.journeys = self.hands.journeys
@@ -110,7 +114,7 @@ class VllmCluster:
 
     def accept(self, request: EngineCoreRequest) -> None:
         """A new request of a user."""
-        why = bound_by(request, self._v2)
+        why = bound_by(request, self._v2) or self.stays
         journey = self._set_out(request, why is None)
         params = request.sampling_params
         self.tell(
@@ -120,13 +124,14 @@ class VllmCluster:
                 prompt_tokens=journey.prompt_tokens,
                 max_tokens=(params.max_tokens if params is not None else 1) or 1,
                 movable=why is None,
-                bound_by=why or "",
+                bound_by=why,
             )
         )
 
     def _set_out(self, request: EngineCoreRequest, movable: bool) -> Journey:
         length = len(request.prompt_token_ids or ())
-        journey = Journey(request.request_id, length, movable, self._road, request, time.monotonic())
+        now = time.monotonic()
+        journey = Journey(request.request_id, length, movable, self._road, request, now, now)
         self.journeys[journey.id] = journey
         return journey
 
@@ -156,8 +161,12 @@ class VllmCluster:
         future: asyncio.Future[int] = journey.warm
         return future
 
-    def _fail(self, request: str) -> None:
-        output = EngineCoreOutput(request, [], finish_reason=FinishReason.ERROR)
+    def _fail(self, journey: Journey) -> None:
+        if journey.tokens:
+            output = EngineCoreOutput(journey.id, [], finish_reason=FinishReason.ERROR)
+        else:
+            since, now = journey.accepted_at, time.monotonic()
+            output = figures.unserved(journey.id, FinishReason.ERROR, since, now)
         self._deliver(EngineCoreOutputs(outputs=[output]))
 
     # ------------------------------------------------------------------------------ from the engines
@@ -177,25 +186,28 @@ class VllmCluster:
             if self._joined[engine.name] is engine:
                 self.tell(step)
             self._take_news(engine)
-        kept: list[EngineCoreOutput] = []
-        for output in outputs.outputs:
-            journey = engine.legs.get(output.request_id)
-            if journey is None:  # a late word about a leg that is over: it may have left before it was ended
-                if output.stop_reason == LEFT:
-                    engine.release(output.request_id, None)
-                continue
-            if output.finish_reason is None and journey.stage in STREAMING:
-                journey.tokens.extend(output.new_token_ids)
-                journey.last_at = now
-                output.request_id = journey.id
-            else:
-                self._take(engine, journey, output, now)
-            if journey.warm is None and (output.new_token_ids or output.finish_reason is not None):
-                kept.append(output)
-        outputs.outputs = kept
+        outputs.outputs = [output for output in outputs.outputs if self._kept(engine, output, now)]
         outputs.engine_index = engine.index
-        if kept or outputs.scheduler_stats is not None:
+        if outputs.scheduler_stats is not None:
+            figures.looked_up(outputs.scheduler_stats, self._prefilled)
+            self._prefilled.clear()
+        if outputs.outputs or outputs.scheduler_stats is not None:
             self._deliver(outputs)
+
+    def _kept(self, engine: Engine, output: EngineCoreOutput, now: float) -> bool:
+        """Take an output in; whether its user is to have it, under the request's own id."""
+        journey = engine.legs.get(output.request_id)
+        if journey is None:  # a late word about a leg that is over: it may have left before it was ended
+            if output.stop_reason == LEFT:
+                engine.release(output.request_id, None)
+            return False
+        if output.finish_reason is None and journey.stage in STREAMING:
+            journey.tokens.extend(output.new_token_ids)
+            journey.last_at = now
+            output.request_id = journey.id
+        else:
+            self._take(engine, journey, output, now)
+        return journey.warm is None and bool(output.new_token_ids or output.finish_reason is not None)
 
     def _take_news(self, engine: Engine) -> None:
         for leg, (reader, blocks) in engine.news.items():
@@ -217,8 +229,7 @@ class VllmCluster:
         output.request_id = journey.id
         params: Any = output.kv_transfer_params
         output.kv_transfer_params = None
-        if journey.leg > 0:  # the front end counts a request's queueing and prefill once
-            output.prefill_stats = output.events = None
+        self._correct(journey, output)
         if left:
             journey.left_at = engine.made_at
             output.finish_reason = output.stop_reason = None  # the leg is over, and the request is not
@@ -229,6 +240,16 @@ class VllmCluster:
         elif output.finish_reason is not None:
             failed = output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
             self.hands.take(journey, journey.finished, Outcome.FAILED if failed else Outcome.FINISHED)
+
+    def _correct(self, journey: Journey, output: EngineCoreOutput) -> None:
+        """Statistics are those of one request on one instance, however many legs it has (figures.py)."""
+        if not output.new_token_ids or len(journey.tokens) > len(output.new_token_ids):
+            figures.later(output)
+            return
+        prefilled = figures.first(output, journey.leg, journey.accepted_at)
+        looked_up = prefilled is not None and figures.looks_up(journey.request, self._caching)
+        if prefilled is not None and looked_up and journey.warm is None:
+            self._prefilled.append(prefilled)
 
     # ---------------------------------------------------------------------------------- gone and back
 

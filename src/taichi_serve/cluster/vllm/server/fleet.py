@@ -27,7 +27,7 @@ from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
-from taichi_serve.cluster.vllm.wire import Word
+from taichi_serve.cluster.vllm.wire import Call, Word
 
 __all__ = ["Fleet", "Scratch", "fleet", "prepare", "scratch"]
 
@@ -71,6 +71,7 @@ async def fleet(
         sliders = flags.sliders(args)
         engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], say)
         cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
+        cluster.stays = await _stays(engines[0], say)
         supervisor = Supervisor([engine.name for engine in engines], args.restarts)
         keeper = Keeper(cluster, launcher, supervisor, Quarantine(), Told(say, deliver))
         watch = Watch(lambda: cluster.engines, patience, args.stall_timeout, keeper)
@@ -87,6 +88,15 @@ async def fleet(
             await _stop(cluster.engines)
     finally:
         ticking.cancel()
+
+
+async def _stays(engine: Engine, say: Say) -> str | None:
+    """Why no request of this model can move, or None."""
+    reasons: list[str] = await engine.client.call_utility_async(Call.KV)
+    if not reasons:
+        return None
+    say(f"requests stay where they prefill: {'; '.join(reasons)}")
+    return "; ".join(reasons)
 
 
 def _launcher(

@@ -35,7 +35,7 @@ class Hands:
     def __init__(
         self,
         tell: Tell,
-        fail: Callable[[str], None],
+        fail: Callable[[Journey], None],
         patience: float,
         later: Callable[..., object] | None = None,
     ) -> None:
@@ -179,7 +179,7 @@ class Hands:
             return
         self._tell(Finished(time.monotonic(), journey.id, len(journey.tokens), act.outcome))
         if act.outcome is Outcome.FAILED and not act.said:
-            self._fail(journey.id)
+            self._fail(journey)
 
 
 def _engine(seat: do.Seat) -> Engine:
