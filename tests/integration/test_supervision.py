@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import footprint
-import httpx
 import psutil
 import pytest
 from load import PATH, Wish, completed, streamed, wishes
@@ -195,11 +194,12 @@ async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_t
             for name in ("i0", "i1"):
                 processes(server, name)[0].kill()
 
-            async def refused() -> httpx.Response | None:
-                answer = await client.post(PATH, json=Wish("anybody", 4).body(stream=True))
-                return answer if answer.status_code == 503 else None
+            async def none_lives() -> bool:
+                return not any(i["alive"] for i in server.state()["instances"])
 
-            refusal = await until(refused, 10, "new requests are refused")
+            await until(none_lives, 10, "both are known to be lost")
+            refusal = await client.post(PATH, json=Wish("anybody", 4).body(stream=True))
+            assert refusal.status_code == 503
             assert int(refusal.headers["retry-after"]) >= 1
             assert "No instance is up; one is expected back in about" in refusal.json()["error"]["message"]
             assert (await client.get("/health")).status_code == 503
