@@ -4,8 +4,9 @@ comes back, and nothing grows.
     python benchmarks/soak.py [--minutes 10] [--every 60] [-- FLAGS OF TAICHI SERVE]
 
 Three instances with the tiny model. Every so many seconds one gets SIGKILL, each time in another phase: while
-it prefills, while KV comes to it, while a request is about to leave it, while it decodes. Streams are compared
-with what one instance says. The server is counted after the first instance has come back and at the end.
+it prefills, while KV comes to it, while a request is about to leave it, while it decodes. Streams are
+compared with what one instance says. The server is counted after the first instance has come back and at
+the end.
 """
 
 from __future__ import annotations
