@@ -82,10 +82,9 @@ async def post_flow(request_id: str, request: Request) -> JSONResponse:
     target = system.scheduler.instances.get(data["to"])
     if target is None:
         return _missing(f"no instance {data['to']!r}; there are {', '.join(system.scheduler.instances)}")
-    if not target.alive:
-        return _conflict(f"instance {target.name} is not alive")
-    if target.silent:
-        return _conflict(f"instance {target.name} does not answer at present")
+    if not target.answers:
+        why = "does not answer at present" if target.alive else "is not alive"
+        return _conflict(f"instance {target.name} {why}")
     found = _behind(system, request_id)
     if not found:
         return _missing(f"no request {request_id!r} among the last ones")
