@@ -9,8 +9,8 @@
 | core   | server | the outputs of a step            | stop reasons LEFT and UNREAD, TransferParams |
 | core   | server | SchedulerStats, under KEY        | Record                                      |
 | core   | worker | the connector's metadata         | Given, Return, in Orders                    |
-| server | worker | the copier's socket              | More, Drop, Gone                            |
-| worker | server | the copier's socket              | Copied, Failed, Dropped                     |
+| server | worker | the copier's socket              | More, Drop, Gone, Ping                      |
+| worker | server | the copier's socket              | Copied, Failed, Dropped, Pong               |
 | worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
 | core   | server | a file in its directory          | `flight_file`: who is being computed        |
 
@@ -91,6 +91,7 @@ class Call(StrEnum):
     ARRIVE = "taichi_arrive"  # (leg, tokens since) -> bool: copied ahead, it left; False: not to be had
     CHUNK = "taichi_chunk"  # (tokens)
     DROP = "taichi_drop"  # (leg) -> True, once nothing is read for it here any more, however long that takes
+    HERE = "taichi_here"  # (): the core runs
     KV = "taichi_kv"  # () -> why requests of this engine stay, a sentence each; empty: they move
     LEAVE = "taichi_leave"  # (legs): they end with LEFT after the token they are on, and are held
     PIN = "taichi_pin"  # (leg, reader) -> its full blocks, pinned; None: it does not run, or stays
@@ -186,6 +187,18 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
     source: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answer with the same number: whether this process runs."""
+
+    number: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """It does."""
+
+    number: int
+
+
 class Copied(msgspec.Struct, frozen=True, tag=True):
     """As many blocks from the first one on are here; `last` says that these are all. `copied` of them have
     been copied by now in so many `seconds`; times are time.monotonic()."""
@@ -212,8 +225,9 @@ class Dropped(msgspec.Struct, frozen=True, tag=True):
     leg: str
 
 
-Order = More | Drop | Gone
+Order = More | Drop | Gone | Ping
 Word = Copied | Failed | Dropped
+Said = Word | Pong
 
 
 def copier_endpoint(directory: Path, engine_id: str, rank: int) -> str:

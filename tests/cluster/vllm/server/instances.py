@@ -28,8 +28,8 @@ class Client:
         self.told: list[tuple[Any, ...]] = []
         self.closed = False
 
-    async def collective_rpc_async(self, method: str) -> Any:
-        assert method == "check_health"
+    async def call_utility_async(self, method: str) -> Any:
+        assert method == "taichi_here"
         self.asked.append(asyncio.get_running_loop().create_future())
         return await self.asked[-1]
 
@@ -79,10 +79,16 @@ class Process:
         flight_file(self.directory, self.engine_id).write_bytes(data)
 
 
+def _answered() -> asyncio.Future[None]:
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    return done
+
+
 def instance(directory: Path, index: int, turn: int = 1) -> Engine:
     """One with a client and a process of these kinds."""
     name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
-    copiers: Any = SimpleNamespace(close=lambda: None, ranks=1)
+    copiers: Any = SimpleNamespace(close=lambda: None, ranks=1, ping=_answered)
     process: Any = Process(directory, name)
     client: Any = Client()
     return Engine(index, f"i{index}", process, client, copiers, Kind.D_HEAVY, 256)

@@ -35,6 +35,11 @@ def taichi_drop(core: EngineCore, leg: str) -> Future[bool] | bool:
     return _scheduler(core).drop(leg)
 
 
+def taichi_here(core: EngineCore) -> None:
+    """Utility call: the engine core runs. It makes no step and speaks to no worker: vLLM's workers spin for a
+    second after each message."""
+
+
 def taichi_kv(core: EngineCore) -> list[str]:
     """Utility call: why requests of this engine stay where they are (groups.py); empty where they move."""
     return _scheduler(core).stays
@@ -69,6 +74,7 @@ CALLS = {
     Call.ARRIVE: taichi_arrive,
     Call.CHUNK: taichi_chunk,
     Call.DROP: taichi_drop,
+    Call.HERE: taichi_here,
     Call.KV: taichi_kv,
     Call.LEAVE: taichi_leave,
     Call.PIN: taichi_pin,

@@ -6,12 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from taichi_serve.cluster.vllm.wire import Copied, Failed, Order, Word, copier_endpoint
+from taichi_serve.cluster.vllm.wire import Copied, Failed, Order, Ping, Pong, Said, Word, copier_endpoint
 
 
 class Copiers:
@@ -21,7 +22,10 @@ class Copiers:
         self._context = zmq.asyncio.Context()
         self._hear = hear
         self.ranks = ranks
-        self._said: Counter[tuple[str, int, bool]] = Counter()
+        # By leg, until all of it is copied or dropped: how many ranks have said what.
+        self._said: dict[str, Counter[tuple[int, bool]]] = {}
+        self._pings = 0
+        self._waiting: dict[int, list[Any]] = {}  # by number: who waits, and for how many ranks
         self._sockets = []
         for rank in range(ranks):
             socket = self._context.socket(zmq.PAIR)
@@ -38,17 +42,38 @@ class Copiers:
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            self._take(msgspec.msgpack.decode(await socket.recv(), type=Word))
+            self._take(msgspec.msgpack.decode(await socket.recv(), type=Said))
 
-    def _take(self, word: Word) -> None:
-        if isinstance(word, Failed):
+    def ping(self) -> asyncio.Future[None]:
+        """Done when every rank's process has answered."""
+        self._pings += 1
+        done = asyncio.get_running_loop().create_future()
+        self._waiting[self._pings] = [done, self.ranks]
+        self.send(Ping(self._pings))
+        return done
+
+    def _take(self, word: Said) -> None:
+        if isinstance(word, Pong):
+            self._answered(word.number)
+        elif isinstance(word, Failed):
             self._hear(word)
-            return
-        key = (word.leg, word.blocks, word.last) if isinstance(word, Copied) else (word.leg, -1, True)
-        self._said[key] += 1
-        if self._said[key] == self.ranks:
-            del self._said[key]
-            self._hear(word)
+        else:
+            said = self._said.setdefault(word.leg, Counter())
+            what = (word.blocks, word.last) if isinstance(word, Copied) else (-1, True)
+            said[what] += 1
+            if said[what] == self.ranks:
+                if what[1]:
+                    del self._said[word.leg]
+                self._hear(word)
+
+    def _answered(self, number: int) -> None:
+        waiting = self._waiting.get(number)
+        if waiting is not None:
+            waiting[1] -= 1
+            if waiting[1] == 0:
+                del self._waiting[number]
+                if not waiting[0].done():
+                    waiting[0].set_result(None)
 
     def close(self) -> None:
         """Hear nothing more."""

@@ -134,5 +134,9 @@ class Engine:
         """Have blocks of the engine `source` copied for a leg here."""
         self.copiers.send(More(leg, source, blocks, note))
 
+    async def answers(self) -> None:
+        """Come back when its core and every worker have answered. Raises what the core's client raises."""
+        await asyncio.gather(self._ask(Call.HERE), self.copiers.ping())
+
     def _ask(self, call: Call, *args: Any) -> asyncio.Future[Any]:
         return asyncio.ensure_future(self.client.call_utility_async(call, *args))

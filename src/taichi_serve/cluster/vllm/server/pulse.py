@@ -1,12 +1,12 @@
 """Whether an instance still answers. No I/O; times are seconds of a clock that stands still with the server.
 
 Every output of a step is a sign of life, of the engine core and of its workers. Where none comes for ASK
-seconds the instance is asked: the engine core answers between two steps, and has its workers answer first.
-It is silent when it has said nothing for SILENCE seconds. A step can last longer than that on slow devices,
-so it may also take three times as long as its long steps usually do: the third longest of the last 100, which
-no stop of a process in the middle of a step makes longer. What is longer still (a first compilation) looks
-like silence, and costs little: work goes elsewhere until the instance answers. It is ended only after the
-stall time.
+seconds the instance is asked: the engine core answers between two steps, and each worker from a thread of
+its own. It is silent when it has said nothing for SILENCE seconds. A step can last longer than that on slow
+devices, so it may also take three times as long as its long steps usually do: the third longest of the last
+100, which no stop of a process in the middle of a step makes longer. What is longer still (a first
+compilation) looks like silence, and costs little: work goes elsewhere until the instance answers. It is
+ended only after the stall time.
 """
 
 from __future__ import annotations

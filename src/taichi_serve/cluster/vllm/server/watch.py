@@ -74,9 +74,9 @@ class Watch:
 
     async def _ask(self, engine: Engine, pulse: Pulse) -> None:
         try:
-            # Through the engine core, between two steps, to every worker. Without a time limit of vLLM's: an
-            # answer that came after it would be taken for that to the next call.
-            await engine.client.collective_rpc_async("check_health")
+            # The engine core between two steps, and the copier's thread of every worker. Not through the core
+            # to the workers: vLLM's spin for a second after each message, and would take a core when idle.
+            await engine.answers()
         except EngineDeadError:
             return
         except Exception:  # noqa: BLE001  vLLM raises Exception for a call that failed: no sign of life

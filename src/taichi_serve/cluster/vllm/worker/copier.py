@@ -30,8 +30,10 @@ from taichi_serve.cluster.vllm.wire import (
     Given,
     Gone,
     Order,
+    Ping,
+    Pong,
     Return,
-    Word,
+    Said,
     copier_endpoint,
 )
 from taichi_serve.cluster.vllm.worker.legs import Late, Leg, Reader, Reading
@@ -156,7 +158,9 @@ class Copier:
         return None if any(now - read.began < SLOW for read in reads) else (name, leg)
 
     def _take(self, order: Given | Return | Late | Order) -> None:
-        if isinstance(order, Gone):
+        if isinstance(order, Ping):
+            self._say(Pong(order.number))
+        elif isinstance(order, Gone):
             self._reader.forget(order.source)
         elif isinstance(order, (Drop, Return, Late)):
             known = self._legs.get(order.leg)
@@ -255,6 +259,6 @@ class Copier:
             leg.over, leg.good = True, isinstance(word, Copied)
             self._changed.notify_all()
 
-    def _say(self, word: Word) -> None:
+    def _say(self, word: Said) -> None:
         with contextlib.suppress(zmq.Again):  # the server is gone, and this process is about to be
             self._server.send(msgspec.msgpack.encode(word), zmq.NOBLOCK)
