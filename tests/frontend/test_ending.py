@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import contextlib
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -66,3 +68,18 @@ async def test_an_end_that_nobody_asked_for_has_another_exit_code_than_0(
 ) -> None:
     assert await ended(monkeypatch, closing, scheduler) == status
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_stop_that_takes_too_long_is_ended_by_force_and_says_where_it_hung() -> None:
+    hung = (
+        "from taichi_serve.frontend.ending import no_longer_than\n"
+        "import threading\n"
+        "no_longer_than(0.1, lambda: 0)\n"
+        "threading.Event().wait(30)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", hung], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert ended.returncode == 0
+    assert "stopping took longer than 0.1 s: ended by force" in ended.stderr
+    assert "wait" in ended.stderr

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+
+STOP_SECONDS = 45.0  # from the last answer to the end of the process
 
 FAILED = 3  # exit code of a server that had to end, and that nobody asked to
 
@@ -28,3 +35,18 @@ class Ending:
     def words(self) -> str:
         """The last line of the server."""
         return "stopped" if self.why is None else f"stopped: {self.why}"
+
+
+def no_longer_than(seconds: float, status: Callable[[], int]) -> None:
+    """End this process by force where stopping takes longer, and write what every thread was at. The kernel
+    ends the engines with it, and their janitors take away what they leave."""
+
+    def by_force() -> None:
+        sys.stderr.write(f"taichi: stopping took longer than {seconds:g} s: ended by force\n")
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+        os._exit(status())
+
+    timer = threading.Timer(seconds, by_force)
+    timer.daemon = True
+    timer.start()

@@ -37,7 +37,7 @@ from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.connection import Connection
-from taichi_serve.frontend.ending import Ending
+from taichi_serve.frontend.ending import STOP_SECONDS, Ending, no_longer_than
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.frontend.trouble import Trouble
@@ -188,6 +188,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
         await shutdown_task
         announced.cancel()
     finally:
+        no_longer_than(STOP_SECONDS, lambda: system.ending.status(asked=system.llm.closing))
         system.llm.shutdown_from_thread = None
         for task in system.tasks:
             task.cancel()
