@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -663,3 +665,26 @@ async def test_a_request_that_left_for_an_instance_that_is_lost_waits_for_anothe
     assert two.clients[0].added[-1].request_id == "a#2"
     two.say(0, "a#2", 52)
     assert two.tokens == [50, 51, 52]
+
+
+async def test_a_token_on_its_way_to_its_user_enters_each_file_at_most_twice(two: Two) -> None:
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    entered: list[str] = []
+
+    def note(frame: Any, event: str, argument: object) -> None:
+        if event in ("call", "return"):
+            seen = frame if event == "call" else frame.f_back
+            name = seen.f_code.co_filename if seen is not None else ""
+            if "taichi_serve" in name and "/src/" in name and entered[-1:] != [name]:
+                entered.append(name)
+
+    sys.setprofile(note)
+    try:
+        two.say(0, "a", 51)
+    finally:
+        sys.setprofile(None)
+    assert two.tokens == [50, 51]
+    assert entered
+    assert max(Counter(entered).values()) <= 2
