@@ -69,9 +69,12 @@ async def stall(server: Server, victim: str, seconds: float, reference: list[lis
     async def note(answer: Answer) -> None:
         begun.add(answer.id)
 
+    async def some() -> bool:
+        return len(begun) >= 3
+
     async with server.client(timeout=seconds + 300) as client:
         tasks = [asyncio.create_task(stream(client, PATH, wish.body(), note)) for wish in WISHES]
-        await until(lambda: len(begun) >= 3, 60, "three streams have begun")
+        await until(some, 60, "three streams have begun")
         stopped, count = processes(server, victim), len(begun)
         for process in stopped:
             process.suspend()
