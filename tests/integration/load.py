@@ -191,3 +191,12 @@ async def until_known(client: httpx.AsyncClient, request_id: str) -> None:
         return (await client.get(f"/taichi/requests/{request_id}")).status_code == 200
 
     await until(known, 30, f"{request_id} is known")
+
+
+def wrong(answers: list[Answer], reference: list[Answer]) -> list[str]:
+    """What differs from the reference, in words."""
+    return [
+        f"{i}: {a.error or a.finish}, {len(a.tokens)} of {len(r.tokens)} tokens"
+        for i, (a, r) in enumerate(zip(answers, reference, strict=True))
+        if not a.ok or a.tokens != r.tokens or a.text != r.text
+    ]

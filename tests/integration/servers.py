@@ -219,3 +219,9 @@ class Server:
                     if process.is_running():
                         process.kill()
         self.process.wait()
+
+
+def processes(server: Server, name: str) -> list[psutil.Process]:
+    """Those of one instance: the engine core and its workers."""
+    core = psutil.Process(server.instance(name)["pid"])
+    return [core, *core.children(recursive=True)]

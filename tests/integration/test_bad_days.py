@@ -14,8 +14,8 @@ import httpx
 import psutil
 import pytest
 from conftest import OVER_NIXL
-from load import PATH, Wish, instances_of, push, streamed, view, wishes
-from servers import STOP_SECONDS, Server, eventually, until
+from load import PATH, Wish, instances_of, push, streamed, view, wishes, wrong
+from servers import STOP_SECONDS, Server, eventually, processes, until
 
 from taichi_serve.bench.client import Answer, stream
 
@@ -70,12 +70,6 @@ def reference(single: Server) -> list[Answer]:
     return asyncio.run(run())
 
 
-def processes(server: Server, name: str) -> list[psutil.Process]:
-    """Those of one instance: the engine core and its workers."""
-    core = psutil.Process(server.instance(name)["pid"])
-    return [core, *core.children(recursive=True)]
-
-
 def halt(those: list[psutil.Process]) -> None:
     for process in those:
         process.suspend()
@@ -84,15 +78,6 @@ def halt(those: list[psutil.Process]) -> None:
 def go_on(those: list[psutil.Process]) -> None:
     for process in those:
         process.resume()
-
-
-def wrong(answers: list[Answer], reference: list[Answer]) -> list[str]:
-    """What differs from the reference, in words."""
-    return [
-        f"{i}: {a.error or a.finish}, {len(a.tokens)} of {len(r.tokens)} tokens"
-        for i, (a, r) in enumerate(zip(answers, reference, strict=True))
-        if not a.ok or a.tokens != r.tokens or a.text != r.text
-    ]
 
 
 @dataclass

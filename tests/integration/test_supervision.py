@@ -14,8 +14,8 @@ from typing import Any
 import footprint
 import psutil
 import pytest
-from load import PATH, Wish, completed, streamed, wishes
-from servers import SOURCE, STOP_SECONDS, Server, until
+from load import PATH, Wish, completed, streamed, wishes, wrong
+from servers import SOURCE, STOP_SECONDS, Server, processes, until
 
 from taichi_serve.bench.client import Answer, stream
 
@@ -46,21 +46,6 @@ def reference(single: Server) -> list[Answer]:
             return await streamed(client, WISHES)
 
     return asyncio.run(run())
-
-
-def processes(server: Server, name: str) -> list[psutil.Process]:
-    """Those of one instance: the engine core and its workers."""
-    core = psutil.Process(server.instance(name)["pid"])
-    return [core, *core.children(recursive=True)]
-
-
-def wrong(answers: list[Answer], reference: list[Answer]) -> list[str]:
-    """What differs from the reference, in words."""
-    return [
-        f"{i}: {a.error or a.finish}, {len(a.tokens)} of {len(r.tokens)} tokens"
-        for i, (a, r) in enumerate(zip(answers, reference, strict=True))
-        if not a.ok or a.tokens != r.tokens or a.text != r.text
-    ]
 
 
 async def is_up(server: Server, name: str, restarts: int) -> bool:
