@@ -17,6 +17,7 @@ from taichi_serve.latency.profiled import Profiled
 from taichi_serve.messages import (
     Abort,
     Arrived,
+    Cached,
     Finished,
     Flow,
     Flowed,
@@ -32,6 +33,7 @@ from taichi_serve.messages import (
     Silent,
     Slid,
     Stepped,
+    Tier,
 )
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
@@ -89,6 +91,11 @@ def test_there_are_golden_logs_of_every_mode() -> None:
         (Silent(2.0, "i0"), (Prefill("a", 1, "i1"),)),
         (Silent(2.5, "i0", on=False), ()),
         (Joined(3.0, "i0", 9_000), (SetChunk("i0", Kind.P_HEAVY, 64),)),
+        (
+            Arrived(0.5, "a", 40, 20, blocks=(2**64 - 1, 7)),
+            (Prefill("a", 0, "i1", prefix_from="i0", prefix_tokens=32),),
+        ),
+        (Cached(1.0, "i0", (1, 2**64 - 1), (3,), reset=True, tier=Tier.HOST), ()),
         (Hopeless(4.0, "it died five times"), (Abort("a", Outcome.FAILED, "it died five times"),)),
     ],
 )  # fmt: skip

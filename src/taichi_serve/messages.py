@@ -29,6 +29,13 @@ class Move(Enum):
     RESCUE = "rescue"  # its instance was lost: the tokens so far are computed again elsewhere
 
 
+class Tier(Enum):
+    """Where an instance keeps blocks of its prefix cache."""
+
+    DEVICE = "device"
+    HOST = "host"  # memory of its host, to which what the device evicts may go
+
+
 class Outcome(Enum):
     """How the life of a request ended."""
 
@@ -43,7 +50,8 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """A request is here. `movable` is False where the engine could not move it exactly, for the reason
-    `bound_by` (docs/moving.md; a log of an older server may not know it)."""
+    `bound_by` (docs/moving.md; a log of an older server may not know it). `blocks` are 64 bits of the hash of
+    each full block of its prompt, in order; a hash stands for the block and all before it."""
 
     at: float
     request: str
@@ -51,12 +59,14 @@ class Arrived:
     max_tokens: int
     movable: bool = True
     bound_by: str | None = None
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
     """The first token of a request is out, computed by the leg's instance. `cached` prompt tokens were not
-    computed. With `held` the leg ended there and its KV waits for a Decode; otherwise it decodes in place."""
+    computed, and `fetched` of these came from another instance. With `held` the leg ended there and its KV
+    waits for a Decode; otherwise it decodes in place."""
 
     at: float
     request: str
@@ -64,6 +74,7 @@ class Prefilled:
     instance: str
     cached: int = 0
     held: bool = False
+    fetched: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,20 @@ class Stepped:
     kv_tokens: int
     waiting: int = 0
     missed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """What the prefix cache of an instance `stored` and `removed` since the last such fact, as hashes of
+    blocks (see Arrived), in this order; with `reset` all that was there before is gone. Told before the
+    Stepped of the step that it came with."""
+
+    at: float
+    instance: str
+    stored: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    reset: bool = False
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +244,7 @@ Event = (
     Arrived
     | Prefilled
     | Stepped
+    | Cached
     | Flowed
     | Finished
     | Refused
@@ -239,8 +265,9 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
-    before it, whether that is feasible, whether its KV cache has room for the prompt (`fits`), and whether
-    its decodes can bear more prompts beside them (`calm`)."""
+    before it, whether that is feasible, whether its KV cache has room for the prompt (`fits`), whether
+    its decodes can bear more prompts beside them (`calm`), and how many tokens of the prompt are believed to
+    be in its prefix cache, or fetched into it, by then (`cached`)."""
 
     instance: str
     ttft: float
@@ -248,6 +275,7 @@ class Forecast:
     feasible: bool
     fits: bool = True
     calm: bool = True
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +291,8 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Start the request here. With `hand_over` the leg ends after the first token and a Decode follows."""
+    """Start the request here. With `hand_over` the leg ends after the first token and a Decode follows. With
+    `prefix_from` the KV of its first `prefix_tokens` tokens is fetched from that instance's prefix cache."""
 
     request: str
     leg: int
@@ -271,6 +300,8 @@ class Prefill:
     hand_over: bool = False
     forecasts: tuple[Forecast, ...] = ()
     why: str = ""
+    prefix_from: str | None = None
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

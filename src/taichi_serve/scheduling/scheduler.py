@@ -17,6 +17,7 @@ from taichi_serve.messages import (
     Abort,
     Arrived,
     Asked,
+    Cached,
     Cancelled,
     Command,
     Drained,
@@ -74,6 +75,7 @@ class GlobalScheduler:
             Arrived: self._arrived,
             Prefilled: self._prefilled,
             Stepped: self._stepped,
+            Cached: self._cached,
             Flowed: self._flowed,
             Finished: self._finished,
             Refused: self._refused,
@@ -184,6 +186,9 @@ class GlobalScheduler:
             return self._degrade(instance, event.at) if self.policy.degrades else []
         ahead = self._dispatcher.copy_ahead(instance) if self.policy.ahead and event.prefill_tokens else []
         return [*ahead, *self._backflow(instance, event.at)]
+
+    def _cached(self, event: Cached) -> list[Command]:
+        return []
 
     def _degrade(self, source: Instance, now: float) -> list[Command]:
         if source.kv_tokens - source.leaving_tokens <= self.policy.watermark * source.kv_capacity:

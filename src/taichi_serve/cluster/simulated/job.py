@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Call:
     """A request that will arrive: `at` in seconds, its lengths in tokens. `request` may name it. One that is
-    not `movable` can only be computed again elsewhere while it has no token."""
+    not `movable` can only be computed again elsewhere while it has no token.
+
+    `blocks` are the hashes of the full blocks of prompt and output together, each standing for all before it
+    too; empty where nothing is shared. `then` is the next turn of the same conversation: its `at` counts from
+    the end of this one (the user's think time)."""
 
     at: float
     prompt_tokens: int
     output_tokens: int
     request: str = ""
     movable: bool = True
+    blocks: tuple[int, ...] = ()
+    then: Call | None = None
 
 
 class Where(Enum):
