@@ -225,3 +225,9 @@ def processes(server: Server, name: str) -> list[psutil.Process]:
     """Those of one instance: the engine core and its workers."""
     core = psutil.Process(server.instance(name)["pid"])
     return [core, *core.children(recursive=True)]
+
+
+def workers(core: psutil.Process) -> list[psutil.Process]:
+    """Of an engine core, without its janitor."""
+    below = core.children(recursive=True)
+    return [p for p in below if p.is_running() and "core.main" not in " ".join(p.cmdline())]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 from load import PATH, Wish, wishes
-from servers import Server, until
+from servers import Server, until, workers
 
 from taichi_serve.bench.client import Answer, stream
 
@@ -38,13 +38,7 @@ def processes(server: Server, victim: str) -> list[psutil.Process]:
         return [psutil.Process(server.process.pid)]
     end, part = victim.split()
     core = psutil.Process(server.instance("i0" if end == "source" else "i1")["pid"])
-    name = "taichi_serve.cluster.vllm.core.main"
-    workers = [p for p in core.children(recursive=True) if p.is_running() and not _is(p, name)]
-    return [core] if part == "core" else workers
-
-
-def _is(process: psutil.Process, name: str) -> bool:
-    return name in " ".join(process.cmdline())
+    return [core] if part == "core" else workers(core)
 
 
 def wrong(answers: list[Answer], reference: list[list[int]]) -> list[str]:

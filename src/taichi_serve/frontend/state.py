@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
+from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.messages import Move, Outcome
+from taichi_serve.stage import Stage
 
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.frontend.server import System
 
 
+HERE = (Stage.PREFILLING, Stage.DECODING, Stage.LEAVING, Stage.HELD, Stage.LANDING)
+UNDER_WAY = (Passing.COPYING, Passing.READY, Passing.TAIL, Passing.PULLING)
+
+
 def state(system: System) -> dict[str, Any]:
     """Sliders, SLO, instances and counters. Counters start with the server."""
-    recorder = system.recorder
+    recorder, places = system.recorder, _places(system)
     return {
         "sliders": asdict(system.scheduler.sliders),
         "slo": asdict(system.scheduler.slo),
         "policy": asdict(system.scheduler.policy),
-        "instances": [_instance(system, engine) for engine in system.cluster.engines],
+        "instances": [_instance(system, engine, places) for engine in system.cluster.engines],
         "requests": {
             "accepted": recorder.accepted,
             "live": recorder.accepted - recorder.outcomes.total(),
@@ -50,7 +57,21 @@ def _kv_paths(engines: list[Engine]) -> dict[str, str]:
     return paths
 
 
-def _instance(system: System, engine: Engine) -> dict[str, Any]:
+def _places(system: System) -> Counter[tuple[str, str]]:
+    """Requests by instance and stage; and those whose KV is on its way from it or to it."""
+    count: Counter[tuple[str, str]] = Counter()
+    for journey in system.cluster.journeys.values():
+        held = journey.held.seat if journey.held is not None else None
+        if (seat := journey.seat or held) is not None:
+            count[seat.name, journey.stage.value] += 1
+        passage = journey.passage
+        if passage is not None and passage.passing in UNDER_WAY:
+            count[passage.source.name, "kv_leaving"] += 1
+            count[passage.target.name, "kv_coming"] += 1
+    return count
+
+
+def _instance(system: System, engine: Engine, places: Counter[tuple[str, str]]) -> dict[str, Any]:
     ledger = system.scheduler.instances[engine.name]
     place, now = system.keeper.supervisor.places[engine.name], time.monotonic()
     return {
@@ -66,6 +87,9 @@ def _instance(system: System, engine: Engine) -> dict[str, Any]:
         else {"why": place.why, "seconds_ago": now - place.lost_at},
         "back_in": system.keeper.supervisor.returns(engine.name, now),
         "draining": ledger.draining,
+        "stages": {stage.value: places[engine.name, stage.value] for stage in HERE},
+        "kv_leaving": places[engine.name, "kv_leaving"],
+        "kv_coming": places[engine.name, "kv_coming"],
         "running": engine.running,
         "waiting": engine.waiting,
         "decodes": ledger.decodes,
