@@ -26,11 +26,12 @@ class Instance:
     ticks: int = 0  # steps done: the clock that resident decodes are counted by
     decodes: int = 0  # resident decodes
     arriving: int = 0  # requests on their way here to decode
-    queued_tokens: int = 0  # prompt tokens placed here and not yet through their prefill
+    queued_tokens: int = 0  # prompt tokens to be computed of those placed here and not yet through
     progress_tokens: int = 0  # of these, computed already
     running_tokens: int = 0  # of these not yet computed, how many are in the step that runs now
     queued_requests: int = 0
-    queued_attention: int = 0  # (token, attended token) pairs of the queued prompts
+    queued_attention: int = 0  # (token, attended token) pairs to be computed of the queued prompts
+    queued_unused: int = 0  # cached tokens of queued prompts, in blocks that are not in use until these begin
     context_base: int = 0  # of the resident decodes: sum of prompt + base - joined
     kv_tokens: int = 0  # blocks in use times block size, as of its last step
     reserved_tokens: int = 0

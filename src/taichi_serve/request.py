@@ -44,6 +44,7 @@ class Request:
     prompt_tokens: int
     max_tokens: int
     movable: bool = True
+    blocks: tuple[int, ...] = ()  # hashes of the full blocks of its prompt (messages.Arrived)
     state: State = State.WAITING
     leg: int = 0
     instance: str | None = None  # where it is; while moving, where it comes from (None when that is lost)
@@ -52,6 +53,8 @@ class Request:
     first_at: float | None = None  # when the user got the first token
     base: int = 0  # output tokens when it joined its instance's tick clock
     joined: int = 0  # the instance's ticks at that moment
+    cached: int = 0  # prompt tokens that are believed not to be computed where it is queued
+    unused: int = 0  # of these, in blocks that nobody there uses yet: they take room as soon as it begins
     hand_over: bool = False  # while it prefills: whether its decode is to run elsewhere
     ahead: str | None = None  # where its KV is being copied to meanwhile
     reserved: int = 0  # while moving: KV tokens promised to it at the target

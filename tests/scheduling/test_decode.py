@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Flowed, Move, Stepped
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.decode import choose_backflow, choose_degrade, choose_start, choose_target
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.residency import Prefix
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
@@ -24,14 +27,17 @@ class ByHand:
     move_seconds: float = 0.05
     tpots: dict[str, float] = field(default_factory=lambda: {"i0": 0.25})
 
-    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        raise NotImplementedError
+
+    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         raise NotImplementedError
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)
 
-    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
-        return self.move_seconds
+    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
+        return self.move_seconds * (1 - held / kv_tokens)
 
     def stepped(self, instance: Instance, step: Stepped) -> None: ...
 
@@ -195,3 +201,36 @@ def test_the_first_to_cross_is_found_without_looking_at_the_others() -> None:
     assert list(here.crossing(4.71, ticks=0)) == ["early"]
     assert list(here.crossing(6.71, ticks=0)) == ["early", "late"]
     assert list(here.crossing(6.71, ticks=21)) == []
+
+
+# --------------------------------------------------------------------------------------------- prefixes
+
+
+def test_what_an_instance_has_of_the_newcomer_counts_as_room_when_targets_are_compared() -> None:
+    # 0.6 with the newcomer against 0.5; 200 tokens of it in the cache are not enough, 1,100 are.
+    instances = [d_heavy("i1", 5_000), d_heavy("i2", 4_000)]
+    assert choose_target(instances, 1_000, 0.95, STILL, {"i1": Prefix(200, 200)}) is instances[1]
+    assert choose_target(instances, 1_500, 0.95, STILL, {"i1": Prefix(0, 1_100)}) is instances[0]
+
+
+def test_cached_blocks_save_room_only_where_they_are_in_use() -> None:
+    full = d_heavy("i1", 9_000)
+    assert choose_target([full], 1_000, 0.95, STILL, {"i1": Prefix(800, 800)}) is None
+    assert choose_target([full], 1_000, 0.95, STILL, {"i1": Prefix(800, 800, claimed=800)}) is full
+
+
+def test_degrading_reckons_with_what_the_helper_has_already() -> None:
+    # 0.1 s of slack do not pay for a gap of 0.12 s; a helper that has half of its KV takes it in 0.06 s.
+    request = decode("a", 12, first_at=0.044)
+    here, ledger = residents(request)
+    source, helper = d_heavy(kv=9_600), p_heavy(kv=1_000)
+    assert here.slack(request, 1.0, 0) == pytest.approx(0.1)
+
+    def choice(prefix: int) -> object:
+        def match(_: Request) -> dict[str, Prefix]:
+            return {"i0": Prefix(prefix, prefix)}
+
+        return choose_degrade(source, here, ledger, [helper], 1.0, ByHand(0.12), STILL, match)
+
+    assert choice(0) is None
+    assert choice(506) == (request, helper)

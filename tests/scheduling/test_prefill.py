@@ -8,7 +8,8 @@ from taichi_serve.instance import Instance
 from taichi_serve.messages import Flowed, Stepped
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.prefill import Placement, choose_prefill
+from taichi_serve.scheduling.prefill import UNKNOWN, Known, Placement, choose_prefill
+from taichi_serve.scheduling.residency import Prefix
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
 
@@ -21,15 +22,19 @@ class ByHand:
 
     per_token: dict[str, float]
     tpots: dict[str, float] = field(default_factory=dict)
+    per_fetched: float = 0.00001
 
-    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
-        return (instance.queued_prefill_tokens + prompt_tokens) * self.per_token[instance.name]
+    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        return (instance.queued_prefill_tokens + prompt_tokens - cached) * self.per_token[instance.name]
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)
 
-    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
         return 0.0 if source is target else 0.1
+
+    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        return kv_tokens * self.per_fetched
 
     def stepped(self, instance: Instance, step: Stepped) -> None: ...
 
@@ -50,11 +55,13 @@ def place(
     now: float = 0.0,
     margin: float = 0.5,
     tpots: dict[str, float] | None = None,
+    known: Known = UNKNOWN,
 ) -> Placement:
     # P-heavy instances prefill a token in 0.1 ms, D-heavy ones in 0.4 ms.
     by_hand = ByHand({i.name: 0.0001 if i.kind is Kind.P_HEAVY else 0.0004 for i in instances}, tpots or {})
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
-    return choose_prefill(request, now, instances, decoders, by_hand, SLO_4S, Policy(ttft_margin=margin))
+    policy = Policy(ttft_margin=margin)
+    return choose_prefill(request, now, instances, decoders, by_hand, SLO_4S, policy, known)
 
 
 def test_short_prompt_takes_the_d_heavy_instance_while_it_still_meets_ttft() -> None:
@@ -136,3 +143,108 @@ def test_d_heavy_instance_whose_decodes_are_at_their_tpot_margin_gets_no_more_pr
 def test_request_of_one_token_is_over_where_it_prefills() -> None:
     placed = place(Request("a", 0.0, 6000, max_tokens=1), p_heavy("i0"), d_heavy("i1"))
     assert (placed.instance.name, placed.hand_over) == ("i0", False)
+
+
+# --------------------------------------------------------------------------------------------- prefixes
+
+
+def cached(**tokens: int) -> Known:
+    return Known({name: Prefix(n, n) for name, n in tokens.items()})
+
+
+def test_long_conversation_with_a_short_new_turn_is_a_short_prompt() -> None:
+    # 500 new tokens x 0.4 ms = 0.2 s on the D-heavy instance that has the rest, which would have taken 2.4 s.
+    placed = place(Request("a", 0.0, 6000, 100), p_heavy("i0"), d_heavy("i1"), known=cached(i1=5500))
+    assert (placed.instance.name, placed.hand_over, placed.cached) == ("i1", False, 5500)
+    assert [round(f.ttft, 6) for f in placed.forecasts] == [0.7, 0.2]
+    assert [f.cached for f in placed.forecasts] == [0, 5500]
+    assert placed.why == "D-heavy within 2 s, fewest queued prompt tokens; 5500 tokens are cached there"
+
+
+def test_what_is_cached_is_weighed_against_the_queue_token_for_token() -> None:
+    request, holder = Request("a", 0.0, 2000, 100), cached(i0=1600)
+    assert place(request, d_heavy("i0", 1500), d_heavy("i1"), known=holder).instance.name == "i0"
+    # With 1,700 queued there it would be through later than where it is computed as a whole.
+    assert place(request, d_heavy("i0", 1700), d_heavy("i1"), known=holder).instance.name == "i1"
+
+
+def test_longer_match_breaks_a_tie() -> None:
+    request = Request("a", 0.0, 2000, 100)
+    equal = place(request, d_heavy("i0", 100), d_heavy("i1", 500), known=cached(i0=400, i1=800))
+    assert equal.instance.name == "i1"
+
+
+def test_a_prefix_that_will_be_computed_before_counts_as_cached() -> None:
+    known = Known({"i1": Prefix(claimed=1600)})
+    placed = place(Request("a", 0.0, 2000, 100), d_heavy("i0"), d_heavy("i1", 1000), known=known)
+    assert (placed.instance.name, placed.cached, placed.used) == ("i1", 1600, 1600)
+
+
+def test_cached_blocks_that_nobody_uses_take_room() -> None:
+    full = d_heavy("i1")
+    full.kv_tokens = 94_600  # 94,600 + 500 of 100,000 is past 0.95, however much of the 500 is cached
+    request = Request("a", 0.0, 500, 100)
+    placed = place(request, p_heavy("i0"), full, known=cached(i1=400))
+    assert [f.fits for f in placed.forecasts] == [True, False]
+    in_use = Known({"i1": Prefix(400, 400, claimed=400)})
+    assert [f.fits for f in place(request, p_heavy("i0"), full, known=in_use).forecasts] == [True, True]
+
+
+def test_hand_over_is_priced_with_what_the_decoder_has() -> None:
+    class ByLength(ByHand):
+        def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
+            return (kv_tokens - held) * 0.001
+
+    empty, holder = d_heavy("i1"), d_heavy("i2")
+    empty.chunk = holder.chunk = 0
+    request, by_length = Request("a", 0.0, 1000, 100), ByLength({"i0": 0.0001})
+
+    def ttft(known: Known) -> float:
+        placed = choose_prefill(
+            request, 0.0, [p_heavy("i0")], [empty, holder], by_length, SLO_4S, Policy(), known
+        )
+        return placed.forecasts[0].ttft
+
+    assert ttft(UNKNOWN) == 0.1 + 1.0
+    assert ttft(cached(i2=800)) == 0.1 + 0.2
+
+
+# ------------------------------------------------------------------------------------------------ fetch
+
+
+def test_prefix_is_fetched_where_the_prompt_is_better_placed() -> None:
+    # The holder has 10,000 tokens queued: 4.2 s. Fetching 5,500 tokens takes 55 ms, the other 500 200 ms.
+    holder = d_heavy("i0", 10_000)
+    known = Known({"i0": Prefix(5500, 5500)}, holder, 5500)
+    placed = place(Request("a", 0.0, 6000, 100), holder, d_heavy("i1"), known=known)
+    assert (placed.instance.name, placed.cached, placed.lender) == ("i1", 5500, holder)
+    assert round(placed.ttft, 6) == 0.255
+    assert placed.why.endswith("; fetches the KV of 5500 tokens from i0")
+
+
+def test_only_what_is_missing_is_fetched() -> None:
+    holder = d_heavy("i0", 10_000)
+    known = Known({"i0": Prefix(5500, 5500), "i1": Prefix(1500, 1500)}, holder, 5500)
+    placed = place(Request("a", 0.0, 6000, 100), holder, d_heavy("i1"), known=known)
+    assert round(placed.ttft, 6) == 0.24
+
+
+def test_copying_beside_the_queue_delays_nothing() -> None:
+    # 1,000 queued tokens take 0.4 s; the copy is there after 55 ms.
+    holder, other = d_heavy("i0", 10_000), d_heavy("i1", 1000)
+    other.queued_requests = 1
+    known = Known({"i0": Prefix(5500, 5500)}, holder, 5500)
+    placed = place(Request("a", 0.0, 6000, 100), holder, other, known=known)
+    assert (placed.lender, round(placed.ttft, 6)) == (holder, 0.6)
+
+
+def test_nothing_is_fetched_where_computing_is_faster_or_the_holder_is_the_place() -> None:
+    holder = d_heavy("i0")
+    known = Known({"i0": Prefix(5500, 5500)}, holder, 5500)
+    assert place(Request("a", 0.0, 6000, 100), holder, d_heavy("i1", 100), known=known).lender is None
+    busy = d_heavy("i0", 10_000)
+    slow = ByHand({"i0": 0.0004, "i1": 0.0004}, per_fetched=0.0005)
+    known = Known({"i0": Prefix(5500, 5500)}, busy, 5500)
+    request = Request("a", 0.0, 6000, 100)
+    placed = choose_prefill(request, 0.0, [busy, d_heavy("i1")], [], slow, SLO_4S, Policy(), known)
+    assert (placed.instance.name, placed.lender, placed.cached) == ("i1", None, 0)

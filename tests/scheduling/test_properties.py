@@ -14,11 +14,13 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taichi_serve.latency.model import prompt_attention
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
     Abort,
     Arrived,
     Asked,
+    Cached,
     Cancelled,
     Command,
     Decode,
@@ -38,6 +40,7 @@ from taichi_serve.messages import (
     Silent,
     Slid,
     Stepped,
+    Tier,
 )
 from taichi_serve.request import State
 from taichi_serve.scheduling.policy import Policy
@@ -46,6 +49,7 @@ from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
 CAPACITY = 2_000
+BLOCK = 16
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Work:
     to: str = ""  # where it goes
     done: int = 0  # prompt tokens computed
     out: int = 0
+    blocks: tuple[int, ...] = ()
+    cached: int = 0
     hand_over: bool = False
     held: bool = False
 
@@ -78,9 +84,11 @@ class Model:
     sent: list[Command] = field(default_factory=list)
     arrived: int = 0
     stale: list[Event] = field(default_factory=list)
+    caches: dict[str, set[int]] = field(default_factory=dict)  # where prompts have blocks
 
     def __post_init__(self) -> None:
         self.chunks = {i.name: i.chunk for i in self.scheduler.instances.values()}
+        self.caches = {name: set() for name in self.chunks}
 
     def tell(self, event: Event) -> None:
         self.now += 0.001
@@ -120,8 +128,9 @@ class Model:
     def arrive(self, prompt: int, output: int, movable: bool) -> None:
         name = f"r{self.arrived}"
         self.arrived += 1
-        self.work[name] = Work(name, prompt, output)
-        self.tell(Arrived(self.now, name, prompt, output, movable))
+        blocks = chain(prompt) if self.scheduler.ledger.residency.block_size else ()
+        self.work[name] = Work(name, prompt, output, blocks=blocks)
+        self.tell(Arrived(self.now, name, prompt, output, movable, blocks=blocks))
 
     def held_tokens(self, instance: str) -> int:
         return sum(w.done + w.out for w in self.work.values() if w.on == instance)
@@ -133,6 +142,8 @@ class Model:
         before = budget
         for w in self.work.values():
             if w.on == instance and not w.to and w.out == 0 and budget:
+                if not w.done:
+                    w.done = w.cached = self.found(w)
                 took = min(budget, w.prompt - w.done)
                 budget, w.done = budget - took, w.done + took
                 if w.done == w.prompt:
@@ -144,6 +155,7 @@ class Model:
         missed = grown[:1] if miss else []
         for w in grown[len(missed) :]:
             w.out += 1
+        self.remember(instance, prefilled, miss)
         seconds = 0.04 if self.scheduler.instances[instance].kind is Kind.P_HEAVY else 0.02
         self.tell(
             Stepped(
@@ -157,7 +169,7 @@ class Model:
         for w in prefilled:
             if w.name in self.work and w.on == instance:
                 w.out, w.held = 1, w.hand_over
-                self.tell(Prefilled(self.now, w.name, w.leg, instance, held=w.hand_over))
+                self.tell(Prefilled(self.now, w.name, w.leg, instance, w.cached, held=w.hand_over))
         for w in landed:
             if w.name in self.work and w.to == instance:
                 kv = w.prompt if w.on else 0
@@ -175,8 +187,25 @@ class Model:
             del self.work[w.name]
             self.tell(Finished(self.now, w.name, w.out))
 
+    def found(self, w: Work) -> int:
+        """Tokens of a prompt that its instance has in its cache when it begins."""
+        cache, most = self.caches[w.on], (w.prompt - 1) // BLOCK
+        return (
+            next((n for n, b in enumerate(w.blocks[:most]) if b not in cache), most) * BLOCK if cache else 0
+        )
+
+    def remember(self, instance: str, prefilled: list[Work], forget: bool) -> None:
+        """Blocks of prompts that are through are cached, and a few others are not any more."""
+        cache = self.caches[instance]
+        gone = set(sorted(cache)[::3]) if forget else set()
+        new = {b for w in prefilled for b in w.blocks} - cache - gone
+        if new or gone:
+            self.caches[instance] = (cache | new) - gone
+            self.tell(Cached(self.now, instance, tuple(new), tuple(gone)))
+
     def lose(self, instance: str) -> None:
         self.dead.add(instance)
+        self.caches[instance] = set()
         for w in self.work.values():
             if w.on == instance:
                 w.on, w.done, w.held = "", 0, False
@@ -213,8 +242,10 @@ class Model:
             assert i.decodes == len(decoding)
             assert i.context_tokens == sum(w.prompt + w.out for w in decoding)
             assert i.queued_requests == len(queued)
-            assert i.queued_tokens == sum(w.prompt for w in queued)
-            assert i.queued_prefill_tokens == sum(w.prompt - w.done for w in queued)
+            assert i.queued_tokens == sum(w.prompt - requests[w.name].cached for w in queued)
+            if not self.scheduler.ledger.residency.block_size:  # else what is cached is a belief
+                assert i.queued_prefill_tokens == sum(w.prompt - w.done for w in queued)
+            self.check_prefixes(name, here, queued)
             assert 0 <= i.running_tokens <= i.queued_prefill_tokens
             assert i.arriving == len(there)
             assert i.reserved_tokens == sum(requests[w.name].reserved for w in there)
@@ -224,6 +255,15 @@ class Model:
             )
             for w in decoding:
                 assert requests[w.name].output_tokens(i.ticks) == w.out
+
+    def check_prefixes(self, name: str, here: list[Work], queued: list[Work]) -> None:
+        i, residency = self.scheduler.instances[name], self.scheduler.ledger.residency
+        requests = [self.scheduler.requests[w.name] for w in queued]
+        assert i.queued_attention == sum(prompt_attention(r.prompt_tokens, r.cached) for r in requests)
+        assert i.queued_unused == sum(r.unused for r in requests)
+        assert all(0 <= r.unused <= r.cached < r.prompt_tokens for r in requests)
+        assert residency.holds(name, Tier.DEVICE) == self.caches[name]
+        assert Counter(residency.claims(name)) == Counter(b for w in here for b in w.blocks)
 
     def settle(self) -> None:
         """Bring everybody back, and run until everybody is served."""
@@ -245,11 +285,17 @@ class Model:
             figures = (i.decodes, i.arriving, i.queued_tokens, i.queued_requests, i.queued_attention)
             assert figures == (0, 0, 0, 0, 0)
             assert (i.progress_tokens, i.reserved_tokens, i.leaving_tokens, i.context_base) == (0, 0, 0, 0)
+            assert (i.queued_unused, dict(self.scheduler.ledger.residency.claims(i.name))) == (0, {})
 
 
-def model(sliders: Sliders, policy: Policy) -> Model:
+def chain(prompt: int) -> tuple[int, ...]:
+    """Hashes of a prompt that shares its first blocks with others: all with the first two, some with more."""
+    return tuple(n if n < 2 else 100 * (prompt % 3) + n for n in range(prompt // BLOCK))
+
+
+def model(sliders: Sliders, policy: Policy, block_size: int = 0) -> Model:
     capacities = {f"i{n}": CAPACITY for n in range(sliders.instances)}
-    return Model(GlobalScheduler(sliders, SLO(0.2, 0.01), Learned(), policy, capacities))
+    return Model(GlobalScheduler(sliders, SLO(0.2, 0.01), Learned(), policy, capacities, block_size))
 
 
 REQUESTS = st.tuples(st.just("arrive"), st.integers(1, 400), st.integers(2, 60), st.booleans())
@@ -355,6 +401,45 @@ def test_the_same_holds_in_long_stories(seed: int) -> None:
         m.check()
     m.settle()
     m.assert_all_served_once_and_nothing_left()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), fetch=st.booleans())
+def test_the_same_holds_with_prefixes(seed: int, fetch: bool) -> None:
+    policy = Policy(watermark=0.5, hysteresis=0.1, dwell=0.0, fetch=fetch)
+    m = model(Sliders(2, 2, 128, 32), policy, BLOCK)
+    for deed in long_story(Random(seed)):
+        play(m, deed)
+        m.check()
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+
+
+def test_prefixes_are_found_and_fetched_in_these_stories() -> None:
+    m = model(Sliders(2, 2, 128, 32), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0, fetch=True), BLOCK)
+    for deed in long_story(Random(1)):
+        play(m, deed)
+    prefills = [c for c in m.sent if isinstance(c, Prefill)]
+    assert sum(max(f.cached for f in c.forecasts) > 0 for c in prefills) > 10
+    assert any(c.prefix_from for c in prefills)
+    counted = m.scheduler.counters.prefixes.values()
+    assert sum(c.actual for c in counted) > 0
+    assert sum(c.predicted for c in counted) > 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_prefixes_that_nobody_is_told_of_change_no_decision(seed: int) -> None:
+    stories = [model(Sliders(2, 2, 128, 32), Policy(dwell=0.0), size) for size in (0, BLOCK)]
+    for m in stories:
+        for deed in long_story(Random(seed)):
+            if deed[0] == "arrive":  # without blocks, whatever the scheduler could do with them
+                name, m.arrived = f"r{m.arrived}", m.arrived + 1
+                m.work[name] = Work(name, deed[1], deed[2])
+                m.tell(Arrived(m.now, name, deed[1], deed[2], deed[3]))
+            else:
+                play(m, deed)
+    assert stories[0].sent == stories[1].sent
 
 
 def test_every_kind_of_move_happens_in_these_stories() -> None:

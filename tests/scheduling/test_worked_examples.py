@@ -49,14 +49,17 @@ class ByHand:
     move_seconds: float
     tpots: dict[str, float]
 
-    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         per_token = 0.0001 if instance.kind is Kind.P_HEAVY else 0.0004
-        return (instance.queued_prefill_tokens + prompt_tokens) * per_token
+        return (instance.queued_prefill_tokens + prompt_tokens - cached) * per_token
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)
 
-    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
+        return self.move_seconds
+
+    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         return self.move_seconds
 
     def stepped(self, instance: Instance, step: Stepped) -> None: ...

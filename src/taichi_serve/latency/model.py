@@ -71,6 +71,7 @@ class Roofline:
         return seconds + self.decode * decodes + self.kv * kv_tokens
 
 
-def prompt_attention(prompt_tokens: int) -> int:
-    """(token, attended token) pairs of a whole prompt, in however many chunks it is computed."""
-    return prompt_tokens * (prompt_tokens + 1) // 2
+def prompt_attention(prompt_tokens: int, cached: int = 0) -> int:
+    """(token, attended token) pairs of a prompt in however many chunks it is computed, without those of the
+    first `cached` tokens."""
+    return (prompt_tokens * (prompt_tokens + 1) - cached * (cached + 1)) // 2

@@ -16,16 +16,22 @@ from taichi_serve.messages import Flowed, Stepped
 class Predictor(Protocol):
     """What the policies ask. All answers are in seconds and must cost microseconds."""
 
-    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
-        """From now until the first token of a prompt that is queued on this instance now."""
+    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        """From now until the first token of a prompt that is queued on this instance now, where its first
+        `cached` tokens need not be computed."""
         ...
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Per output token of a resident once a decode with this context has joined; 0: as it is now."""
         ...
 
-    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
-        """Between the last token on `source` and the first on `target`, for a context of `kv_tokens`."""
+    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
+        """Between the last token on `source` and the first on `target`, for a context of `kv_tokens` of which
+        the target has the first `held` already."""
+        ...
+
+    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        """What copying `kv_tokens` of a prefix cache takes."""
         ...
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
@@ -122,12 +128,13 @@ class Learned:
     prefill: Average = field(default_factory=Average)
     steps: dict[str, Average] = field(default_factory=dict)
     gaps: Average = field(default_factory=Average)
+    moved: Average = field(default_factory=Average)  # KV tokens of a move
     usual: Average = field(default_factory=Average)  # seconds of a step without prompts, of all instances
     now: float = 0.0  # when the last step of any instance ended
 
-    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         """The steps that the queue and the own prompt fill, and the time of their tokens (seconds)."""
-        tokens = instance.queued_prefill_tokens + prompt_tokens
+        tokens = instance.queued_prefill_tokens + prompt_tokens - cached
         steps = -(-tokens // max(1, instance.chunk))
         return steps * self._fixed(instance) + tokens * self.prefill.value(self.seconds_per_prompt_token)
 
@@ -144,9 +151,13 @@ class Learned:
         """The recent time per step with decodes in it (seconds); one more decode is taken to be free."""
         return self._relaxed(self.steps.get(instance.name), self.seconds_per_step)
 
-    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
         """The recent average gap of all moves (seconds); staying costs nothing."""
         return 0.0 if source is target else self.gaps.value(self.move_seconds)
+
+    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        """The gap of a move (seconds), and as many times that as it would be the KV of a move."""
+        return self.gaps.value(self.move_seconds) * max(1.0, kv_tokens / self.moved.value(math.inf))
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Learn the time of prompt tokens from steps that had some, and the fixed time from the others."""
@@ -174,3 +185,5 @@ class Learned:
         """Learn the gap of a move."""
         if source is not target:
             self.gaps.add(bounded(move.gap, self.gaps), 1.0, self.keep)
+            if move.kv_tokens:
+                self.moved.add(move.kv_tokens, 1.0, self.keep)

@@ -63,7 +63,7 @@ class Profiled:
         transfers = {(t.source, t.target): t for t in profile.transfers}
         return cls(profile.fit.model(), transfers, profile.bytes_per_token)
 
-    def ttft(self, instance: Instance, prompt_tokens: int) -> float:
+    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         """Half of the running step, the queue's other chunks and the own ones, beside the decodes there (s).
 
         Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
@@ -75,7 +75,7 @@ class Profiled:
         context = instance.context_base + decodes * instance.ticks
         plain = model.launch + model.decode * decodes + model.kv * context
         beside = plain + model.mixed
-        full, rest = divmod(ahead - running + prompt_tokens, chunk)
+        full, rest = divmod(ahead - running + prompt_tokens - cached, chunk)
         seconds = full * (beside + max(floor, token * (chunk + decodes)))
         seen = self.seen.get(instance.name)
         if rest:
@@ -83,7 +83,7 @@ class Profiled:
                 # Until that step begins others arrive and share it: it will be as full as steps were lately.
                 rest = min(chunk, int(seen.usual))
             seconds += beside + max(floor, token * (rest + decodes))
-        pairs = prompt_tokens * (prompt_tokens + 1) / 2
+        pairs = (prompt_tokens * (prompt_tokens + 1) - cached * (cached + 1)) / 2
         if ahead:
             pairs += instance.queued_attention * (ahead - running / 2) / instance.queued_tokens
         if running or decodes:
@@ -115,18 +115,24 @@ class Profiled:
     def _relaxed(self, bias: float, idle: float) -> float:
         return bias if idle <= FRESH else relaxed(bias, bounded(self.usual.value(1.0)), idle)
 
-    def move(self, source: Instance, target: Instance, kv_tokens: int) -> float:
-        """The gap (s): KV over the link, or computing it again where that is faster, and one step there."""
+    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
+        """The gap (s): what is missing there over the link, or computed again where that is faster, and one
+        step there."""
         if source is target:
             return 0.0
+        missing = kv_tokens - held
+        seconds = self.fetch(source, target, missing)
+        if target.chunk:
+            steps = -(-missing // target.chunk)
+            again = steps * self.model.of(target.chunk, 0.0, target.decodes, target.context_tokens)
+            seconds = min(seconds, again + self.model.attention * prompt_attention(kv_tokens, held))
+        return seconds + self.tpot(target, kv_tokens)
+
+    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
+        """KV over the link (s), as the moves of late took."""
         pair = source.kind, target.kind
         link = self.transfers.get(pair, UNMEASURED)
-        seconds = link.seconds(kv_tokens * self.bytes_per_token) * self._gap_bias(pair)
-        if target.chunk:
-            steps = -(-kv_tokens // target.chunk)
-            again = steps * self.model.of(target.chunk, 0.0, target.decodes, target.context_tokens)
-            seconds = min(seconds, again + self.model.attention * prompt_attention(kv_tokens))
-        return seconds + self.tpot(target, kv_tokens)
+        return link.seconds(kv_tokens * self.bytes_per_token) * self._gap_bias(pair)
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Compare a step with its prediction; `instance` is as it was before the step."""

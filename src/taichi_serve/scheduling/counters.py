@@ -12,18 +12,37 @@ FREQUENT = 0.1  # backflows a request from which on the sliders are called wrong
 
 
 @dataclass(slots=True)
+class PrefixTokens:
+    """Tokens of prompts that were not computed on one instance: as believed when they were placed there, and
+    as the engine found when they were through."""
+
+    predicted: int = 0
+    actual: int = 0
+    prompts: int = 0  # tokens of these prompts, cached or not
+
+
+@dataclass(slots=True)
 class Counters:
-    """Moves that landed and that were refused, by kind; endings, by outcome; and the recent backflow rate."""
+    """Moves that landed and that were refused, by kind; endings, by outcome; cached prompt tokens, by
+    instance; and the recent backflow rate."""
 
     moves: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     refused: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    prefixes: dict[str, PrefixTokens] = field(default_factory=dict)
     recent: Average = field(default_factory=Average)
 
     def ended(self, outcome: Outcome, backflows: int) -> None:
         """A request is over after so many backflows."""
         self.outcomes[outcome] += 1
         self.recent.add(backflows, 1.0, RECENT)
+
+    def through(self, instance: str, prompt_tokens: int, predicted: int, actual: int) -> None:
+        """A prompt is through on an instance, with so many tokens cached."""
+        count = self.prefixes.setdefault(instance, PrefixTokens())
+        count.predicted += predicted
+        count.actual += actual
+        count.prompts += prompt_tokens
 
     @property
     def backflow_rate(self) -> float:

@@ -5,47 +5,71 @@ Every function reads the ledger and answers; none of them writes anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Outlook
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.residency import NONE, NOTHING, Prefixes
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
 
 Flowing = tuple[Request, Instance]
+Match = Callable[[Request], Prefixes]
 
 
 def choose_target(
-    instances: Iterable[Instance], kv_tokens: int, mark: float, policy: Policy
+    instances: Iterable[Instance],
+    kv_tokens: int,
+    mark: float,
+    policy: Policy,
+    prefixes: Prefixes = NOTHING,
 ) -> Instance | None:
-    """The least loaded instance within `mark` (share of KV) with the newcomer; the first of equals."""
+    """The least loaded instance within `mark` (share of KV) with the newcomer; the first of equals.
+
+    What an instance has of the newcomer is not new KV: it is not copied there, and is taken off its load when
+    instances are compared. Room it saves only where others use it already.
+    """
     best, best_load = None, mark
     for instance in instances:
         if instance.decodes + instance.arriving >= instance.max_decodes:
             continue
-        load = load_after(instance, kv_tokens, policy)
-        if load < best_load or (best is None and load <= mark):
+        here = prefixes.get(instance.name, NONE)
+        load = load_after(instance, kv_tokens - here.claimed, policy)
+        if load > mark:
+            continue
+        load -= max(0, here.held - here.claimed) / instance.kv_capacity
+        if best is None or load < best_load:
             best, best_load = instance, load
     return best
 
 
 def outlooks(
-    instances: Iterable[Instance], room: int, mark: float, predictor: Predictor, policy: Policy
+    instances: Iterable[Instance],
+    room: int,
+    mark: float,
+    predictor: Predictor,
+    policy: Policy,
+    prefixes: Prefixes = NOTHING,
 ) -> tuple[Outlook, ...]:
     """What a decode that needs `room` KV tokens would meet on each of these instances: the explanation."""
     looks = []
     for instance in instances:
-        load = load_after(instance, room - policy.growth, policy)
+        new = room - policy.growth - prefixes.get(instance.name, NONE).claimed
+        load = load_after(instance, new, policy)
         looks.append(Outlook(instance.name, predictor.tpot(instance, room), load, load <= mark))
     return tuple(looks)
 
 
 def choose_start(
-    request: Request, here: Instance, instances: Sequence[Instance], policy: Policy
+    request: Request,
+    here: Instance,
+    instances: Sequence[Instance],
+    policy: Policy,
+    prefixes: Prefixes = NOTHING,
 ) -> tuple[Instance, str]:
     """Low-interference start: the D-heavy instance where the decode of a prefilled request begins, and why.
 
@@ -58,9 +82,9 @@ def choose_start(
     if here.kind is Kind.D_HEAVY and here in decoders and load_after(here, 0, policy) <= policy.full_mark:
         return here, "it prefilled on a D-heavy instance with room"
     kv_tokens = request.prompt_tokens + 1
-    if target := choose_target(decoders, kv_tokens, policy.full_mark, policy):
+    if target := choose_target(decoders, kv_tokens, policy.full_mark, policy, prefixes):
         return target, "the D-heavy instance with most room"
-    if target := choose_target(decoders, kv_tokens, 1.0, policy):
+    if target := choose_target(decoders, kv_tokens, 1.0, policy, prefixes):
         return target, "no D-heavy instance below the watermark; this one has room"
     if decoders and not policy.degrades:
         return min(decoders, key=lambda i: load_after(i, kv_tokens, policy)), "waits for room: none has any"
@@ -75,6 +99,7 @@ def choose_degrade(
     now: float,
     predictor: Predictor,
     policy: Policy,
+    match: Match = lambda _: NOTHING,
 ) -> Flowing | None:
     """Longest-first degrading: whom a D-heavy instance past the watermark sends to a P-heavy one, and where.
 
@@ -88,10 +113,11 @@ def choose_degrade(
             continue
         output = request.output_tokens(source.ticks)
         kv_tokens = request.prompt_tokens + output
-        target = choose_target(helpers, kv_tokens, policy.full_mark, policy)
+        prefixes = match(request)
+        target = choose_target(helpers, kv_tokens, policy.full_mark, policy, prefixes)
         if target is None:
             continue
-        gap = predictor.move(source, target, kv_tokens)
+        gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).held)
         if residents.slack(request, now, source.ticks) <= gap or request.max_tokens - output <= policy.growth:
             continue
         return request, target
@@ -106,6 +132,7 @@ def choose_backflow(
     now: float,
     predictor: Predictor,
     policy: Policy,
+    match: Match = lambda _: NOTHING,
 ) -> Flowing | None:
     """TPOT-aware backflow: whose running TPOT on a P-heavy instance reached alpha x SLO, and where it goes.
 
@@ -119,11 +146,13 @@ def choose_backflow(
             continue
         output = request.output_tokens(source.ticks)
         kv_tokens = request.prompt_tokens + output
-        target = choose_target(decoders, kv_tokens, policy.return_mark, policy)
+        prefixes = match(request)
+        target = choose_target(decoders, kv_tokens, policy.return_mark, policy, prefixes)
         if target is None:
             continue
         saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)
-        if saved * (request.max_tokens - output) > predictor.move(source, target, kv_tokens):
+        gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).held)
+        if saved * (request.max_tokens - output) > gap:
             return request, target
     return None
 

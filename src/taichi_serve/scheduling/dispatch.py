@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
-from taichi_serve.messages import Abort, Ahead, Command, Decode, Flow, Move, Outcome, Prefill, SetChunk
+from taichi_serve.messages import (
+    Abort,
+    Ahead,
+    Command,
+    Decode,
+    Flow,
+    Move,
+    Outcome,
+    Outlook,
+    Prefill,
+    SetChunk,
+)
 from taichi_serve.request import Request
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.prefill import choose_prefill
+from taichi_serve.scheduling.prefill import UNKNOWN, Known, choose_prefill
+from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
@@ -21,6 +33,10 @@ from taichi_serve.slo import SLO
 def decoders(instances: list[Instance]) -> list[Instance]:
     """The D-heavy ones of these."""
     return [i for i in instances if i.kind is Kind.D_HEAVY]
+
+
+def _in_use(prefixes: Prefixes, instance: Instance) -> int:
+    return prefixes.get(instance.name, NONE).claimed
 
 
 class Dispatcher:
@@ -70,19 +86,43 @@ class Dispatcher:
             heir.chunk = max(sliders.p_chunk, sliders.d_chunk)
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
-        serving = self.serving()
-        placed = choose_prefill(request, now, able, decoders(serving), self.predictor, self.slo, self.policy)
-        self.ledger.enqueue(request, placed.instance)
+        commands.append(self._prefill(request, now, able))
+        return commands
+
+    def _prefill(self, request: Request, now: float, able: list[Instance]) -> Prefill:
+        below = decoders(self.serving())
+        known = self._known(request)
+        placed = choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known)
+        self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)
         request.predicted_ttft = placed.ttft
         request.hand_over, request.ahead = placed.hand_over, None
-        name, forecasts = placed.instance.name, placed.forecasts
-        commands.append(Prefill(request.id, request.leg, name, placed.hand_over, forecasts, placed.why))
-        return commands
+        lender = placed.lender
+        return Prefill(
+            request.id,
+            request.leg,
+            placed.instance.name,
+            placed.hand_over,
+            placed.forecasts,
+            placed.why,
+            None if lender is None else lender.name,
+            0 if lender is None else placed.cached,
+        )
+
+    def _known(self, request: Request) -> Known:
+        """What the instances have of a prompt; the one that answers and has most of it may lend."""
+        prefixes = self.ledger.prefixes(request)
+        if not prefixes:
+            return UNKNOWN
+        if not self.policy.fetch:
+            return Known(prefixes)
+        answering = [i for name in prefixes if (i := self.ledger.instances[name]).answers]
+        lender = max(answering, key=lambda i: prefixes[i.name][:2][::-1], default=None)
+        return Known(prefixes, lender, prefixes[lender.name].held if lender else 0)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
         serving = self.serving()
-        target, why = choose_start(request, here, serving, self.policy)
+        target, why = choose_start(request, here, serving, self.policy, self.ledger.prefixes(request))
         for known in decoders(serving):
             # What it takes there is in that instance's own figures already.
             if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
@@ -94,9 +134,10 @@ class Dispatcher:
         request = self.ledger.oldest(here)
         if request is None or not request.hand_over or request.ahead:
             return []
-        if not 0 < here.progress_tokens < request.prompt_tokens:
+        if not 0 < here.progress_tokens < request.prompt_tokens - request.cached:
             return []
-        target, why = choose_start(request, here, self.serving(), self.policy)
+        prefixes = self.ledger.prefixes(request)
+        target, why = choose_start(request, here, self.serving(), self.policy, prefixes)
         if target is here:
             return []
         request.ahead = target.name
@@ -114,9 +155,10 @@ class Dispatcher:
             return []
         kv_tokens = request.prompt_tokens + request.base
         low = [i for i in able if i.kind is Kind.D_HEAVY]
+        prefixes = self.ledger.prefixes(request)
         target = (
-            choose_target(low, kv_tokens, self.policy.full_mark, self.policy)
-            or choose_target(able, kv_tokens, 1.0, self.policy)
+            choose_target(low, kv_tokens, self.policy.full_mark, self.policy, prefixes)
+            or choose_target(able, kv_tokens, 1.0, self.policy, prefixes)
             or min(able, key=lambda i: i.kv_usage)
         )
         return [self._decode(request, target, Move.RESCUE, now, "its instance was lost", able)]
@@ -125,20 +167,25 @@ class Dispatcher:
         self, request: Request, target: Instance, move: Move, now: float, why: str, among: list[Instance]
     ) -> Flow:
         """Move a running request to `target`, which was chosen `among` these instances."""
-        room, mark = self._room(request), self._mark(move)
-        looks = outlooks(among, room, mark, self.predictor, self.policy)
-        self.ledger.depart(request, target, move, now, room)
+        looks = self._depart(request, target, move, now, among)
         request.degraded = move is Move.DEGRADE
         return Flow(request.id, request.leg, target.name, move, why, looks)
 
     def _decode(
         self, request: Request, target: Instance, move: Move, now: float, why: str, among: list[Instance]
     ) -> Decode:
-        room, mark = self._room(request), self._mark(move)
-        looks = outlooks(among, room, mark, self.predictor, self.policy)
-        self.ledger.depart(request, target, move, now, room)
+        looks = self._depart(request, target, move, now, among)
         request.degraded = target.kind is Kind.P_HEAVY
         return Decode(request.id, request.leg, target.name, move, why, looks)
+
+    def _depart(
+        self, request: Request, target: Instance, move: Move, now: float, among: list[Instance]
+    ) -> tuple[Outlook, ...]:
+        """Book the move; what the request has in blocks that are in use there needs no room."""
+        room, prefixes = self._room(request), self.ledger.prefixes(request)
+        looks = outlooks(among, room, self._mark(move), self.predictor, self.policy, prefixes)
+        self.ledger.depart(request, target, move, now, room - _in_use(prefixes, target))
+        return looks
 
     def fail(self, request: Request, why: str) -> Abort:
         """Nothing can be done for the request any more."""

@@ -12,6 +12,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
+from taichi_serve.scheduling.residency import NOTHING, Prefixes, Residency
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.sliders import Kind, Sliders
 
@@ -20,9 +21,15 @@ class Ledger:
     """Live requests, instances, and the ordered residents of every instance."""
 
     def __init__(
-        self, sliders: Sliders, capacities: Mapping[str, int], pace: float, max_degrades: int
+        self,
+        sliders: Sliders,
+        capacities: Mapping[str, int],
+        pace: float,
+        max_degrades: int,
+        block_size: int = 0,
     ) -> None:
-        """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens."""
+        """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens. A hash
+        of a block stands for `block_size` tokens (0: no prefixes are known)."""
         self.requests: dict[str, Request] = {}
         self.instances: dict[str, Instance] = {}
         for number, kind in enumerate(sliders.kinds()):
@@ -33,6 +40,7 @@ class Ledger:
         # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
         self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
+        self.residency = Residency(list(self.instances), block_size)
 
     def home(self, request: Request) -> Instance:
         """The instance of a request that is on one: it is queued, or decodes, or its move began there."""
@@ -43,16 +51,27 @@ class Ledger:
         """The instance of a request, None where that is lost or was never given."""
         return None if request.instance is None else self.instances[request.instance]
 
-    def enqueue(self, request: Request, instance: Instance) -> None:
-        """The prompt waits on this instance."""
+    def prefixes(self, request: Request) -> Prefixes:
+        """What the instances have of a request, wherever it is."""
+        if not request.blocks:
+            return NOTHING
+        known = request.prompt_tokens + (request.first_at is not None)  # with an output the prompt may match
+        return self.residency.match(request.blocks, known)
+
+    def enqueue(self, request: Request, instance: Instance, cached: int = 0, used: int = 0) -> None:
+        """The prompt waits on this instance, where the first `cached` tokens of it need not be computed, and
+        the first `used` are in blocks that others use."""
         request.enter(State.PREFILLING)
-        request.instance = instance.name
+        request.instance, request.cached, request.unused = instance.name, cached, max(0, cached - used)
+        new = request.prompt_tokens - cached
         if not (instance.decodes or instance.queued_requests):  # idle: a step with it begins at once
-            instance.running_tokens = min(instance.chunk, request.prompt_tokens)
+            instance.running_tokens = min(instance.chunk, new)
         self.queues[instance.name][request.id] = None
-        instance.queued_tokens += request.prompt_tokens
+        instance.queued_tokens += new
         instance.queued_requests += 1
-        instance.queued_attention += prompt_attention(request.prompt_tokens)
+        instance.queued_attention += prompt_attention(request.prompt_tokens, cached)
+        instance.queued_unused += request.unused
+        self.residency.claim(instance.name, request.blocks)
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
         """The prompt is through; `cached` tokens of it did not have to be computed."""
@@ -74,12 +93,19 @@ class Ledger:
         instance = self.home(request)
         oldest = next(iter(self.queues[instance.name])) == request.id
         self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
+        self._unclaim(request)
+
+    def _unclaim(self, request: Request) -> None:
+        if request.blocks and request.instance is not None:
+            self.residency.leave(request.instance, request.blocks)
 
     def _unqueue(self, request: Request, instance: Instance, progress: int) -> None:
         del self.queues[instance.name][request.id]
-        instance.queued_tokens -= request.prompt_tokens
+        instance.queued_tokens -= request.prompt_tokens - request.cached
         instance.queued_requests -= 1
-        instance.queued_attention -= prompt_attention(request.prompt_tokens)
+        instance.queued_attention -= prompt_attention(request.prompt_tokens, request.cached)
+        instance.queued_unused -= request.unused
+        request.unused = 0
         instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
         instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
         self._rest(instance)
@@ -87,6 +113,9 @@ class Ledger:
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
         """The request is resident here, with so many tokens out as of the instance's last step."""
         request.enter(State.DECODING)
+        if request.instance != instance.name:
+            self._unclaim(request)
+            self.residency.claim(instance.name, request.blocks)
         request.instance, request.target, request.why = instance.name, None, None
         request.base, request.joined = output_tokens, instance.ticks
         request.degraded = request.degraded and instance.kind is Kind.P_HEAVY
@@ -99,11 +128,13 @@ class Ledger:
         """The request's instance is lost: it waits, with the tokens it has, for a place elsewhere."""
         if request.state is State.MOVING:
             self.home(request).leaving_tokens -= request.reserved
+            self._unclaim(request)
         elif request.state is State.PREFILLING:
             self.take_back(request)
             request.enter(State.WAITING)
         elif request.state is State.DECODING:
             self.lift(request)
+            self._unclaim(request)
             request.enter(State.WAITING)
         request.instance = None
 
@@ -168,8 +199,10 @@ class Ledger:
                 self._drop(request)
             case State.DECODING:
                 self.lift(request)
+                self._unclaim(request)
             case State.MOVING:
                 self._release(request)
+                self._unclaim(request)
         request.enter(State.DONE)
         del self.requests[request.id]
         for name in {request.instance, request.target}:
@@ -183,6 +216,8 @@ class Ledger:
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
         instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
+        if instance.queued_unused and step.prefill_tokens:
+            self._begun(instance)
         for name in step.missed:
             request = self.requests.get(name)
             if request is None or request.instance != instance.name:
@@ -195,6 +230,13 @@ class Ledger:
                 instance.context_base -= 1
             if keyed:
                 self.residents[instance.name].add(request)
+
+    def _begun(self, instance: Instance) -> None:
+        # What the prompt under way found in the cache is in the instance's own figures from now on.
+        request = self.oldest(instance)
+        if request is not None:
+            instance.queued_unused -= request.unused
+            request.unused = 0
 
     def _release(self, request: Request) -> None:
         assert request.target is not None, f"request {request.id} goes nowhere"

@@ -42,8 +42,9 @@ def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]
     for name in ledger.residents[source.name].everyone():
         request = ledger.requests[name]
         kv_tokens = request.prompt_tokens + request.output_tokens(source.ticks)
-        target = choose_target(alike, kv_tokens, 1.0, policy) or choose_target(
-            elsewhere, kv_tokens, 1.0, policy
+        prefixes = ledger.prefixes(request)
+        target = choose_target(alike, kv_tokens, 1.0, policy, prefixes) or choose_target(
+            elsewhere, kv_tokens, 1.0, policy, prefixes
         )
         if target is None:
             break

@@ -22,6 +22,9 @@ class Policy:
     `growth`        tokens that every resident is expected to grow by while one move is under way.
     `ahead`         whether the KV of a long prompt is copied to where it will decode while later chunks of
                     it are computed (for clusters that can; simulated links do not).
+    `fetch`         whether a prompt's prefix may be copied from the instance that has it to one where the
+                    prompt is better placed, when that is faster than computing it there (for clusters that
+                    can).
     `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
     """
 
@@ -34,6 +37,7 @@ class Policy:
     dwell: float = 0.25
     growth: int = 8
     ahead: bool = False
+    fetch: bool = False
     scan: int = 8
 
     def __post_init__(self) -> None:

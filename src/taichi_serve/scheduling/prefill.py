@@ -1,4 +1,8 @@
-"""Algorithm 2: length-aware prefill scheduling. Where does the prompt of a request go?"""
+"""Algorithm 2: length-aware prefill scheduling. Where does the prompt of a request go?
+
+The length that counts is what must be computed: tokens whose KV an instance has, or gets before, cost nothing
+there. No other weight draws a prompt to a cache: the price is the prediction, so load cannot pile up.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,22 @@ from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Forecast
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.residency import NONE, NOTHING, Prefixes
 from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens."""
+
+    prefixes: Prefixes
+    lender: Instance | None = None
+    lent: int = 0
+
+
+UNKNOWN = Known(NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +37,9 @@ class Placement:
     """The instance that prefills, whether the decode runs elsewhere, and what was predicted for everyone.
 
     `ttft` is the prediction for the first token that the user gets (seconds from arrival). Forecasts add the
-    move, as the paper does: it delays the second token, and so counts when instances are compared.
+    move, as the paper does: it delays the second token, and so counts when instances are compared. `cached`
+    prompt tokens need not be computed, `used` are in blocks that are in use there, and with `lender` the
+    cached ones are fetched from there.
     """
 
     instance: Instance
@@ -28,6 +47,9 @@ class Placement:
     ttft: float
     forecasts: tuple[Forecast, ...]
     why: str
+    cached: int = 0
+    used: int = 0
+    lender: Instance | None = None
 
 
 def choose_prefill(
@@ -38,27 +60,31 @@ def choose_prefill(
     predictor: Predictor,
     slo: SLO,
     policy: Policy,
+    known: Known = UNKNOWN,
 ) -> Placement:
     """Place the prompt of `request` on one of `instances` (not empty, all able to prefill).
 
     Among feasible ones (see `_forecast`) D-heavy ones come first, so that P-heavy ones stay free for long
-    prompts; then the fewest queued prompt tokens, the lowest prediction, the first in order. When none is
-    feasible the lowest prediction is the least harm, with room in the KV if there is any.
+    prompts; then the fewest prompt tokens to compute until it is through, the queue's and its own, the lowest
+    prediction, the longest cached prefix, the first in order. When none is feasible the lowest prediction is
+    the least harm, with room in the KV if there is any.
     """
-    move = _hand_over_seconds(request, instances, decoders, predictor)
+    move = _hand_over_seconds(request, instances, decoders, predictor, known)
     limits = _limits(request, slo, policy)
     waited = now - request.arrived_at
     late = waited if move is None else waited + move
     forecasts = [
-        _forecast(request, i, late if i.kind is Kind.P_HEAVY else waited, limits, predictor, policy)
+        _forecast(request, i, late if i.kind is Kind.P_HEAVY else waited, limits, predictor, policy, known)
         for i in instances
     ]
     best = min(range(len(instances)), key=lambda n: _key(instances[n], forecasts[n]))
     chosen, forecast = instances[best], forecasts[best]
-    if move is None or chosen.kind is not Kind.P_HEAVY:
-        return Placement(chosen, False, forecast.ttft, tuple(forecasts), _why(forecast, chosen, limits[0]))
-    ttft = forecast.ttft - move
-    return Placement(chosen, True, ttft, tuple(forecasts), _why(forecast, chosen, limits[0]))
+    here = known.prefixes.get(chosen.name, NONE)
+    lender = known.lender if forecast.cached > here.cached else None
+    hand_over = move is not None and chosen.kind is Kind.P_HEAVY
+    ttft = forecast.ttft - move if move is not None and hand_over else forecast.ttft
+    why = _why(forecast, chosen, limits[0], lender)
+    return Placement(chosen, hand_over, ttft, tuple(forecasts), why, forecast.cached, here.claimed, lender)
 
 
 def _limits(request: Request, slo: SLO, policy: Policy) -> tuple[float, float]:
@@ -79,6 +105,7 @@ def _forecast(
     limits: tuple[float, float],
     predictor: Predictor,
     policy: Policy,
+    known: Known,
 ) -> Forecast:
     """What to expect of one instance; `to_come` is the time already waited and the move that would follow.
 
@@ -87,41 +114,70 @@ def _forecast(
     stay within theirs.
     """
     prompt = request.prompt_tokens
-    ttft = to_come + predictor.ttft(instance, prompt)
-    fits = load_after(instance, prompt, policy) <= policy.full_mark
+    here = known.prefixes.get(instance.name, NONE)
+    cached = here.cached
+    ttft = predictor.ttft(instance, prompt, cached)
+    if known.lent > cached and instance is not known.lender:
+        fetched = _fetched(prompt, instance, cached, predictor, known)
+        if fetched < ttft:
+            ttft, cached = fetched, known.lent
+    ttft += to_come
+    fits = load_after(instance, prompt - here.claimed, policy) <= policy.full_mark
     feasible = fits and ttft <= limits[0]
     calm = True
     if feasible and instance.kind is Kind.D_HEAVY:
         feasible = calm = predictor.tpot(instance, prompt) <= limits[1]
-    return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm)
+    return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm, cached)
+
+
+def _fetched(prompt: int, instance: Instance, cached: int, predictor: Predictor, known: Known) -> float:
+    """TTFT (seconds from now) if what the instance lacks of the prefix is copied while the prompt waits in
+    its queue; what is left of the copying then delays it."""
+    assert known.lender is not None
+    copied = predictor.fetch(known.lender, instance, known.lent - cached)
+    queue = predictor.ttft(instance, 0) if instance.queued_requests else 0.0
+    return max(0.0, copied - queue) + predictor.ttft(instance, prompt, known.lent)
 
 
 def _hand_over_seconds(
-    request: Request, instances: Sequence[Instance], decoders: Sequence[Instance], predictor: Predictor
+    request: Request,
+    instances: Sequence[Instance],
+    decoders: Sequence[Instance],
+    predictor: Predictor,
+    known: Known,
 ) -> float | None:
     """What the move after a prefill on a P-heavy instance will take; None where the decode would stay there.
 
     It stays if the request cannot move or is over with its first token, or nobody is D-heavy. One answer for
     all: a link is that of a pair of kinds, and asking for each pair would be the dearest part. The decode is
-    expected on the D-heavy instance with most room now.
+    expected on the D-heavy instance with most room now, what it has of the prompt counted as room.
     """
     source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
     if source is None or not decoders or not request.movable or request.max_tokens <= 1:
         return None
-    likely = min(decoders, key=lambda d: d.kv_usage)
-    return predictor.move(source, likely, request.prompt_tokens)
+    if not known.prefixes:
+        return predictor.move(source, min(decoders, key=lambda d: d.kv_usage), request.prompt_tokens)
+    held = {d.name: known.prefixes.get(d.name, NONE).held for d in decoders}
+    likely = min(decoders, key=lambda d: (d.kv_tokens - held[d.name]) / d.kv_capacity)
+    return predictor.move(source, likely, request.prompt_tokens, held[likely.name])
 
 
 def _key(instance: Instance, forecast: Forecast) -> tuple[float, ...]:
-    """The lowest key is taken; the first of equal ones."""
+    """The lowest key is taken; the first of equal ones. The prompt's length is the same for all of them: what
+    is cached is taken off the queue in its place."""
     if forecast.feasible:
-        return 0.0, instance.kind is Kind.P_HEAVY, forecast.queued_prefill_tokens, forecast.ttft
-    return 1.0, not forecast.fits, forecast.ttft
+        to_compute = forecast.queued_prefill_tokens - forecast.cached
+        return 0.0, instance.kind is Kind.P_HEAVY, to_compute, forecast.ttft, -forecast.cached
+    return 1.0, not forecast.fits, forecast.ttft, -forecast.cached
 
 
-def _why(forecast: Forecast, chosen: Instance, limit: float) -> str:
+def _why(forecast: Forecast, chosen: Instance, limit: float, lender: Instance | None) -> str:
     if not forecast.feasible:
-        return "none feasible: the lowest prediction"
-    if chosen.kind is Kind.D_HEAVY:
-        return f"D-heavy within {limit:g} s, fewest queued prompt tokens"
-    return f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest queued prompt tokens"
+        why = "none feasible: the lowest prediction"
+    elif chosen.kind is Kind.D_HEAVY:
+        why = f"D-heavy within {limit:g} s, fewest queued prompt tokens"
+    else:
+        why = f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest queued prompt tokens"
+    if lender is not None:
+        return f"{why}; fetches the KV of {forecast.cached} tokens from {lender.name}"
+    return f"{why}; {forecast.cached} tokens are cached there" if forecast.cached else why

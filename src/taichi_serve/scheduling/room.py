@@ -15,9 +15,10 @@ def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
     """Share of the KV cache in use once a request with `kv_tokens` has landed on this instance.
 
     Counted are the blocks in use, the room already promised, the prompts queued here, and that every
-    resident grows while the move is under way.
+    resident grows while the move is under way. Of the newcomer and of who is queued, tokens in blocks that
+    others use already count once; those that are cached and used by nobody take room like new ones.
     """
     grown = policy.growth * (instance.decodes + 1)
-    queued = instance.queued_tokens - instance.progress_tokens
+    queued = instance.queued_tokens - instance.progress_tokens + instance.queued_unused
     used = instance.kv_tokens + instance.reserved_tokens + queued
     return (used + kv_tokens + grown) / instance.kv_capacity

@@ -59,17 +59,21 @@ class GlobalScheduler:
         predictor: Predictor,
         policy: Policy,
         capacities: Mapping[str, int],
+        block_size: int = 0,
     ) -> None:
-        """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first."""
+        """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first. A
+        hash of a block stands for `block_size` tokens; with 0 nothing is known of prefixes."""
         self.sliders = sliders
         self.slo = slo
         self.predictor = predictor
         self.policy = policy
-        self.ledger = Ledger(sliders, capacities, policy.alpha * slo.tpot, policy.max_degrades)
+        pace = policy.alpha * slo.tpot
+        self.ledger = Ledger(sliders, capacities, pace, policy.max_degrades, block_size)
         self.requests = self.ledger.requests
         self.instances = self.ledger.instances
         self.counters = Counters()
         self.accuracy = {name: Accuracy() for name in self.instances}
+        self._match = self.ledger.prefixes
         self._dispatcher = Dispatcher(self.ledger, predictor, slo, policy)
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
@@ -99,6 +103,8 @@ class GlobalScheduler:
         if event.request in self.requests:
             return []
         request = Request(event.request, event.at, event.prompt_tokens, event.max_tokens, event.movable)
+        if self.ledger.residency.block_size:
+            request.blocks = event.blocks
         self.requests[request.id] = request
         return self._dispatcher.prefill(request, event.at, self.sliders)
 
@@ -108,6 +114,7 @@ class GlobalScheduler:
             return []
         here = self.instances[event.instance]
         self.ledger.dequeue(request, event.cached)
+        self.counters.through(here.name, request.prompt_tokens, request.cached, event.cached)
         self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
@@ -188,6 +195,8 @@ class GlobalScheduler:
         return [*ahead, *self._backflow(instance, event.at)]
 
     def _cached(self, event: Cached) -> list[Command]:
+        if self.instances[event.instance].alive:
+            self.ledger.residency.learn(event)
         return []
 
     def _degrade(self, source: Instance, now: float) -> list[Command]:
@@ -197,7 +206,7 @@ class GlobalScheduler:
         helpers = [i for i in self.instances.values() if i.serving and i.kind is Kind.P_HEAVY]
         residents = self.ledger.residents[source.name]
         while choice := choose_degrade(
-            source, residents, self.requests, helpers, now, self.predictor, self.policy
+            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._match
         ):
             request, target = choice
             why = f"KV of {source.name} at {source.kv_usage:.3f}, watermark {self.policy.watermark:g}"
@@ -211,7 +220,7 @@ class GlobalScheduler:
         commands: list[Command] = []
         decoders = [i for i in self.instances.values() if i.serving and i.kind is Kind.D_HEAVY]
         while choice := choose_backflow(
-            source, residents, self.requests, decoders, now, self.predictor, self.policy
+            source, residents, self.requests, decoders, now, self.predictor, self.policy, self._match
         ):
             request, target = choice
             why = f"running TPOT reached {self.policy.alpha:g} of {self.slo.tpot:g} s"

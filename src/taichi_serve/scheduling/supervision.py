@@ -27,6 +27,7 @@ def lose(dispatcher: Dispatcher, event: Lost, sliders: Sliders) -> list[Command]
     if instance is None or not instance.alive:
         return []
     instance.alive = False
+    ledger.residency.lose(instance.name)
     commands: list[Command] = []
     for request in list(ledger.requests.values()):
         if request.instance == instance.name:

@@ -1,0 +1,181 @@
+"""Which instance has how much of a prompt: what prefix caches hold, and what live requests will put there.
+
+A block is known by its hash, which stands for all blocks before it too. What the caches hold is told by facts
+(Cached); what live requests hold or are about to is claimed by the ledger as they come and go, so that two
+prompts with one prefix find each other before a block of it is computed. Nothing here decides anything.
+
+Memory: about 150 bytes for each block that some cache holds, however many hold it, and 100 for each block of
+a live prompt on an instance. Eight instances with 2.0M tokens each, in blocks of 16, are a million blocks. No
+more than `most` are kept in mind; those told beyond that are not known, which costs a hit and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+from taichi_serve.messages import Cached, Tier
+
+MOST = 4_000_000  # blocks: 600 MB
+
+
+class Prefix(NamedTuple):
+    """How much of a prompt one instance has, each in tokens from its start."""
+
+    device: int = 0  # in its prefix cache
+    held: int = 0  # there or on its host
+    claimed: int = 0  # of requests that are on it: their blocks are in use, or will be computed before
+
+    @property
+    def cached(self) -> int:
+        """Tokens that will not have to be computed there."""
+        return max(self.held, self.claimed)
+
+
+NONE = Prefix()
+Prefixes = Mapping[str, Prefix]  # by instance; who has nothing is not in it
+NOTHING: Prefixes = {}
+
+
+class Residency:
+    """Block hash to the instances that have it, and the longest prefix that each of them has of a prompt.
+
+    For every block one integer: bit n for the device of instance n, and as many bits further for its host.
+    """
+
+    def __init__(self, names: Sequence[str], block_size: int, most: int = MOST) -> None:
+        """`block_size` is the tokens that a hash stands for, 0 where no prefixes are known; `most` is a
+        number of blocks."""
+        if block_size < 0 or most < 1:
+            raise ValueError(f"a block of {block_size} tokens, or at most {most} blocks, makes no sense")
+        self.block_size = block_size
+        self.most = most
+        self.unknown = 0  # blocks told of when there were `most` already
+        self._names = list(names)
+        self._bit = {
+            (name, tier): 1 << (number + len(names) * (tier is Tier.HOST))
+            for number, name in enumerate(names)
+            for tier in Tier
+        }
+        self._where: dict[int, int] = {}
+        self._claims: dict[str, Counter[int]] = {name: Counter() for name in names}
+
+    def __len__(self) -> int:
+        """Blocks that some cache is known to hold."""
+        return len(self._where)
+
+    # -------------------------------------------------------------------------------------------- facts
+
+    def learn(self, fact: Cached) -> None:
+        """Book what a cache stored and removed."""
+        bit = self._bit[fact.instance, fact.tier]
+        if fact.reset:
+            self._forget(bit)
+        where = self._where
+        for block in fact.stored:
+            mask = where.get(block)
+            if mask is not None:
+                where[block] = mask | bit
+            elif len(where) < self.most:
+                where[block] = bit
+            else:
+                self.unknown += 1
+        for block in fact.removed:
+            mask = where.get(block, 0)
+            if mask & bit:
+                self._put(block, mask ^ bit)
+
+    def lose(self, name: str) -> None:
+        """An instance is gone, with its host's copies. What is claimed there ends with each request."""
+        self._forget(self._bit[name, Tier.DEVICE] | self._bit[name, Tier.HOST])
+
+    def claim(self, name: str, blocks: Sequence[int]) -> None:
+        """A request with these blocks is on this instance."""
+        self._claims[name].update(blocks)
+
+    def leave(self, name: str, blocks: Sequence[int]) -> None:
+        """It is there no more."""
+        claims = self._claims[name]
+        for block in blocks:
+            count = claims[block]
+            if count > 1:
+                claims[block] = count - 1
+            else:
+                del claims[block]
+
+    def _forget(self, bits: int) -> None:
+        self._where = {block: left for block, mask in self._where.items() if (left := mask & ~bits)}
+
+    def _put(self, block: int, mask: int) -> None:
+        if mask:
+            self._where[block] = mask
+        else:
+            del self._where[block]
+
+    # ------------------------------------------------------------------------------------------ questions
+
+    def match(self, blocks: Sequence[int], tokens: int) -> Prefixes:
+        """What every instance has of a request that comes with so many tokens, whose first have these
+        hashes. The last token is always computed: a prompt that is cached as a whole lacks its last block."""
+        size = self.block_size
+        if not size or not blocks:
+            return NOTHING
+        blocks = blocks[: (tokens - 1) // size]
+        if not blocks:
+            return NOTHING
+        lengths, count = self._runs(blocks), len(self._names)
+        found: dict[str, Prefix] = {}
+        for number, (name, claims) in enumerate(self._claims.items()):
+            held = lengths.get(number + count, 0)
+            claimed = _run(claims, blocks) if blocks[0] in claims else 0
+            if held or claimed:
+                found[name] = Prefix(lengths.get(number, 0) * size, held * size, claimed * size)
+        return found
+
+    def _runs(self, blocks: Sequence[int]) -> dict[int, int]:
+        """Blocks of the longest prefix by number of the bit: those of a host count what the device has."""
+        count, last = len(self._names), -1
+        left = (1 << 2 * count) - 1
+        lengths: dict[int, int] = {}
+        for length, mask in enumerate(map(self._where.get, blocks, repeat(0))):
+            if mask == last:  # nearly always: who has a block has the one after it
+                continue
+            last = mask
+            now = left & (mask | mask << count)
+            if now != left:
+                _note(lengths, left ^ now, length)
+                left = now
+                if not left:
+                    break
+        _note(lengths, left, len(blocks))
+        return lengths
+
+    def holds(self, name: str, tier: Tier) -> set[int]:
+        """The blocks that an instance is known to hold: for tests, it looks at every block."""
+        bit = self._bit[name, tier]
+        return {block for block, mask in self._where.items() if mask & bit}
+
+    def claims(self, name: str) -> Mapping[int, int]:
+        """How many requests on this instance have each of their blocks."""
+        return self._claims[name]
+
+
+def _note(lengths: dict[int, int], bits: int, length: int) -> None:
+    while bits and length:
+        lowest = bits & -bits
+        lengths[lowest.bit_length() - 1] = length
+        bits ^= lowest
+
+
+def _run(claims: Mapping[int, int], blocks: Sequence[int]) -> int:
+    """How many blocks are claimed. Who claims a block claims all before it, so this is a bisection."""
+    low, high = 1, len(blocks)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if blocks[middle - 1] in claims:
+            low = middle
+        else:
+            high = middle - 1
+    return low
