@@ -118,7 +118,6 @@ async def all_moved(server: Server, reference: list[Said]) -> None:
     state = server.quiet()
     assert state["requests"]["failed"] == 0
     assert "structured_outputs" not in state["bound"]
-    print(f"{COUNT} of {COUNT} documents identical, each moved {TIMES} times: {state['moves']}")
 
 
 async def test_32_of_32_documents_moved_three_times_say_what_one_instance_says(
