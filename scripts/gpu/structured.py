@@ -120,9 +120,10 @@ def report(
                 at = next((k for k, (p, q) in pairs if p != q), min(len(x.tokens), len(a.tokens)))
                 print(f"  {document.kind}: parts at token {at} of {len(a.tokens)}, {x.error or x.finish}")
     for kind, found in [*rows.items(), (what, [row for one in rows.values() for row in one])]:
-        same, unmoved, made = zip(*found, strict=True)
+        right, twice = (sum(row[k] for row in found) for k in (0, 1))
+        made = [row[2] for row in found]
         print(
-            f"identity, {kind}: moved {sum(same)} of {len(same)}, unmoved twice {sum(unmoved)}, "
+            f"identity, {kind}: moved {right} of {len(found)}, unmoved twice {twice}, "
             f"moves of each {min(made)} to {max(made)}, {sum(made)} in all"
         )
 
