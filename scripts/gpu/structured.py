@@ -120,7 +120,7 @@ def report(
                 at = next((k for k, (p, q) in pairs if p != q), min(len(x.tokens), len(a.tokens)))
                 print(f"  {document.kind}: parts at token {at} of {len(a.tokens)}, {x.error or x.finish}")
     for kind, found in [*rows.items(), (what, [row for one in rows.values() for row in one])]:
-        right, twice = (sum(row[k] for row in found) for k in (0, 1))
+        right, twice = sum(row[0] for row in found), sum(row[1] for row in found)
         made = [row[2] for row in found]
         print(
             f"identity, {kind}: moved {right} of {len(found)}, unmoved twice {twice}, "
