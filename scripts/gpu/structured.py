@@ -121,10 +121,10 @@ def report(
                 print(f"  {document.kind}: parts at token {at} of {len(a.tokens)}, {x.error or x.finish}")
     for kind, found in [*rows.items(), (what, [row for one in rows.values() for row in one])]:
         right, twice = sum(row[0] for row in found), sum(row[1] for row in found)
-        made = [row[2] for row in found]
+        each = [row[2] for row in found]
         print(
             f"identity, {kind}: moved {right} of {len(found)}, unmoved twice {twice}, "
-            f"moves of each {min(made)} to {max(made)}, {sum(made)} in all"
+            f"moves of each {min(each)} to {max(each)}, {sum(each)} in all"
         )
 
 
