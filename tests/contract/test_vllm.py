@@ -325,6 +325,72 @@ def test_adapters_are_counted_over_the_step_and_too_many_end_the_engine(schedule
     )
 
 
+def test_a_grammar_is_begun_by_the_thread_that_takes_requests_in_and_may_be_built_at_once(
+    scheduler: Any,
+) -> None:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    assert mentions(EngineCore.preprocess_add_request, "structured_output_manager.grammar_init(req)") == []
+    assert mentions(scheduler, "self.structured_output_manager = structured_output_manager") == []
+    assert names(StructuredOutputManager.grammar_init) == ["request"]
+    wanted = (
+        "if self.backend is None:",
+        "structured_outputs._backend",
+        "if self._use_async_grammar_compilation:",
+        "grammar = self._create_grammar(request)",
+        "grammar.set_exception(e)",
+    )
+    assert mentions(StructuredOutputManager.grammar_init, *wanted) == []
+    assert mentions(StructuredOutputManager, "self.executor = ThreadPoolExecutor") == []
+
+
+def test_a_grammar_is_fed_each_token_after_it_is_among_all_tokens(scheduler: Any) -> None:
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    assert names(StructuredOutputManager.accept_tokens) == ["request", "new_token_ids"]
+    source = inspect.getsource(scheduler.update_from_output)
+    appended = source.index("self._update_request_with_output(")
+    assert appended < source.index("self.structured_output_manager.accept_tokens(")
+    looked_at = (
+        "request.all_token_ids",
+        "request.prompt_token_ids",
+        "request.request_id",
+        "request.use_structured_output",
+        "structured_req.reasoning_ended = True",
+    )
+    assert mentions(StructuredOutputManager, *looked_at) == []
+
+
+def test_all_grammars_fill_one_array_that_the_manager_has_its_backend_make() -> None:
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    made = "self._grammar_bitmask = self.backend.allocate_token_bitmask("
+    assert mentions(StructuredOutputManager.grammar_bitmask, made) == []
+
+
+def test_a_request_waits_for_its_grammar_in_a_state_of_its_own_and_an_exception_ends_it(
+    scheduler: Any,
+) -> None:
+    from vllm.v1.request import Request, RequestStatus
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+    assert mentions(Request, "RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR") == []
+    assert RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR < RequestStatus.RUNNING
+    ends = "isinstance(struct_output_req.grammar, Exception)", "self.grammar_compile_error_reqs.add("
+    assert mentions(scheduler._handle_blocked_waiting_request, *ends) == []
+    made = {field.name for field in fields(StructuredOutputRequest) if field.init}
+    assert {"params", "_grammar", "reasoning_ended", "reasoning_parser_kwargs", "reasoner"} == made
+    assert isinstance(StructuredOutputRequest.is_grammar_ready, property)
+
+
+def test_the_v2_runner_matches_bad_words_from_the_end_of_the_prompt_on() -> None:
+    from vllm.v1.worker.gpu.sample import bad_words
+
+    wanted = "output_len = total_len - prompt_len", "all_token_ids_stride + prompt_len"
+    assert [text for text in wanted if text not in inspect.getsource(bad_words)] == []
+
+
 def test_expired_sends_are_given_back_in_one_place_of_the_worker() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import (
         NixlBaseConnectorWorker as Worker,
@@ -660,6 +726,7 @@ def test_everything_that_sampling_parameters_can_ask_for_is_known_to_move_or_to_
             "output_text_buffer_length",
             "logit_bias",
             "allowed_token_ids",
+            "structured_outputs",
             "flat_logprobs",
             "skip_reading_prefix_cache",
         ),

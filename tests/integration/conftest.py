@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from documents import TOOLS
 from servers import Server
 
 API_KEY = "an-api-key-of-the-tests"
@@ -16,11 +17,13 @@ OVER_NIXL = ("--kv-over", "nixl")
 
 # Four ways to set the sliders. The reference for all comparisons is `single`: one instance, no moves.
 SHARED: dict[str, tuple[str, ...]] = {
-    "hybrid": ("--p-heavy", "1", "--d-heavy", "1"),
+    "hybrid": ("--p-heavy", "1", "--d-heavy", "1", *TOOLS),
     # On one core, as every instance of the others: two threads that wait for each other suffer when busy.
-    "single": ("--d-heavy", "1", "--devices", str(max(os.sched_getaffinity(0)))),
+    "single": ("--d-heavy", "1", "--devices", str(max(os.sched_getaffinity(0))), *TOOLS),
     "aggregation": ("--d-heavy", "2", "--d-chunk", "256"),
-    "disaggregation": ("--p-heavy", "1", "--d-heavy", "1", "--d-chunk", "0", "--watermark", "1", *OVER_NIXL),
+    "disaggregation": (
+        *("--p-heavy", "1", "--d-heavy", "1", "--d-chunk", "0", "--watermark", "1", *OVER_NIXL, *TOOLS),
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import footprint
 import psutil
 import pytest
+from documents import documents
 from load import PATH, Wish, completed, streamed, wishes, wrong
 from servers import SOURCE, STOP_SECONDS, Server, processes, until
 
@@ -23,6 +24,8 @@ NAMES = ("i0", "i1", "i2")
 POISON = {"PYTHONPATH": f"{Path(__file__).parent / 'poison'}:{SOURCE}"}
 FLAGS = ("--d-heavy", "3", "--move-timeout", "3", "--stall-timeout", "8")
 WISHES = wishes(12, seed=21, prompt=(200, 900), output=(150, 250))
+# Of completions alone: this server has no parser of tools.
+DOCUMENTS = documents(12, seed=8, kinds=("json", "json_object", "regex", "choice", "lark", "guidance"))
 BACK_SECONDS = 60  # within which a killed instance serves again
 KNOWN_SECONDS = 10  # within which a silent one is known
 
@@ -165,6 +168,23 @@ async def test_a_poisonous_request_takes_two_instances_and_is_ended_and_everybod
         assert (await completed(client, WISHES[0].body())).tokens == reference[0].tokens
     state = settled(three)
     assert state["requests"]["failed"] == before["requests"]["failed"] + 1
+
+
+async def test_documents_of_a_killed_instance_are_finished_elsewhere_as_they_would_have_been(
+    three: Server, single: Server
+) -> None:
+    restarts = three.instance("i2")["restarts"]
+    await until(lambda: is_up(three, "i2", restarts), BACK_SECONDS, "i2 serves")
+    async with single.client() as client:
+        reference = await asyncio.gather(*(stream(client, one.path, one.body) for one in DOCUMENTS))
+    async with three.client() as client:
+        tasks = [asyncio.create_task(stream(client, one.path, one.body)) for one in DOCUMENTS]
+        await until(lambda: decoding(three), 60, "all decode")
+        processes(three, "i2")[0].kill()
+        answers = await asyncio.gather(*tasks)
+    assert wrong(answers, reference) == []
+    assert settled(three)["moves"]["rescue"] > 0
+    await until(lambda: is_up(three, "i2", restarts + 1), BACK_SECONDS, "i2 is back")
 
 
 async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_the_server_fails(

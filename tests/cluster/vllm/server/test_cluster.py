@@ -496,6 +496,21 @@ async def test_a_move_whose_kv_cannot_be_copied_does_not_happen(two: Two) -> Non
     assert two.tokens == [50, 51]
 
 
+async def test_a_move_whose_grammar_cannot_be_built_there_does_not_happen(two: Two) -> None:
+    two.clients[0].pins = []
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    two.cluster.send(Flow("a", 1, "i1", Move.OPERATOR))
+    await two.orders[1].has(More("a#1", "e0", []))
+    two.say(1, "a#1", finish_reason=FinishReason.ERROR)
+    refused = two.facts()[-1]
+    assert isinstance(refused, Refused)
+    assert (refused.leg, refused.why) == (1, "its target gave it up")
+    two.say(0, "a", 51)
+    assert two.tokens == [50, 51]
+
+
 async def test_blocks_are_unpinned_only_when_nobody_reads_them_any_more(two: Two) -> None:
     two.clients[1].dropped.clear()
     await copied_ahead(two)

@@ -40,11 +40,17 @@ def asking(**params: Any) -> EngineCoreRequest:
     return request(SamplingParams(max_tokens=8, **params))
 
 
+def held_by(backend: str) -> StructuredOutputsParams:
+    made = StructuredOutputsParams(choice=["a", "b"])
+    made._backend = backend  # as vLLM's front end has set it when it has checked the request
+    return made
+
+
 BINDS: dict[str, Callable[[], EngineCoreRequest]] = {
     "presence_penalty": lambda: asking(presence_penalty=-0.1),
     "frequency_penalty": lambda: asking(frequency_penalty=0.1),
     "seed": lambda: asking(seed=0, temperature=0.5),
-    "structured_outputs": lambda: asking(structured_outputs=StructuredOutputsParams(choice=["a", "b"])),
+    "lm_format_enforcer": lambda: asking(structured_outputs=held_by("lm-format-enforcer")),
     "bad_words": lambda: asking(bad_words=["x"]),
     "prompt_logprobs": lambda: asking(prompt_logprobs=0),
     "thinking_token_budget": lambda: asking(thinking_token_budget=5),
@@ -81,6 +87,9 @@ def test_it_binds_and_gives_its_name(name: str) -> None:
         {"stop_token_ids": [5], "min_tokens": 3},
         {"logprobs": 5, "logit_bias": {5: 1.0}, "allowed_token_ids": [5, 6]},
         {"repetition_penalty": 1.2},
+        {"structured_outputs": held_by("xgrammar")},
+        {"structured_outputs": held_by("guidance")},
+        {"structured_outputs": held_by("outlines")},
         {"thinking_token_budget": -1},  # unlimited
         {"extra_args": {}},
     ],

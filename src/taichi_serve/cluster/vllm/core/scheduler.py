@@ -24,16 +24,17 @@ from vllm.v1.request import Request, RequestStatus
 
 from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
 from taichi_serve.cluster.vllm.core.flight import Flight
+from taichi_serve.cluster.vllm.core.grammar import Grammars
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
 from taichi_serve.cluster.vllm.core.pins import Pins
 from taichi_serve.cluster.vllm.core.record import Arrivals, Step
 from taichi_serve.cluster.vllm.core.resumed import as_output, go_on, keep_room
 from taichi_serve.cluster.vllm.core.seats import (
     aside,
+    not_yet,
     only_with_a_place_for_its_adapter,
     room_for_moving_in,
     waits_for_kv,
-    without_room,
 )
 from taichi_serve.cluster.vllm.core.unconfirmed import Unconfirmed
 from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, flight_file
@@ -71,6 +72,7 @@ class FlowScheduler(AsyncScheduler):
         self._arrivals = Arrivals()
         self._pins = Pins(self.kv_cache_manager, self.block_size, self._reads)
         self._unconfirmed = Unconfirmed(self.kv_cache_manager, self._reads)
+        self._grammars = Grammars(self.structured_output_manager)
         directory = self._side.directory
         self._flight = Flight(flight_file(directory, self._side.engine_id)) if directory else None
 
@@ -83,7 +85,7 @@ class FlowScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step: every decode, whoever moves in, then at most `chunk` prompt tokens."""
-        with aside(self.kv_holding_waiting, without_room(self)), only_with_a_place_for_its_adapter(self):
+        with aside(self.kv_holding_waiting, not_yet(self)), only_with_a_place_for_its_adapter(self):
             output = self._schedule(throttle_prefills)
         if self._flight is not None:  # before it runs
             new = (request.req_id for request in output.scheduled_new_reqs)
@@ -143,16 +145,15 @@ class FlowScheduler(AsyncScheduler):
 
     def arrive(self, request_id: str, tokens: list[int]) -> bool:
         """A request whose blocks were copied ahead has left its source with these `tokens` since: it is in
-        the next step. False where it never got its blocks, or is not here."""
+        the next step. False where it never got its blocks, is not here, or its grammar does not take them."""
         request, now = self.requests.get(request_id), time.monotonic()
         if request is None or request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
             return False
-        if self._reads.lent(request_id) is None:
+        if self._reads.lent(request_id) is None or not self._grammars.go_on(request, tokens):
             return False
         go_on(request, tokens, self.use_v2_model_runner)
-        remark(
-            request, replace(marks_of(request), ahead=0)
-        )  # if it is preempted here, it is computed like any other
+        # If it is preempted here, it is computed like any other.
+        remark(request, replace(marks_of(request), ahead=0))
         self._side.arrive(request, now)
         request.num_computed_tokens = request.num_tokens - 1
         self._arrivals.came(request_id, now)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
+from taichi_serve.cluster.vllm.core.grammar import is_built
 from taichi_serve.cluster.vllm.core.marks import marks_of
 
 if TYPE_CHECKING:
@@ -39,13 +40,17 @@ def aside(queue: RequestQueue, requests: list[Request]) -> Iterator[None]:
             queue.add_request(request)
 
 
-def without_room(scheduler: AsyncScheduler) -> list[Request]:
-    """What is to be copied ahead and finds no room still runs at its source: nobody waits behind it."""
+def not_yet(scheduler: AsyncScheduler) -> list[Request]:
+    """Who moves in and is not looked at in this step. While a grammar is being built vLLM would put its
+    request behind new prompts. What is to be copied ahead and finds no room still runs at its source: nobody
+    waits behind it."""
     pool = scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks() - scheduler._inflight_prefill_reserved_blocks()
     found = []
     for request in scheduler.kv_holding_waiting:
-        if marks_of(request).ahead and request.status == RequestStatus.WAITING:
+        if not is_built(request):
+            found.append(request)
+        elif marks_of(request).ahead and request.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
             free -= -(-request.num_tokens // scheduler.block_size)
             if free < 0:
                 found.append(request)

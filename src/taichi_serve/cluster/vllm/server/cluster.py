@@ -17,7 +17,7 @@ from taichi_serve.cluster.vllm.server.exact import bound_by
 from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.itinerary import Going, Road
 from taichi_serve.cluster.vllm.server.journey import Journey
-from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Gone, direct
+from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed, Gone, direct
 from taichi_serve.messages import (
     Abort,
     Ahead,
@@ -200,6 +200,8 @@ class VllmCluster:
         if journey is None:  # a late word about a leg that is over: it may have left before it was ended
             if output.stop_reason == LEFT:
                 engine.release(output.request_id, None)
+            elif output.finish_reason is FinishReason.ERROR:  # or about one that is copied ahead
+                self.hands.hear(Failed(output.request_id, "its target gave it up"))
             return False
         if output.finish_reason is None and journey.stage in STREAMING:
             journey.tokens.extend(output.new_token_ids)

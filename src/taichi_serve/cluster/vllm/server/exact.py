@@ -3,7 +3,8 @@
 A later leg hands the engine prompt and output so far as one prompt. Whatever looks only at all tokens, or
 only at the next one, cannot tell the difference; whatever keeps a state of its own, or tells prompt from
 output, can, and such a request stays on one instance for life. vLLM's V2 model runner (GPU) takes the output
-so far as output (flow.as_output), so there less is bound than with the V1 runner (CPU).
+so far as output (core/resumed.py), so there less is bound than with the V1 runner (CPU). A grammar's state is
+outside both: the next engine builds it anew and feeds it the output so far (core/grammar.py).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+ENFORCER = "lm-format-enforcer"  # the backend of structured outputs that works in Python, token by token
+
 # What binds a request to its instance: a name for counters and docs, and how to see it.
 BOUND_BY_PARAMS: dict[str, Callable[[SamplingParams], object]] = {
     "presence_penalty": lambda p: p.presence_penalty,
     "frequency_penalty": lambda p: p.frequency_penalty,
     "seed": lambda p: p.seed is not None and p.temperature > 0,
-    "structured_outputs": lambda p: p.structured_outputs,
+    "lm_format_enforcer": lambda p: p.structured_outputs and p.structured_outputs._backend == ENFORCER,
     "bad_words": lambda p: p.bad_words,
     "prompt_logprobs": lambda p: p.prompt_logprobs is not None,
     "thinking_token_budget": lambda p: p.thinking_token_budget is not None,
@@ -37,7 +40,7 @@ BOUND_BY_REQUEST: dict[str, Callable[[EngineCoreRequest], object]] = {
 
 
 # The V2 model runner draws by seed and position, and tells the output of a moved request from its prompt.
-FREE_WITH_V2 = frozenset({"presence_penalty", "frequency_penalty", "seed"})
+FREE_WITH_V2 = frozenset({"presence_penalty", "frequency_penalty", "seed", "bad_words"})
 
 
 def bound_by(request: EngineCoreRequest, v2: bool = False) -> str | None:
