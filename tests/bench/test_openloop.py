@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from taichi_serve.bench.endpoint import Endpoint, EndpointError, EndpointGoneError, meet
-from taichi_serve.bench.openloop import OpenLoop
+from taichi_serve.bench.openloop import OpenLoop, Plan
 from taichi_serve.bench.score import Score
 from taichi_serve.cluster.simulated.job import Call
 from taichi_serve.slo import SLO
@@ -55,7 +55,7 @@ class Tokens(httpx.AsyncByteStream):
 async def loaded(server, score, calls, warm_up=0, early=False):
     async with httpx.AsyncClient(transport=server, base_url="http://server") as client:
         loop = OpenLoop(Endpoint(client, "tiny", 4096, "0"))
-        await loop.run(calls, 0, score, warm_up, early, lambda score: None)
+        await loop.run(Plan(0, calls, warm_up), score, early, lambda score: None)
     return score
 
 

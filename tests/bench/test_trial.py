@@ -84,7 +84,7 @@ class Loop:
     async def instances(self):
         return next(self.said)
 
-    async def run(self, calls, seed, score, warm_up, early, tell):
+    async def run(self, plan, score, early, tell):
         pass
 
 
@@ -141,7 +141,7 @@ def test_scale_shortens_prompts_and_outputs_alike():
 def test_scale_shortens_a_trace_before_it_is_held_against_the_models_limit(tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text("num_prefill_tokens,num_decode_tokens\n8000,200\n3,100\n")
-    trace = Trial(str(path), PROMISE, scale=0.1).lengths(1000).lengths.trace
+    trace = Trial(str(path), PROMISE, scale=0.1).lengths(1000).source.trace
     assert (list(trace.prompts), list(trace.outputs)) == ([800, 1], [20, 10])
     with pytest.raises(ValueError, match="row 2: num_prefill_tokens: 800 \\+ 20 tokens are over"):
         Trial(str(path), PROMISE, scale=0.1).lengths(819)

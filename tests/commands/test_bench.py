@@ -31,7 +31,10 @@ BAD = [
     ("--attainment 0", "attainment must be above 0 and at most 1, not 0.0"),
     ("--attainment 1.5", "attainment must be above 0 and at most 1, not 1.5"),
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
-    ("--workload nothing", "workload 'nothing' is no file, and none of sharegpt, summarization, 1200/100"),
+    (
+        "--workload nothing",
+        "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100",
+    ),
     ("--scale 0", "scale must be a positive number, not 0.0"),
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     ("--compare hybrid,mixed", "--compare: 'mixed' is none of aggregation, disaggregation, hybrid"),

@@ -58,7 +58,7 @@ BAD = [
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
     (
         "--workload nothing.csv",
-        r"workload 'nothing.csv' is no file, and none of sharegpt, summarization, 1200/100",
+        r"workload 'nothing.csv' is no file, and none of conversations, sharegpt, summarization, 1200/100",
     ),
     ("--profile nothing", "profile 'nothing' is no file"),
     ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
