@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -75,7 +75,7 @@ def within(
     requests: int,
     talks: Iterator[float],
     singles: Iterator[float],
-    pauses: Callable[[int], list[float]],
+    pauses: Callable[[int], Sequence[float]],
 ) -> list[Born]:
     """All that begins among the first `requests` requests, in order of time, where answers take no time.
 

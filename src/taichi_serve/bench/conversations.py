@@ -127,6 +127,7 @@ class Talk:
     system: int
     length: int
     turns: tuple[Turn, ...]
+    pauses: tuple[float, ...]  # seconds before each turn, from the answer before
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +145,12 @@ class Talks:
         """`rate` is that of all requests, turns with those that share nothing, from the first second on
         (births.py), as far as answers take no time; there are exactly `requests` of them."""
         what = self.what
-        talks = _Memory(what, seed)
+        talks = Memory(what, seed)
         plan = within(
             requests,
             Births(rate * (1 - what.alone), what.turns, what.between).times(arrivals, stream("talks", seed)),
             Births(rate * what.alone).times(arrivals, stream("alone", seed)),
-            lambda number: [turn.after for turn in talks.talk(number).turns],
+            lambda number: talks.talk(number).pauses,
         )
         for born in plan:
             if born.turns:
@@ -158,7 +159,7 @@ class Talks:
                 yield talks.single(born.number, born.at)
 
 
-class _Memory:
+class Memory:
     """All that a seed stands for; a conversation is drawn when it is asked for."""
 
     def __init__(self, what: Conversations, seed: int) -> None:
@@ -192,7 +193,7 @@ class _Memory:
                 said = length
             turns.append(Turn(said + message, answer, after, over))
             said += message + answer
-        return Talk(system, length, tuple(turns))
+        return Talk(system, length, tuple(turns), tuple(turn.after for turn in turns))
 
     def _after(self, chance: random.Random, called: bool) -> float:
         mean = self.what.wait if called else self.what.think

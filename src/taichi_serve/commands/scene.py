@@ -55,7 +55,7 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arrivals",
         choices=ARRIVALS,
-        help="trace: the trace's own, faster or slower, so that the whole of it has the rate; poisson; gamma, "
+        help="trace: the trace's own, faster or slower, so that the whole of it has the rate; poisson; gamma "
         "with the coefficient of variation --cv (default: poisson, or gamma with --cv)",
     )
     parser.add_argument(
