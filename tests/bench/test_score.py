@@ -48,6 +48,24 @@ def test_what_failed_or_was_refused_or_came_short_is_not_good_however_fast_it_wa
     assert (refused.ttft, refused.good) == (None, False)
 
 
+def test_the_cached_share_is_of_the_prompts_of_requests_that_ended_properly():
+    answers = [answer(), answer(), answer(error="HTTP 503: full")]
+    for told, cached in zip(answers, (16, 0, 20), strict=True):
+        told.cached_tokens = cached
+    score = Score(PROMISE, 4, 0.9)
+    for number, told in enumerate([*answers, answer()]):
+        score.begin((0, number), live(), DUE)
+        score.end((0, number), told)
+    assert score.run(1.0, 1.0).cached == pytest.approx(16 / 60)
+
+
+def test_without_a_word_of_the_server_the_cached_share_is_not_known():
+    score = Score(PROMISE, 1, 0.9)
+    score.begin((0, 0), live(), DUE)
+    score.end((0, 0), answer())
+    assert score.run(1.0, 1.0).cached is None
+
+
 def test_a_request_is_lost_once_its_first_token_is_late():
     waiting = live()
     assert not waiting.lost(DUE + 1.0, PROMISE)

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from taichi_serve.bench.traces import TraceError, read_trace
+from taichi_serve.bench.trace import TraceError
+from taichi_serve.bench.traces import read_trace
 from taichi_serve.bench.workload import workload
 
 LENGTHS = "num_prefill_tokens,num_decode_tokens\n"
@@ -83,7 +84,7 @@ BAD = [
     (AZURE + "2024-05-10 00:00:01,5,1\n2024-05-10 00:00:02Z,5,1\n", "row 3: TIMESTAMP: 2024-"),
     (AZURE + "2024-13-10 00:00:01,5,1\n", "row 2: TIMESTAMP: expected a date and time, not '2024-13-10"),
     (AZURE + ",5,1\n", "row 2: TIMESTAMP: expected a date and time, not ''"),
-    ('{"timestamp": 0, "input_length": 6758}\n' * 3, 'row 1: columns {"timestamp": 0'),
+    ("[1, 2]\n", "row 1: columns [1, 2]; expected TIMESTAMP"),
 ]  # fmt: skip
 
 

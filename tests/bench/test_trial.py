@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.bracket import Bracket
 from taichi_serve.bench.score import Run
 from taichi_serve.bench.trial import Trial, climb, measure
@@ -84,7 +85,7 @@ class Loop:
     async def instances(self):
         return next(self.said)
 
-    async def run(self, calls, seed, score, warm_up, early, tell):
+    async def run(self, plan, score, early, tell):
         pass
 
 
@@ -141,7 +142,25 @@ def test_scale_shortens_prompts_and_outputs_alike():
 def test_scale_shortens_a_trace_before_it_is_held_against_the_models_limit(tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text("num_prefill_tokens,num_decode_tokens\n8000,200\n3,100\n")
-    trace = Trial(str(path), PROMISE, scale=0.1).lengths(1000).lengths.trace
+    trace = Trial(str(path), PROMISE, scale=0.1).lengths(1000).source.trace
     assert (list(trace.prompts), list(trace.outputs)) == ([800, 1], [20, 10])
     with pytest.raises(ValueError, match="row 2: num_prefill_tokens: 800 \\+ 20 tokens are over"):
         Trial(str(path), PROMISE, scale=0.1).lengths(819)
+
+
+def test_arrivals_are_those_that_were_asked_for():
+    calls = Trial("sharegpt", PROMISE, arrivals=Arrivals("gamma", 0.0)).lengths(4096).calls(2.0, 3, 0)
+    assert [call.at for call in calls] == [0.5, 1.0, 1.5]
+    with pytest.raises(ValueError, match="'sharegpt' has no arrival times of its own: take poisson or gamma"):
+        Trial("sharegpt", PROMISE, arrivals=Arrivals("trace")).lengths(4096)
+
+
+async def test_a_run_of_conversations_sends_as_many_requests_as_were_asked_for():
+    class Counting(Loop):
+        async def run(self, plan, score, early, tell):
+            assert (plan.total, plan.warm_up, plan.block_size) == (12, 2, 16)
+            assert any(call.then for call in plan.calls)
+
+    trial = Trial("conversations:think=0", PROMISE, requests=10, warm_up=2)
+    run = await measure(Counting({}, {}), trial, trial.lengths(4096), 2.0, False, lambda score: None)
+    assert run.span > 0

@@ -5,8 +5,11 @@ from itertools import pairwise
 
 import pytest
 
-from taichi_serve.bench.traces import TraceError, read_trace
-from taichi_serve.bench.workload import Replay, workload
+from taichi_serve.bench.arrivals import Arrivals
+from taichi_serve.bench.lengths import InOrder
+from taichi_serve.bench.trace import TraceError
+from taichi_serve.bench.traces import read_trace
+from taichi_serve.bench.workload import workload
 
 
 def written(path, text):
@@ -41,7 +44,7 @@ def test_a_workload_can_be_given_by_its_mean_lengths():
 
 
 def test_gamma_arrivals_have_the_cv_that_was_asked_for():
-    calls = list(workload("sharegpt", 32768, cv=2.0).calls(10.0, 20_000, 1))
+    calls = list(workload("sharegpt", 32768, arrivals=Arrivals("gamma", 2.0)).calls(10.0, 20_000, 1))
     gaps = [b.at - a.at for a, b in pairwise(calls)]
     assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(2.0, rel=0.05)
     assert statistics.fmean(gaps) == pytest.approx(0.1, rel=0.05)
@@ -59,7 +62,7 @@ def test_the_three_formats_are_told_apart_by_their_header(tmp_path):
     traces = [read_trace(path) for path in (azure, timed, lengths)]
     assert [list(t.prompts) for t in traces] == [[10, 20]] * 3
     assert [t.rate for t in traces] == pytest.approx([1 / 1.5, 1 / 1.5, 0.0])
-    replayed = list(Replay(traces[0], scale=3.0).calls(3))
+    replayed = list(InOrder(traces[0]).calls(Arrivals("trace"), 2.0, 3, 0))  # three times as fast
     assert [c.at for c in replayed] == pytest.approx([0.0, 0.5, 1.0])
 
 

@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from taichi_serve.bench.report import HEADS, Result, as_json, draw, markdown, read, row, write
+from taichi_serve.bench.arrivals import Arrivals
+from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
 from taichi_serve.bench.score import Run, Sample
 from taichi_serve.bench.trial import Goodput, Trial
 from taichi_serve.commands import bench, contenders, installed
@@ -31,8 +32,19 @@ BAD = [
     ("--attainment 0", "attainment must be above 0 and at most 1, not 0.0"),
     ("--attainment 1.5", "attainment must be above 0 and at most 1, not 1.5"),
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
-    ("--workload nothing", "workload 'nothing' is no file, and none of sharegpt, summarization, 1200/100"),
+    (
+        "--workload nothing",
+        "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100",
+    ),
     ("--scale 0", "scale must be a positive number, not 0.0"),
+    (
+        "--workload conversations:turns=0",
+        "workload 'conversations:turns=0': turns must be from 1 to 1000, not 0.0",
+    ),
+    ("--arrivals trace", "workload 'sharegpt' has no arrival times of its own: take poisson or gamma"),
+    ("--arrivals gamma", "--arrivals gamma needs --cv, the coefficient of variation of the gaps"),
+    ("--arrivals poisson --cv 2", "--cv is for --arrivals gamma, not for poisson"),
+    ("--cv nan", "the coefficient of variation must be at least 0, not nan"),
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     ("--compare hybrid,mixed", "--compare: 'mixed' is none of aggregation, disaggregation, hybrid"),
     ("--compare hybrid --instances 1", "--instances: must be at least 2, not 1"),
@@ -42,6 +54,15 @@ BAD = [
 @pytest.mark.parametrize(("words", "expected"), BAD)
 def test_bad_input_is_one_line_and_status_2(words, expected, model, capsys):
     assert told(f"{model} {BASE} {words}", capsys) == f"taichi bench: {expected}\n"
+
+
+def test_lengths_of_a_trace_with_hashes_are_scaled_by_whole_blocks_only(model, capsys, tmp_path):
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1, "hash_ids": [0]}')
+    said = told(f"{model} {BASE} --workload {trace} --scale 0.1", capsys)
+    assert said.startswith(
+        f"taichi bench: {trace}: row 1: hash_ids: a block of 512 tokens times 0.1 is no whole"
+    )
 
 
 def test_a_trace_with_other_columns_is_named_before_a_server_is_started(model, capsys, tmp_path):
@@ -191,6 +212,12 @@ def test_a_row_of_the_table_by_hand():
     }
 
 
+def test_the_conditions_say_how_requests_arrived():
+    assert "sharegpt x 0.1, Poisson arrivals, SLO 4 s" in conditions(result())
+    bursts = replace(result(), trial=replace(result().trial, arrivals=Arrivals("gamma", 2.0)))
+    assert "gamma arrivals (cv 2), SLO" in conditions(bursts)
+
+
 def test_a_configuration_that_keeps_nothing_has_a_row_too():
     assert row(result(goodput=Goodput(0.0, (MISSED,), None))) == ("hybrid", "below 4", *("-",) * 5, "4", "-")
 
@@ -248,6 +275,8 @@ def test_a_rate_that_ended_early_says_what_is_known_of_it():
         "the client was up to 0.20 s late, 2 s"
     )
     assert line("hybrid", THERE) == "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s"
+    told = replace(THERE, samples=tuple(replace(s, cached_tokens=15) for s in SAMPLES))
+    assert "10 sent, 75.0% of the prompt tokens cached, 6 s" in line("hybrid", told)
     assert line("hybrid", replace(THERE, span=5.0, lost=("i1",))) == (
         "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s, lost i1, too short: 5 s of traffic"
     )

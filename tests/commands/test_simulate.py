@@ -58,7 +58,13 @@ BAD = [
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
     (
         "--workload nothing.csv",
-        r"workload 'nothing.csv' is no file, and none of sharegpt, summarization, 1200/100",
+        r"workload 'nothing.csv' is no file, and none of conversations, sharegpt, summarization, 1200/100",
+    ),
+    ("--arrivals trace", "workload 'sharegpt' has no arrival times of its own: take poisson or gamma"),
+    ("--arrivals gamma", "--arrivals gamma needs --cv"),
+    (
+        "--workload conversations:share=2",
+        "workload 'conversations:share=2': share must be from 0 to 1, not 2.0",
     ),
     ("--profile nothing", "profile 'nothing' is no file"),
     ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
@@ -91,6 +97,22 @@ def test_a_prompt_over_the_models_limit_names_file_row_and_field(capsys, tmp_pat
     trace.write_text("num_prefill_tokens,num_decode_tokens\n10,5\n40000,5\n")
     assert simulate.main(parsed(simulate, f"{ONE} --workload {trace}")) == 2
     assert f"{trace}: row 3: num_prefill_tokens: 40000 + 5 tokens are over" in capsys.readouterr().err
+
+
+def test_a_traces_own_bursts_are_harder_than_poisson_and_times_that_are_not_used_are_said(capsys, tmp_path):
+    trace = tmp_path / "bursts.csv"  # 20 prompts at once, every 10 s
+    rows = [f"{10 * burst},4000,2\n" for burst in range(20) for _ in range(20)]
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + "".join(rows))
+    told = {}
+    for arrivals in ("trace", "poisson"):
+        words = f"{ONE} --workload {trace} --rate 2 --requests 400 --arrivals {arrivals} --json"
+        assert simulate.main(parsed(simulate, words)) == 0
+        said = capsys.readouterr()
+        told[arrivals] = json.loads(said.out)
+        assert ("arrival times that are not used" in said.err) == (arrivals == "poisson")
+    assert told["trace"]["attainment"] < 0.8 * told["poisson"]["attainment"]
+    assert told["trace"]["arrivals"] == "the trace's own arrivals"
+    assert "note" not in told["trace"]
 
 
 @pytest.mark.parametrize(("words", "done"), [("skip", "skipped"), ("cut", "cut")])

@@ -33,6 +33,22 @@ def test_without_a_tpot_limit_the_bound_is_the_work_alone():
     assert seconds == pytest.approx(0.1049, rel=0.01)
 
 
+def test_the_bound_counts_only_tokens_that_nobody_can_have_cached():
+    # Every prompt has 1000 tokens. Where 992 of these were in the one before, only 8 are computed.
+    class Alike(Synthetic):
+        def calls(self, arrivals, rate, requests, seed):
+            for call in super().calls(arrivals, rate, requests, seed):
+                yield replace(call, blocks=tuple(range(62)))
+
+    same = Workload("same", Alike(LogNormal(1000, 0.0, 1000), LogNormal(20, 0.0, 20)))
+    alone, cached = Mean.of(LOAD, 500), Mean.of(same, 500)
+    assert (alone.prompt, alone.attention) == (1000.0, 500_500.0)
+    assert cached.prompt == pytest.approx(8 + 992 / 500)
+    assert cached.attention == pytest.approx(500_500 - 992 * 993 / 2 * 499 / 500)
+    assert (cached.held, cached.context) == (alone.held, alone.context)
+    assert bound(TINY, same, 0.05, 2) > 2 * bound(TINY, LOAD, 0.05, 2)
+
+
 def test_a_tight_tpot_limit_lowers_the_bound_and_never_below_what_is_reached():
     loose, tight = bound(TINY, LOAD, 0.05, 2), bound(TINY, LOAD, 0.0105, 2)
     assert tight < loose

@@ -32,6 +32,7 @@ class Answer:
     output_tokens: int = 0
     finish: str | None = None
     error: str | None = None
+    cached_tokens: int | None = None  # of the prompt; None where the server does not say
 
     @property
     def ok(self) -> bool:
@@ -92,6 +93,8 @@ def _take(answer: Answer, data: str) -> bool:
         if usage := body.get("usage"):
             answer.prompt_tokens = int(usage.get("prompt_tokens") or 0)
             answer.output_tokens = int(usage.get("completion_tokens") or 0)
+            if details := usage.get("prompt_tokens_details"):
+                answer.cached_tokens = int(details.get("cached_tokens") or 0)
         brought = [_choice(answer, choice) for choice in body.get("choices") or () if choice]
     except (ValueError, TypeError, AttributeError, RecursionError) as wrong:
         answer.error = f"no event of a completion: {data[:100]!r} ({type(wrong).__name__})"

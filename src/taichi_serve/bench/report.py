@@ -102,7 +102,8 @@ def conditions(result: Result) -> str:
     """What was measured, in one sentence."""
     trial = result.trial
     return (
-        f"{result.date}; {result.machine}; {result.versions}. {trial.workload} x {trial.scale:g}, SLO "
+        f"{result.date}; {result.machine}; {result.versions}. {trial.workload} x {trial.scale:g}, "
+        f"{trial.arrivals.words}, SLO "
         f"{trial.slo.ttft:g} s and {trial.slo.tpot * 1e3:g} ms, target {trial.attainment:.0%} of "
         f"{trial.requests} requests for each of the seeds {', '.join(map(str, trial.seeds))}, after "
         f"{trial.warm_up} that are not counted; rate to {trial.tolerance:.0%}."

@@ -30,6 +30,7 @@ class Sample:
     tpot: float | None
     good: bool
     error: str | None
+    cached_tokens: int | None = None  # of the prompt; None where the server does not say
 
     @classmethod
     def of(cls, key: Key, live: Live, answer: Answer, slo: SLO) -> Sample:
@@ -40,7 +41,8 @@ class Sample:
         first = answer.times[0] - live.due if answer.times else None
         each = tpot(answer.times[0], answer.times[-1], live.output_tokens) if answer.times else None
         good = error is None and first is not None and each is not None and slo.good(first, each)
-        return cls(*key, live.prompt_tokens, live.output_tokens, first, each, good, error)
+        lengths = live.prompt_tokens, live.output_tokens
+        return cls(*key, *lengths, first, each, good, error, answer.cached_tokens)
 
 
 @dataclass(slots=True)
@@ -103,6 +105,15 @@ class Run:
     def failed(self) -> int:
         """Requests that were refused or broke off."""
         return sum(sample.error is not None for sample in self.samples)
+
+    @property
+    def cached(self) -> float | None:
+        """The share of prompt tokens that were cached, of requests that ended properly; None where the server
+        did not say. vLLM says it with --enable-prompt-tokens-details."""
+        ended = [sample for sample in self.samples if sample.error is None]
+        if all(sample.cached_tokens is None for sample in ended):
+            return None
+        return sum(s.cached_tokens or 0 for s in ended) / sum(s.prompt_tokens for s in ended)
 
     @property
     def mean(self) -> float:

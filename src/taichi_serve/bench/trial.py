@@ -6,9 +6,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
+from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.bracket import Bracket
 from taichi_serve.bench.endpoint import gone
-from taichi_serve.bench.openloop import OpenLoop, Tell
+from taichi_serve.bench.openloop import OpenLoop, Plan, Tell
 from taichi_serve.bench.score import Run, Score
 from taichi_serve.bench.workload import Workload, workload
 from taichi_serve.slo import SLO
@@ -29,6 +30,7 @@ class Trial:
     tolerance: float = 0.1
     full: bool = False  # no run ends early
     over_limit: str = "refuse"  # rows of a trace over the model's limit: refuse, skip or cut
+    arrivals: Arrivals = Arrivals()
 
     def __post_init__(self) -> None:
         if not 0 < self.attainment <= 1:
@@ -53,7 +55,7 @@ class Trial:
 
     def lengths(self, limit: int) -> Workload:
         """Its requests for a model that takes so many tokens."""
-        return workload(self.workload, limit, scale=self.scale, over_limit=self.over_limit)
+        return workload(self.workload, limit, self.scale, self.over_limit, self.arrivals)
 
 
 async def measure(
@@ -62,14 +64,14 @@ async def measure(
     """One rate, one seed after the other, until the outcome is certain."""
     score = Score(trial.slo, trial.total, trial.attainment)
     began = time.perf_counter()
-    plans = {seed: list(requests.calls(rate, trial.warm_up + trial.requests, seed)) for seed in trial.seeds}
+    plans = [Plan.of(requests, rate, trial.warm_up, trial.requests, seed) for seed in trial.seeds]
     before = await loop.instances()
-    for seed, calls in plans.items():
-        await loop.run(calls, seed, score, trial.warm_up, early, tell)
+    for plan in plans:
+        await loop.run(plan, score, early, tell)
         if early and score.kept is not None:
             break
     made = score.run(rate, time.perf_counter() - began)
-    span = min(calls[-1].at - calls[trial.warm_up].at for calls in plans.values())
+    span = min(plan.span for plan in plans)
     return replace(made, span=span, lost=gone(before, await loop.instances()))
 
 

@@ -30,7 +30,7 @@ from taichi_serve.commands import contenders
 from taichi_serve.commands.installed import own_version, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
-from taichi_serve.commands.scene import add_over_limit
+from taichi_serve.commands.scene import add_workload, arrivals_of
 from taichi_serve.commands.subserver import ServerError
 from taichi_serve.slo import SLO
 
@@ -41,12 +41,7 @@ USAGE = "taichi bench goodput URL-or-MODEL --workload W --ttft-slo S --tpot-slo 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, and how."""
     parser.add_argument("target", metavar="URL-or-MODEL", help="a running server, or a model to serve")
-    parser.add_argument(
-        "--workload",
-        required=True,
-        help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
-    )
-    add_over_limit(parser)
+    add_workload(parser)
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="of all lengths (default: 1)")
     parser.add_argument("--ttft-slo", type=float, required=True, metavar="S", help="seconds")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
@@ -105,7 +100,7 @@ def trial_of(args: argparse.Namespace) -> Trial:
     slo = SLO(args.ttft_slo, args.tpot_slo)
     sizes = args.attainment, args.requests, args.warm_up, seeds
     rates = args.start, args.tolerance, args.full
-    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, args.over_limit)
+    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, args.over_limit, arrivals_of(args))
     trial.lengths(ANY_LENGTH)  # a trace that cannot be read is told before a server is started
     return trial
 

@@ -58,11 +58,12 @@ def line(name: str, run: Run) -> str:
     share = f"{run.least:.1%}" if run.whole else f"{run.least:.1%} to {run.most:.1%}"
     verdict = "kept" if run.kept else "missed"
     failed = f", {run.failed} failed" if run.failed else ""
+    cached = "" if run.cached is None else f", {run.cached:.1%} of the prompt tokens cached"
     doubts = "".join(f", {remark}" for remark in run.remarks)
     late = f", the client was up to {run.lag:.2f} s late" if run.lag > 0.1 else ""
     return (
         f"{name}  {run.rate:.3g} requests/s: {verdict}, attainment {share} of {run.total}, "
-        f"{run.sent} sent{failed}{late}, {run.seconds:.0f} s{doubts}"
+        f"{run.sent} sent{failed}{cached}{late}, {run.seconds:.0f} s{doubts}"
     )
 
 

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
-from taichi_serve.bench.traces import OVER_LIMIT
+from taichi_serve.bench.arrivals import ARRIVALS, Arrivals
+from taichi_serve.bench.trace import OVER_LIMIT
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
 from taichi_serve.search.goodput import Scene
@@ -17,12 +18,7 @@ def add_scene(
     parser: argparse.ArgumentParser, ttft: Callable[[str], float | None] = float, more: str = ""
 ) -> None:
     """Workload, SLO and machine. `ttft` reads the TTFT SLO, and `more` says what it takes beside seconds."""
-    parser.add_argument(
-        "--workload",
-        required=True,
-        help="sharegpt, summarization, mean lengths as in 1200/100, or the path of a trace (CSV)",
-    )
-    add_over_limit(parser)
+    add_workload(parser)
     parser.add_argument("--ttft-slo", type=ttft, required=True, metavar="S", help=f"seconds{more}")
     parser.add_argument("--tpot-slo", type=float, required=True, metavar="S", help="seconds per output token")
     parser.add_argument(
@@ -33,7 +29,6 @@ def add_scene(
     parser.add_argument("--model", help="refuse a profile that is for another model")
     parser.add_argument("--device", default="A100", help="for a config.json: A100, H100 or H200")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="for a config.json")
-    parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals; 1 is Poisson")
     parser.add_argument(
         "--bandwidth", type=float, default=50e9, metavar="B/S", help="of KV out of an instance"
     )
@@ -49,8 +44,23 @@ def add_scene(
     parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
 
 
-def add_over_limit(parser: argparse.ArgumentParser) -> None:
-    """What is done with rows of a trace that the model cannot take."""
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """What is asked, and when."""
+    parser.add_argument(
+        "--workload",
+        required=True,
+        help="sharegpt, summarization, mean lengths as in 1200/100, conversations (with settings as in "
+        "conversations:share=0.8,turns=5,think=20), or the path of a trace (CSV, or Mooncake's JSON lines)",
+    )
+    parser.add_argument(
+        "--arrivals",
+        choices=ARRIVALS,
+        help="trace: the trace's own, faster or slower, so that the whole of it has the rate; poisson; gamma "
+        "with the coefficient of variation --cv (default: poisson, or gamma with --cv)",
+    )
+    parser.add_argument(
+        "--cv", type=float, metavar="X", help="of the gaps between gamma arrivals: 1 is Poisson, 2 has bursts"
+    )
     parser.add_argument(
         "--over-limit",
         choices=OVER_LIMIT,
@@ -58,6 +68,11 @@ def add_over_limit(parser: argparse.ArgumentParser) -> None:
         help="rows of a trace with more tokens than the model takes: an error, left out, or prompts cut to "
         "fit (default: refuse)",
     )
+
+
+def arrivals_of(args: argparse.Namespace) -> Arrivals:
+    """When requests arrive; ValueError is one line that says what is wrong."""
+    return Arrivals.of(args.arrivals, args.cv)
 
 
 def scene_of(args: argparse.Namespace) -> Scene:
@@ -79,7 +94,7 @@ def scene_of(args: argparse.Namespace) -> Scene:
     limit = min(found.max_model_len, found.kv_capacity)
     return Scene(
         found,
-        workload(args.workload, limit, args.cv, over_limit=args.over_limit),
+        workload(args.workload, limit, over_limit=args.over_limit, arrivals=arrivals_of(args)),
         SLO(args.ttft_slo, args.tpot_slo),
         args.bandwidth,
         args.link_latency,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taichi_serve.bench.goodput import Tally
+from taichi_serve.bench.sharing import shared
 from taichi_serve.commands.files import made
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.scheduling.policy import Policy
@@ -55,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
     figures = {
         "config": config(scene, Contender("simulate", sliders, policy)),
         "workload": scene.workload.name,
+        "arrivals": scene.workload.arrivals.words,
+        **_shared(scene, args),
         **({"note": scene.workload.note} if scene.workload.note else {}),
         "profile": scene.machine.name,
         "rate": args.rate,
@@ -70,6 +73,14 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         draw_times(tally, scene, Path(args.plot) / "times.svg")
     return 0
+
+
+def _shared(scene: Scene, args: argparse.Namespace) -> dict[str, float]:
+    """The share of prompt tokens that an infinite cache would have had, where prompts have blocks."""
+    calls = list(scene.workload.calls(args.rate, args.requests, args.seed))
+    if not any(call.blocks for call in calls):
+        return {}
+    return {"shared": shared(calls, scene.workload.block_size)}
 
 
 def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> None:
@@ -93,6 +104,8 @@ def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> N
         f"attainment {tally.attainment:.1%} ({low:.1%} to {high:.1%}), {tally.good} of {tally.sent} good; "
         f"moves {figures['moves'] or 'none'}"
     )
+    if "shared" in figures:
+        console.print(f"of the prompt tokens an infinite cache would have had {figures['shared']:.1%}")
     busy = ", ".join(f"{name} {share:.0%}" for name, share in figures["busy"].items())
     console.print(f"busy: {busy}", highlight=False)
     console.print(f"{tally.sent / took:,.0f} requests simulated a second", style="dim", highlight=False)

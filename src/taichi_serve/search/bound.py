@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from taichi_serve.bench.sharing import seen
 from taichi_serve.bench.workload import Workload
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.model import Roofline
@@ -31,24 +32,26 @@ BAD_SHARE = 0.1  # of requests whose TPOT does not count
 class Mean:
     """A workload's mean request, in the terms that step time is linear in."""
 
-    prompt: float
-    attention: float  # pairs of a whole prompt
+    prompt: float  # tokens of it that must be computed
+    attention: float  # pairs of these
     held: float  # decode tokens of those that keep their TPOT: the shortest 90 % of outputs
     free: float  # decode tokens of the others
     context: float  # mean context of a decode token
 
     @classmethod
     def of(cls, workload: Workload, draws: int = 8000) -> Mean:
-        """From the first requests of the workload's seed 0."""
-        calls = list(workload.calls(1.0, draws, 0))
-        prompts = np.array([c.prompt_tokens for c in calls], dtype=np.float64)
-        outputs = np.array([c.output_tokens - 1 for c in calls], dtype=np.float64)
+        """From the first requests of the workload's seed 0; of a prompt only what no prompt or answer before
+        it had: nobody can have cached more."""
+        calls = list(seen(workload.calls(1.0, draws, 0), workload.block_size))
+        prompts = np.array([c.call.prompt_tokens for c in calls], dtype=np.float64)
+        cached = np.array([c.tokens for c in calls], dtype=np.float64)
+        outputs = np.array([c.call.output_tokens - 1 for c in calls], dtype=np.float64)
         read = outputs * prompts + outputs * (outputs + 1) / 2
         kept = np.sort(outputs)[: round((1 - BAD_SHARE) * draws)]
-        attention = float((prompts * (prompts + 1) / 2).mean())
+        attention = float(((prompts * (prompts + 1) - cached * (cached + 1)) / 2).mean())
         context = float(read.sum() / max(1.0, outputs.sum()))
         held = float(kept.sum() / draws)
-        return cls(float(prompts.mean()), attention, held, float(outputs.mean()) - held, context)
+        return cls(float((prompts - cached).mean()), attention, held, float(outputs.mean()) - held, context)
 
 
 def bound(machine: Machine, workload: Workload, tpot: float, instances: int, max_running: int = 256) -> float:
