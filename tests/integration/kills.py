@@ -21,8 +21,8 @@ from servers import Server, until, workers
 from taichi_serve.bench.client import Answer, stream
 
 NAMES = ("i0", "i1", "i2")
-# i0 prefills in several chunks, whose KV travels ahead; the others decode, and take short prompts.
-THREE = ("--p-heavy", "1", "--d-heavy", "2", "--p-chunk", "256", "--d-chunk", "64", "--restarts", "100")
+# i0 prefills, long prompts in several chunks, whose KV travels ahead; the others decode.
+THREE = ("--p-heavy", "1", "--d-heavy", "2", "--p-chunk", "256", "--d-chunk", "0", "--restarts", "100")
 BACK_SECONDS = 60  # within which a killed instance takes requests again
 TRIES = 400
 

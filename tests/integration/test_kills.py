@@ -14,7 +14,7 @@ from servers import Server
 WISHES = wishes(16, seed=5, prompt=(100, 1500), output=(60, 200))
 # Who dies in which phase: P-heavy i0 is where prompts are computed and what KV comes from.
 VICTIMS = {
-    "prefilling": ("i0", "i1", "i0"),
+    "prefilling": ("i0", "i0", "i0"),
     "copying ahead": ("i0", "i1", "i2"),
     "leaving": ("i1", "i2", "i1"),
     "landing": ("i2", "i1", "i2"),
