@@ -87,6 +87,8 @@ class Itinerary:
     told: bool = False  # LEAVING: the source has been told to let it go
     held: Held | None = None
     passage: Passage | None = None  # of the next leg; when LANDING, of this one
+    fetch: Passage | None = None  # of a prefix on its way to the leg that runs
+    hand_over: bool = False  # the leg ends after its first token
     promise: str | None = None  # the reader that the leg pins for unasked
     offered: list[int] | None = None  # what it has pinned for it
 
@@ -122,7 +124,13 @@ class Itinerary:
     # ------------------------------------------------------------------------------------ from leg to leg
 
     def _begin(
-        self, leg: int, seat: Seat, hand_over: bool = False, placed: bool = False, again: bool = False
+        self,
+        leg: int,
+        seat: Seat,
+        hand_over: bool = False,
+        placed: bool = False,
+        again: bool = False,
+        fetch: int = 0,
     ) -> Acts:
         """A leg that computes the prompt and the tokens so far."""
         if self.tokens and not self.movable:  # its instance is gone, and no other could go on exactly
@@ -135,8 +143,9 @@ class Itinerary:
         self._enter(Stage.PREFILLING)
         self.leg, self.seat, self.leg_id, self.placed = leg, seat, self._fresh(), placed
         self.going, self.told, self.offered = None, False, None
-        self.promise = self._fresh() if hand_over and not self.tokens else None
-        return [Add(seat, self.leg_id, reader=self.promise, again=again)]
+        self.hand_over = hand_over and not self.tokens
+        self.promise = self._fresh() if self.hand_over else None
+        return [Add(seat, self.leg_id, reader=self.promise, again=again, fetch=fetch)]
 
     def _land(self, leg: int, on: Seat) -> Acts:
         """Its KV is held: begin the next leg with it, if it can be had there."""
@@ -190,7 +199,8 @@ class Itinerary:
         acts: Acts = []
         if self.seat is not None:
             landing = self.passage is not None and self.passage.landing
-            acts.append((Forget if landing else End)(self.seat, self.leg_id))
+            fetching = self.fetch is not None and self.fetch.passing is Passing.COPYING
+            acts.append((Forget if landing or fetching else End)(self.seat, self.leg_id))
         acts += [*self._break_promise(), *self._drop_passage()]
         if self.held is not None and self.held.seat.alive:
             acts.append(Release(self.held.seat, self.held.leg, None))
@@ -215,4 +225,5 @@ class Itinerary:
 
     def _drop_passage(self) -> Acts:
         passage, self.passage = self.passage, None
-        return passage.drop() if passage is not None else []
+        fetch, self.fetch = self.fetch, None
+        return [act for one in (passage, fetch) if one is not None for act in one.drop()]
