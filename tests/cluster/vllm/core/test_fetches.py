@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from random import Random
 
@@ -33,15 +34,17 @@ class Pair:
             one.peers = {SOURCE: self.source, TARGET: self.target}
         self.hashes = [bytes(one) for one in request("hashes", PROMPT, 1).block_hashes]
         self.complete(self.source, "before")
+        while self.source.steps or self.source.worked:
+            self.source.take_in()
 
     def complete(self, here: Instance, name: str) -> EngineCoreOutput:
         """Compute a prompt and one token of it; its output."""
         here.scheduler.add_request(request(name, self.streams[name].tokens[: len(PROMPT)], 1))
         return self.ends(here, name)
 
-    def ends(self, here: Instance, name: str) -> EngineCoreOutput:
+    def ends(self, here: Instance, name: str, earlier: Sequence[EngineCoreOutput] = ()) -> EngineCoreOutput:
         """Step until a request is over, and see that its tokens are the true ones; its first output."""
-        outputs = here.run(lambda: name not in here.scheduler.requests)
+        outputs = [*earlier, *here.run(lambda: name not in here.scheduler.requests)]
         mine = [one for one in outputs if one.request_id == name]
         made = [token for one in mine for token in one.new_token_ids]
         prompt = len(PROMPT) if name in ("before", "a", "after") else 40
@@ -189,11 +192,12 @@ def test_a_preempted_prompt_fetches_nothing_a_second_time() -> None:
     blocks = pair.copy()
     pair.target.scheduler.fetches.fetched("a", blocks)
     pair.target.run(lambda: pair.target.scheduler.requests["a"].status == RequestStatus.RUNNING)
-    pair.target.take_in()
+    outputs = pair.target.take_in()
     running = pair.target.scheduler.requests["a"]
     pair.target.scheduler.running.remove(running)
     pair.target.scheduler._preempt_request(running, 0.0)
-    pair.ends(pair.target, "a")
+    pair.target.scheduler.kv_cache_manager.evict_blocks(set(range(64)))  # it finds nothing of it either
+    pair.ends(pair.target, "a", outputs)
 
 
 # ------------------------------------------------------------------------------------------- at the source
