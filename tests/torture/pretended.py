@@ -244,6 +244,7 @@ class Core:
     def _waive(self, name: str) -> bool:
         leg = self.legs.get(name)
         if leg is not None and leg.fetch and leg.given:
+            self.world.seen["not waived"] += 1
             return False
         if leg is not None:
             leg.fetch = 0

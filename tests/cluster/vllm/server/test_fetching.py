@@ -215,3 +215,13 @@ def test_nothing_is_fetched_by_an_instance_that_is_lost_by_then() -> None:
     journey = Journey("a", 40, True, Road())
     assert journey.prefill(0, Place("here", alive=False), False, Prefix(Place("holder"), 2)) == []
     assert (journey.stage, journey.fetch) == (Stage.WAITING, None)
+
+
+def test_a_holder_that_dies_while_it_is_also_to_decode_ends_both() -> None:
+    fetch = Fetch(hand_over=True)
+    fetch.journey.hint(fetch.holder)
+    ahead = fetch.journey.passage
+    assert ahead is not None
+    fetch.holder.alive = False
+    fetch.goes_without(fetch.journey.lost(fetch.holder)[1:])
+    assert (fetch.journey.passage, ahead.passing) == (None, Passing.CLOSED)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
 from taichi_serve.cluster.vllm.core.seats import waits_for_kv
@@ -108,9 +108,10 @@ class Fetches:
         try:
             yield
         finally:
-            back = [r for r in near if r.status == RequestStatus.WAITING and marks_of(r).fetch]
+            here = set(holding)
+            back = [request for request in near if request in here and marks_of(request).fetch]
             holding.remove_requests(back)
-            for request in reversed(back):  # there was no room
+            for request in reversed(back):  # there was no room, or no seat
                 scheduler.waiting.prepend_request(request)
             for request in out:
                 holding.add_request(request)

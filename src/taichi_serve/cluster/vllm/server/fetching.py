@@ -61,7 +61,7 @@ class Fetching(Itinerary):
             self.fetch = None
             return [Uncopy(passage), *passage.close()]
         acts: Acts = [Forget(self.here, self.leg_id), *self._break_promise()]
-        return acts + self._drop_passage() + self._begin(self.leg, self.here, self.hand_over, placed=True)
+        return acts + self._drop_all() + self._begin(self.leg, self.here, self.hand_over, placed=True)
 
     def _fetched(self, passage: Passage) -> Acts:
         """The target has it all."""

@@ -189,7 +189,7 @@ class Itinerary:
     def _again(self) -> Acts:
         """Its KV did not come, or not in time: compute the tokens so far again, on the same instance."""
         seat, leg = self.here, self.leg
-        acts: Acts = [Forget(seat, self.leg_id), *self._break_promise(), *self._drop_passage()]
+        acts: Acts = [Forget(seat, self.leg_id), *self._break_promise(), *self._drop_all()]
         return acts + self._begin(leg, seat, placed=self.placed and not self.tokens, again=True)
 
     # ------------------------------------------------------------------------------------------ giving back
@@ -201,7 +201,7 @@ class Itinerary:
             landing = self.passage is not None and self.passage.landing
             fetching = self.fetch is not None and self.fetch.passing is Passing.COPYING
             acts.append((Forget if landing or fetching else End)(self.seat, self.leg_id))
-        acts += [*self._break_promise(), *self._drop_passage()]
+        acts += [*self._break_promise(), *self._drop_all()]
         if self.held is not None and self.held.seat.alive:
             acts.append(Release(self.held.seat, self.held.leg, None))
         self.seat = self.held = self.going = None
@@ -210,7 +210,7 @@ class Itinerary:
     def _strand(self) -> Acts:
         """Its instance is gone. Whoever was on the way out goes on where it was to go, from its tokens."""
         going, self.going = self.going, None
-        acts = self._drop_passage()
+        acts = self._drop_all()
         self.seat = self.promise = self.offered = None
         if self.tokens and not self.movable:  # no other could go on exactly
             self._enter(Stage.OVER)
@@ -225,5 +225,9 @@ class Itinerary:
 
     def _drop_passage(self) -> Acts:
         passage, self.passage = self.passage, None
+        return passage.drop() if passage is not None else []
+
+    def _drop_all(self) -> Acts:
+        """The leg that runs is over: what was on its way to the next one, and what it was to fetch."""
         fetch, self.fetch = self.fetch, None
-        return [act for one in (passage, fetch) if one is not None for act in one.drop()]
+        return [*self._drop_passage(), *(fetch.drop() if fetch is not None else [])]

@@ -124,7 +124,7 @@ class Journey(Fetching):
         self._must("it finished", *RUNNING)
         acts: Acts = [Forget(self.here, self.leg_id), *self._break_promise()]
         self.seat = None
-        acts += self._drop_passage()
+        acts += self._drop_all()
         self._enter(Stage.OVER)
         return [*acts, Finish(outcome, said=True)]
 
