@@ -120,7 +120,8 @@ class Fetches:
         """Those that wait with little before them and would find room."""
         scheduler = self._scheduler
         self._prune()
-        before, found = _to_compute(scheduler.running), []
+        found: list[Request] = []
+        before = _to_compute(scheduler.running)
         pool = scheduler.kv_cache_manager.block_pool
         free = pool.get_num_free_blocks() - scheduler._inflight_prefill_reserved_blocks()
         for request in scheduler.waiting:
