@@ -104,6 +104,32 @@ async def test_what_is_fetched_is_the_same_to_the_last_token_and_is_there_for_th
     server.quiet(10)
 
 
+@pytest.mark.parametrize(
+    "bound",
+    [
+        {"seed": 11, "temperature": 0.9},
+        {"presence_penalty": 1.5},
+        {"structured_outputs": {"regex": "([a-z]{3,8} ){40}"}},
+    ],
+    ids=["seed", "penalty", "grammar"],
+)
+async def test_a_request_that_is_bound_to_its_instance_fetches_its_prompt_all_the_same(
+    server: Server, single: Server, bound: dict[str, Any]
+) -> None:
+    known = prompts(4, (100, 600))
+    wishes = [Wish([*prompt, 7, 8, 9], 40) for prompt in known]
+    async with single.client() as client:
+        reference = await streamed(client, wishes, **bound)
+    async with server.client() as client:
+        await seed(client, server, "i0", known)
+        await only(client, server, "i1", "i0")
+        answers = await streamed(client, wishes, **bound)
+        assert wrong(answers, reference) == []
+        for answer, prompt in zip(answers, known, strict=True):
+            assert (await prefilled(client, answer))["fetched"] == len(prompt) // BLOCK * BLOCK
+    server.quiet(10)
+
+
 async def test_a_prefill_that_is_handed_over_fetches_and_moves_only_what_its_target_does_not_have(
     server: Server, single: Server
 ) -> None:

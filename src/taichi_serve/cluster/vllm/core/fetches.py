@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 from vllm.v1.request import Request
 
+from taichi_serve.cluster.vllm.core.grammar import is_built
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
 from taichi_serve.cluster.vllm.core.seats import waits_for_kv
 
@@ -128,7 +129,7 @@ class Fetches:
             if before >= NEAR * chunk or len(found) == len(self._queued):
                 break
             before += request.num_tokens
-            if request.request_id in self._queued:
+            if request.request_id in self._queued and is_built(request):
                 free -= -(-request.num_tokens // scheduler.block_size)
                 if free < 0:
                     break
