@@ -173,6 +173,59 @@ def test_a_request_that_waits_for_kv_goes_on_when_its_id_is_among_the_received(s
     )
 
 
+def test_a_request_of_whose_kv_less_came_computes_the_rest_and_begins_anew_where_nothing_came(
+    scheduler: Any,
+) -> None:
+    wanted = (
+        "load_failed = request.request_id in self.failed_recving_kv_req_ids",
+        "if request.num_computed_tokens:",
+        "self.kv_cache_manager.free(request)",
+    )
+    assert mentions(scheduler._update_waiting_for_remote_kv, *wanted) == []
+    assert not mentions(scheduler, "self.failed_recving_kv_req_ids: set[str] = set()")
+
+
+def test_what_was_cached_of_a_prompt_is_set_in_one_place_and_can_be_corrected() -> None:
+    from vllm.v1.metrics.stats import PrefillStats
+
+    parts = ["num_prompt_tokens", "num_local_cached_tokens", "num_external_cached_tokens"]
+    assert names(PrefillStats.set) == parts
+
+
+def test_a_block_of_the_prefix_cache_is_found_by_the_hash_of_all_its_tokens_and_says_which_it_has() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
+
+    assert names(BlockPool.get_cached_block) == ["block_hash", "kv_cache_group_ids"]
+    assert names(make_block_hash_with_group_id) == ["block_hash", "group_id"]
+    assert isinstance(KVCacheBlock.block_hash, property)
+    assert mentions(BlockPool._maybe_evict_cached_block, "_remove_cached_block_hashes(block)") == []
+
+
+async def test_the_server_makes_the_hashes_that_an_engine_makes() -> None:
+    from types import SimpleNamespace
+
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.request import Request
+
+    from taichi_serve.cluster.vllm.server.prefix import prefix_hashes
+
+    function = get_hash_fn_by_name("sha256")
+    init_none_hash(function)
+    cache: Any = SimpleNamespace(block_size=16, prefix_caching_hash_algo="sha256")
+    adapter = LoRARequest(lora_name="tuned", lora_int_id=1, lora_path="/tuned")
+    for lora, salt in ((None, None), (adapter, None), (None, "mine"), (adapter, "mine")):
+        tokens = list(range(3000))
+        wish = EngineCoreRequest("a", tokens, None, SamplingParams(), None, 0.0, lora, salt, None)
+        engine = Request.from_engine_core_request(wish, get_request_block_hasher(16, function))
+        assert await prefix_hashes(wish, 1000, cache) == engine.block_hashes
+        assert await prefix_hashes(wish, 3, cache) == engine.block_hashes[:3]
+
+
 def test_a_request_that_waits_for_kv_is_given_blocks_for_all_tokens_it_has(scheduler: Any) -> None:
     """So tokens that stand in for some still to come keep room for them (resumed.keep_room)."""
     assert (

@@ -43,6 +43,8 @@ class Leg:
     reading: bool = False  # its KV is on its way, by itself
     arrived: bool = False  # it was copied ahead, and its source has left
     awaited: bool = False  # the step that runs waits for its tail
+    fetch: int = 0  # blocks of its prompt that come from elsewhere; 0 when nothing is to come any more
+    given: bool = False  # it has the blocks for that
     running: bool = False
 
     @classmethod
@@ -58,6 +60,7 @@ class Leg:
             ours.reader,
             bool(ours.ahead),
             extra.get("kv_transfer_params"),
+            fetch=ours.fetch,
         )
 
     def next_token(self) -> int:
@@ -72,7 +75,9 @@ class Core:
     kv_capacity = 600
     vllm_config: Any = SimpleNamespace(
         use_v2_model_runner=False,
-        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=True, block_size=BLOCK, prefix_caching_hash_algo="sha256"
+        ),
         model_config=SimpleNamespace(max_model_len=4000),
     )
 
@@ -169,6 +174,9 @@ class Core:
             "taichi_release": self._release,
             "taichi_pin": self._pin,
             "taichi_arrive": self._arrive,
+            "taichi_prefix": self._prefix,
+            "taichi_fetched": self._fetched,
+            "taichi_waive": self._waive,
         }
         return takes[what](*args)  # type: ignore[operator]
 
@@ -213,6 +221,34 @@ class Core:
         leg.prompt += tokens
         leg.left -= len(tokens)
         leg.arrived = True
+        return True
+
+    def _prefix(self, reader: str, hashes: list[bytes]) -> list[int]:
+        """It holds as much as chance has it."""
+        blocks = list(range(self.world.chance.randint(0, len(hashes))))
+        if blocks:
+            self.pins.setdefault(reader, set()).update(blocks)
+            self.pinned[reader] = "prefix cache"
+        return blocks
+
+    def _fetched(self, name: str, blocks: int) -> None:
+        leg = self.legs.get(name)
+        if self.copiers.reads(name):
+            self.world.wrong.append(f"{name} is computed while it is written into")
+        if leg is not None and leg.fetch:
+            if blocks > self.copiers.fetched.pop(name, 0) or blocks > leg.fetch:
+                self.world.wrong.append(f"{name} was not read as far as {blocks} blocks")
+            leg.computed, leg.fetch = max(leg.computed, blocks * BLOCK), 0
+            self.world.seen["fetched" if blocks else "found nothing"] += 1
+
+    def _waive(self, name: str) -> bool:
+        leg = self.legs.get(name)
+        if leg is not None and leg.fetch and leg.given:
+            self.world.seen["not waived"] += 1
+            return False
+        if leg is not None:
+            leg.fetch = 0
+        self.world.seen["waived"] += 1
         return True
 
     def settle_drops(self) -> None:
@@ -268,7 +304,7 @@ class Core:
         if leg.ahead:
             return self._come_in_ahead(leg, outputs)
         if leg.kv is None:
-            return False
+            return None if self._waits_for_prefix(leg) else False
         if not leg.reading:
             leg.reading = self.world.happens(0.5)
             if leg.reading:
@@ -284,6 +320,19 @@ class Core:
         if result:
             leg.computed = len(leg.prompt)
         return result  # vLLM computes again in place what a transfer beside the steps did not bring
+
+    def _waits_for_prefix(self, leg: Leg) -> bool:
+        """Whether it has one to wait for. In its turn the leg gets blocks for that, unless it has all by
+        now."""
+        if not leg.fetch or leg.given or self.world.happens(0.6):
+            return leg.fetch > 0
+        if self.world.happens(0.1):
+            leg.fetch = 0
+            self.world.seen["was here"] += 1
+        else:
+            leg.given = True
+            self.copiers.given(leg.id)
+        return leg.fetch > 0
 
     def _come_in_ahead(self, leg: Leg, outputs: list[EngineCoreOutput]) -> bool | None:
         if not leg.arrived:

@@ -22,6 +22,7 @@ class Read:
     blocks: list[int]
     note: str  # the leg that is held there; "" while it still runs
     whole: bool = False  # a pull of everything, beside the copiers
+    prefix: bool = False  # of a prompt's prefix
     good: bool | None = None  # None: under way
 
 
@@ -38,6 +39,10 @@ class PretendedCopiers:
         self.pulls: dict[str, Read] = {}
         self.tails: dict[str, bool] = {}  # legs whose last block is here, or never will be
         self.refused: dict[str, None] = {}
+        self.prefixes: dict[
+            str, Read | None
+        ] = {}  # legs that have blocks for one (None), or that are to have
+        self.fetched: dict[str, int] = {}  # blocks of a prefix that are here
 
     def send(self, order: Order) -> None:
         self.orders.append(order)
@@ -51,6 +56,21 @@ class PretendedCopiers:
         self.refused[leg] = None
         self.tails.pop(leg, None)
         self.pulls.pop(leg, None)
+        self.prefixes.pop(leg, None)
+        self.fetched.pop(leg, None)
+
+    def given(self, leg: str) -> None:
+        """The leg has blocks that its prefix is read into."""
+        read = self.prefixes.setdefault(leg, None)
+        if read is not None:
+            self.reading.append(read)
+
+    def _prefix(self, more: More) -> None:
+        read = Read(more.leg, more.source, more.blocks, "", prefix=True)
+        if more.leg in self.prefixes:
+            self.reading.append(read)
+        else:
+            self.prefixes[more.leg] = read
 
     def pull(self, leg: str, kv: dict[str, Any]) -> None:
         """Begin to read all of a leg that is held."""
@@ -78,10 +98,13 @@ class PretendedCopiers:
         match order:
             case Drop(leg=leg):
                 self.refused[leg] = None
+                self.prefixes.pop(leg, None)
                 if not self.reads(leg):
                     self.words.append(Dropped(leg))
             case Gone():
                 pass
+            case More(leg=leg, whole=True) if leg not in self.refused:
+                self._prefix(order)
             case More(leg=leg) if leg not in self.refused:
                 self.reading.append(Read(leg, order.source, order.blocks, order.note))
 
@@ -100,8 +123,11 @@ class PretendedCopiers:
             return
         if read.note:
             self.tails[read.leg] = read.good
+        if read.prefix and read.good:
+            self.fetched[read.leg] = len(read.blocks)
         if read.good:
-            self.words.append(Copied(read.leg, len(read.blocks), bool(read.note), 0, 0.0, 1.0, 1.0))
+            last = bool(read.note) or read.prefix
+            self.words.append(Copied(read.leg, len(read.blocks), last, 0, 0.0, 1.0, 1.0))
         else:
             self.words.append(Failed(read.leg, "a read failed"))
 

@@ -11,8 +11,10 @@ pytest.importorskip("vllm")
 
 import torture
 
+from taichi_serve.cluster.vllm.server.acts import Acts, Release
 from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.itinerary import Itinerary
+from taichi_serve.cluster.vllm.server.journey import Journey
 from taichi_serve.cluster.vllm.server.passage import Passage
 
 WORLDS, IN_ONE = 300, 30
@@ -57,6 +59,28 @@ def test_a_source_that_lets_go_before_the_target_has_said_so_is_found(
 
     monkeypatch.setattr(Hands, "_drop", let_go_at_once)
     assert any("had let go" in wrong or "not pinned" in wrong for wrong in until_found())
+
+
+@pytest.mark.long
+def test_a_holder_that_lets_go_before_its_prefix_was_copied_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Journey.found
+
+    def let_go_at_once(self: Journey, passage: Passage, blocks: list[int]) -> Acts:
+        return [*found(self, passage, blocks), Release(passage.source, None, passage.reader)]
+
+    monkeypatch.setattr(Journey, "found", let_go_at_once)
+    assert any("not pinned" in wrong for wrong in until_found())
+
+
+@pytest.mark.long
+def test_a_fetch_that_is_forgotten_with_the_move_after_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def goes_without(self: Journey) -> Acts:
+        passage, self.fetch = self.fetch, None
+        assert passage is not None
+        return passage.drop()
+
+    monkeypatch.setattr(Journey, "_go_without", goes_without)
+    assert any("hangs" in wrong for wrong in until_found())
 
 
 @pytest.mark.long

@@ -74,13 +74,17 @@ def main() -> int:
         print("\n".join(found) or "clean")
         return int(bool(found))
     rows: Rows = Counter()
+    fetches: Counter[str] = Counter()
     counting(rows)
     began, bad = time.monotonic(), 0
     for seed in range(args.seed, args.seed + args.runs):
-        if found := run(seed):
+        made, found = world(seed)
+        fetches += made.seen
+        if found:
             bad += 1
             print(f"seed {seed}: " + "; ".join(found)[:1000], flush=True)
     print(table(rows))
+    print(f"  prefixes: {dict(fetches)}")
     seeds = f"seeds {args.seed} to {args.seed + args.runs - 1}"
     print(f"{args.runs - bad} of {args.runs} runs clean, {seeds}, {time.monotonic() - began:.0f} s")
     return int(bad > 0)

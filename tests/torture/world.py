@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.passage import Passage
 from taichi_serve.latency.predict import Learned
-from taichi_serve.messages import Asked, Command, Drained, Event, Slid
+from taichi_serve.messages import Asked, Command, Drained, Event, Prefill, Slid
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
@@ -59,6 +60,7 @@ class World:
         self.ends: Counter[str] = Counter()
         self.failed: dict[str, None] = {}
         self.losses = 0
+        self.seen: Counter[str] = Counter()  # what became of fetches
         kinds = self.sliders.kinds()
         engines = [self.engine(k, f"i{k}", kinds[k], self.sliders.chunk(kinds[k])) for k in range(len(kinds))]
         self.cluster = VllmCluster(engines, self._deliver, 400.0, self._later)
@@ -94,9 +96,16 @@ class World:
 
     def on(self, event: Event) -> list[Command]:
         """The scheduler, with a log."""
-        commands = self.scheduler.on(event)
+        commands = [self._fetching(command) for command in self.scheduler.on(event)]
         self.log.append((event, commands))
         return commands
+
+    def _fetching(self, command: Command) -> Command:
+        """Half of the prompts are to fetch some of what they are made of, from anywhere."""
+        if not isinstance(command, Prefill) or self.happens(0.5):
+            return command
+        holder = self.chance.choice(self.cluster.engines).name
+        return replace(command, prefix_from=holder, prefix_tokens=self.chance.randint(1, 90))
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self.timers.append((self.now + seconds, call))

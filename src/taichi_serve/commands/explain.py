@@ -176,7 +176,10 @@ def _chosen(entry: Record) -> str:
 
 def _prefilled(entry: Record) -> Words:
     how = "its KV waits for the decode" if entry["held"] else "decodes here"
-    return [(f"first token from {entry['instance']}", f"{entry['cached']} prompt tokens were cached; {how}")]
+    fetched = entry.get("fetched", 0)  # an older server does not say
+    came = f", {fetched} of these came from another instance" if fetched else ""
+    what = f"{entry['cached']} prompt tokens were cached{came}; {how}"
+    return [(f"first token from {entry['instance']}", what)]
 
 
 def _ahead(entry: Record) -> Words:

@@ -55,6 +55,7 @@ class Marks(msgspec.Struct, frozen=True, omit_defaults=True):
     output: int = 0  # how many of its prompt tokens are output of the request
     min_tokens_done: int = 0  # of its min_tokens
     ahead: int = 0  # it is copied ahead, with room for so many tokens that are still to come
+    fetch: int = 0  # blocks of its prompt, from the first one on, that are fetched before it is computed
 
     def entry(self) -> dict[str, Any]:
         """As it goes into `extra_args`."""
@@ -91,13 +92,15 @@ class Call(StrEnum):
     ARRIVE = "taichi_arrive"  # (leg, tokens since) -> bool: copied ahead, it left; False: not to be had
     CHUNK = "taichi_chunk"  # (tokens)
     DROP = "taichi_drop"  # (leg) -> True, once nothing is read for it here any more, however long that takes
+    FETCHED = "taichi_fetched"  # (leg, blocks): so many from the first one on are here, and no more will come
     HERE = "taichi_here"  # (): the core runs
     KV = "taichi_kv"  # () -> why requests of this engine stay, a sentence each; empty: they move
     LEAVE = "taichi_leave"  # (legs): they end with LEFT after the token they are on, and are held
     PIN = "taichi_pin"  # (leg, reader) -> its full blocks, pinned; None: it does not run, or stays
+    PREFIX = "taichi_prefix"  # (reader, hashes) -> blocks of its prefix cache from the first one on, pinned
     RELEASE = "taichi_release"  # (legs that left, readers of pins) -> (KV tokens held, at)
     SETTLE = "taichi_settle"  # (): it is warm
-    UNPIN = "taichi_unpin"  # (reader) -> (KV tokens held, at)
+    WAIVE = "taichi_waive"  # (leg) -> True: nothing is fetched for it; False: it has blocks for that already
 
 
 # ------------------------------------------------------------------------------------------ core to server
@@ -167,12 +170,14 @@ class Orders:
 
 class More(msgspec.Struct, frozen=True, tag=True):
     """These blocks of the source are final: all from the first one on. With `note` they are all there will
-    be, and the source is told `note` when they are here."""
+    be, and the source is told `note` when they are here. With `whole` they are all, too, but no step waits
+    for them and the source is told nothing."""
 
     leg: str
     source: str  # engine id
     blocks: list[int]
     note: str = ""
+    whole: bool = False
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):

@@ -1,6 +1,7 @@
 """Many requests that move between pretended instances in every way there is, while everything that can go
 wrong does: reads fail or stand still, tails are late, legs are dropped and aborted at any time, there is no
-room, requests are preempted, an instance dies. Deterministic by its seed.
+room, requests are preempted, an instance dies. Prompts fetch what others have of them meanwhile.
+Deterministic by its seed.
 
     python tests/cluster/vllm/core/flow_torture.py SECONDS [SEED]
 
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from flowbench import WRONG, Instance, Stream, abort, reads_directly, request
+from flowbench import BLOCK, WRONG, Instance, Stream, abort, reads_directly, request
+from msgspec.structs import replace
 from vllm.v1.engine import EngineCoreOutput
 
 from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Marks
@@ -44,6 +46,19 @@ class Move:
 
 
 @dataclass
+class Fetch:
+    """What the leg `leg` at `target` fetches of its prompt from `source`."""
+
+    source: int
+    target: int
+    leg: str
+    hashes: list[bytes]
+    answer: Future[list[int]] | list[int] | None = None  # None: the source has not been asked yet
+    found: int = 0
+    copying: bool = False
+
+
+@dataclass
 class Job:
     """One request of a user."""
 
@@ -55,6 +70,7 @@ class Job:
     number: int = 0
     tokens: list[int] = field(default_factory=list)
     move: Move | None = None  # before its next leg's first token
+    fetch: Fetch | None = None  # before this leg's first token
     done: bool = False
 
 
@@ -83,7 +99,7 @@ class World:
         self.jobs: dict[str, Job] = {}
         self.moves: list[Move] = []
         self.heard: list[deque[EngineCoreOutput]] = [deque() for _ in self.instances]
-        self.asked: list[tuple[Move, Future[bool] | bool]] = []
+        self.asked: list[tuple[Move | Fetch, Future[bool] | bool]] = []
         self.shared = [chance.randint(10, 5000) for _ in range(64)]
         self.wrong: list[str] = []
         self.seen: Counter[str] = Counter()
@@ -104,7 +120,7 @@ class World:
             return
         self._start(job)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job, again: bool = False) -> None:
         """Compute the tokens so far where it is; some are to be handed over after the first."""
         hand_over = self.chance.random() < 0.4
         others = [i for i in range(len(self.instances)) if i != job.at and not self.instances[i].dead]
@@ -118,9 +134,87 @@ class World:
             job.move = move
             self.moves.append(move)
         tokens = self.streams[job.name].tokens[: job.prompt + len(job.tokens)]
+        if not job.tokens and others and not again and self.chance.random() < 0.6:
+            marks = self._fetch(job, tokens, self.chance.choice(others), marks or Marks())
         self.instances[job.at].scheduler.add_request(
             request(job.leg, tokens, job.most - len(job.tokens), marks)
         )
+
+    # ----------------------------------------------------------------------------------------- fetches
+
+    def _fetch(self, job: Job, tokens: list[int], source: int, marks: Marks) -> Marks:
+        """Have a prompt fetch some of its blocks from another instance."""
+        hashes = list(request("hashes", tokens, 1).block_hashes)[: (len(tokens) - 1) // BLOCK]
+        hashes = hashes[: self.chance.randint(1, len(hashes))] if hashes else []
+        if not hashes:
+            return marks
+        job.fetch = Fetch(source, job.at, job.leg, [bytes(one) for one in hashes])
+        self.seen["to fetch"] += 1
+        return replace(marks, fetch=len(hashes))
+
+    def fetches(self) -> None:
+        """Sources are asked, and answer."""
+        for job in self.jobs.values():
+            fetch = job.fetch
+            if fetch is None or fetch.copying or self.chance.random() < 0.5:
+                continue
+            source = self.instances[fetch.source]
+            if fetch.answer is None:
+                fetch.answer = [] if source.dead else source.scheduler.prefixes.ask(fetch.leg, fetch.hashes)
+            elif isinstance(fetch.answer, list):
+                self._found(job, fetch, fetch.answer)
+            elif fetch.answer.done() or source.dead:
+                self.seen["found later"] += 1
+                self._found(job, fetch, [] if source.dead else fetch.answer.result())
+
+    def _found(self, job: Job, fetch: Fetch, blocks: list[int]) -> None:
+        if not blocks:
+            self._go_without(job, fetch)
+            return
+        fetch.copying, fetch.found = True, len(blocks)
+        self.instances[fetch.target].copier.inbox.append(("more", fetch.leg, fetch.source, blocks, "", True))
+
+    def _go_without(self, job: Job, fetch: Fetch) -> None:
+        """It is late, or cannot be read, or its source is lost."""
+        target = self.instances[fetch.target]
+        if not fetch.copying:
+            target.scheduler.fetches.fetched(fetch.leg, 0)
+        elif not target.scheduler.fetches.waive(fetch.leg):
+            self._give_up(fetch)
+            if job.move is not None:
+                self._give_up(job.move)
+                job.move = None
+            job.fetch, job.leg = None, self._name(job)
+            self.seen["fetch begun anew"] += 1
+            self._start(job, again=True)
+            return
+        job.fetch = None
+        target.copier.inbox.append(("drop", fetch.leg))
+        self._let_go(fetch)
+        self.seen["went without"] += 1
+
+    def _fetched(self, job: Job, fetch: Fetch) -> None:
+        self.instances[fetch.target].scheduler.fetches.fetched(fetch.leg, fetch.found)
+        job.fetch = None
+        self._let_go(fetch)
+        self.seen["fetched"] += 1
+
+    def _fetch_is_over(self, job: Job) -> None:
+        """Its leg makes tokens, or is ended."""
+        fetch, job.fetch = job.fetch, None
+        if fetch is None:
+            return
+        if fetch.copying:
+            self.instances[fetch.target].copier.inbox.append(("drop", fetch.leg))
+        self._let_go(fetch)
+
+    def _end_fetch(self, job: Job) -> None:
+        """Its leg is not wanted any more."""
+        fetch, job.fetch = job.fetch, None
+        if fetch is not None and fetch.copying:
+            self._give_up(fetch)
+        elif fetch is not None:
+            self._let_go(fetch)
 
     def _name(self, job: Job) -> str:
         job.number += 1
@@ -133,6 +227,7 @@ class World:
         if job.move is not None:
             self._give_up(job.move)
             job.move = None
+        self._end_fetch(job)
         self._abort(job.at, job.leg)
 
     def _abort(self, at: int, leg: str) -> None:
@@ -162,26 +257,30 @@ class World:
         marks = Marks(moved=True, output=move.known, ahead=ROOM)
         target = self.instances[move.target]
         target.scheduler.add_request(request(move.leg, tokens, job.most - move.known, marks))
-        target.copier.inbox.append(("more", move.leg, move.source, blocks, ""))
+        target.copier.inbox.append(("more", move.leg, move.source, blocks, "", False))
         self.seen["ahead"] += 1
 
-    def _give_up(self, move: Move) -> None:
+    def _give_up(self, move: Move | Fetch) -> None:
         """End the leg at the target; when it answers, the source may let go."""
-        if move.over:
-            return
-        move.over = True
+        if isinstance(move, Move):
+            if move.over:
+                return
+            move.over = True
         target = self.instances[move.target]
         if target.dead:
             self._let_go(move)
             return
-        if move.ahead:
+        if isinstance(move, Fetch) or move.ahead:
             target.copier.inbox.append(("drop", move.leg))
         self.asked.append((move, target.scheduler.drop(move.leg)))
         self.seen["dropped"] += 1
 
-    def _let_go(self, move: Move) -> None:
+    def _let_go(self, move: Move | Fetch) -> None:
         source = self.instances[move.source]
-        if not source.dead:
+        if isinstance(move, Fetch):
+            if not source.dead:
+                source.scheduler.release([], [move.leg])
+        elif not source.dead:
             source.scheduler.release([move.source_leg] if move.left else [], [move.leg, f"{move.leg}+"])
 
     def answers(self) -> None:
@@ -205,7 +304,10 @@ class World:
 
     def _word(self, kind: str, leg: str) -> None:
         job = self.jobs[leg.split("#", maxsplit=1)[0]]
-        move = job.move
+        move, fetch = job.move, job.fetch
+        if fetch is not None and fetch.leg == leg and kind in ("landed", "failed"):
+            self._fetched(job, fetch) if kind == "landed" else self._go_without(job, fetch)
+            return
         if move is None or move.leg != leg or move.over:
             return
         if kind == "copied" and not move.left:
@@ -230,6 +332,7 @@ class World:
             if left:
                 self._late(index, leg)
             return
+        self._fetch_is_over(job)
         if output.new_token_ids and job.move is not None and job.move.leg == leg:
             self._landed(job, job.move)
         job.tokens += output.new_token_ids
@@ -290,7 +393,7 @@ class World:
             move.gone = True
             if self._direct(move):
                 self._arrive(job, move)
-            target.copier.inbox.append(("more", move.leg, move.source, blocks, move.source_leg))
+            target.copier.inbox.append(("more", move.leg, move.source, blocks, move.source_leg, False))
             return
         if move.ahead:
             self._again(job, move)
@@ -329,6 +432,11 @@ class World:
         for job in self.jobs.values():
             if job.done:
                 continue
+            if job.fetch is not None and index in (job.fetch.source, job.fetch.target):
+                if job.fetch.target == index:
+                    self._end_fetch(job)
+                else:
+                    self._go_without(job, job.fetch)
             move = job.move
             if move is not None and index in (move.source, move.target) and not move.over:
                 self._give_up(move)
@@ -357,6 +465,7 @@ class World:
             if len(self.heard[index]) < 3:
                 self.heard[index].extend(one.step())
         self.answers()
+        self.fetches()
         if settle or not self.jobs:
             return
         job = chance.choice(list(self.jobs.values()))
@@ -372,6 +481,9 @@ class World:
 
     def _patience_ends(self, job: Job) -> None:
         move = job.move
+        if job.fetch is not None:
+            self._go_without(job, job.fetch)
+            return
         if move is None or job.done:
             return
         if job.leg == move.leg:
@@ -393,6 +505,7 @@ class World:
                 found.append(f"i{one.index} still has {one.used()} blocks, {names}, {one.held}")
             books = {"reads": len(one.scheduler._reads), "pins": len(one.scheduler._pins._blocks)}
             books |= {"arrivals": len(one.scheduler._arrivals), "pulled": len(one.scheduler._side.pulled)}
+            books |= {"asked": len(one.scheduler.prefixes._asked), "to fetch": len(one.scheduler.fetches)}
             books |= {"leaving": len(one.scheduler._leaving), "known": len(one.scheduler._side._known)}
             books |= {
                 "arrived": len(one.scheduler._side._arrived),

@@ -169,7 +169,7 @@ class CopiedLeg:
     """What the pretended copier knows of a leg; see worker/legs.py."""
 
     given: Given | None = None
-    more: tuple[int, list[int], str] | None = None
+    more: tuple[int, list[int], str, bool] | None = None
     done: int = 0
     told: int = -1
     reading: Pull | None = None
@@ -187,7 +187,7 @@ class Copier:
         self.refused: set[str] = set()
         self.inbox: deque[Any] = (
             deque()
-        )  # from the server: ("more", leg, source, blocks, note), ("drop", leg)
+        )  # from the server: ("more", leg, source, blocks, note, whole), ("drop", leg)
         self.words: deque[tuple[str, str]] = (
             deque()
         )  # to the server: (copied | landed | failed | dropped, leg)
@@ -222,7 +222,7 @@ class Copier:
     def _begin(self, name: str, leg: CopiedLeg) -> None:
         if leg.given is None or leg.more is None or leg.over or leg.ends:
             return
-        source, blocks, note = leg.more
+        source, blocks, note, whole = leg.more
         if not note and len(blocks) <= leg.done and leg.told == leg.done:
             return
         if len(blocks) > len(leg.given.blocks):
@@ -231,7 +231,8 @@ class Copier:
         end = len(blocks) if note else min(len(blocks), leg.done + 2)
         local, remote = leg.given.blocks[leg.done : end], blocks[leg.done : end]
         peer = self.here.peers[source]
-        leg.reading = Pull(name, None if peer.dead else peer, remote, local, note, bool(note))
+        last = bool(note) or (whole and end == len(blocks))
+        leg.reading = Pull(name, None if peer.dead else peer, remote, local, note, last)
 
     def _read(self, name: str, leg: CopiedLeg, pull: Pull) -> None:
         good = self.here.read(pull)
@@ -242,6 +243,8 @@ class Copier:
             leg.done += len(pull.local)
             if pull.last:
                 self._over(name, leg, True)
+                if leg.more is not None and leg.more[3]:  # no step waits for it
+                    self.legs.pop(name, None)
             elif leg.more is not None and leg.done >= len(leg.more[1]):
                 leg.told = leg.done
                 self.words.append(("copied", name))

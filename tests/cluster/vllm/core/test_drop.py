@@ -100,7 +100,7 @@ def test_a_leg_that_is_copied_ahead_is_dropped_when_the_copier_has_returned_its_
     pair.ahead()
     target = pair.target
     target.stuck = True
-    target.copier.inbox.append(("more", "a#1+", SOURCE, pair.params["remote_block_ids"][0][:2], ""))
+    target.copier.inbox.append(("more", "a#1+", SOURCE, pair.params["remote_block_ids"][0][:2], "", False))
     target.run(lambda: any(leg.reading for leg in target.copier.legs.values()))
     answer = target.scheduler.drop("a#1+")
     for _ in range(20):
@@ -167,7 +167,7 @@ def test_a_leg_whose_tail_did_not_come_keeps_its_blocks_until_the_copier_returns
     target.run(lambda: bool(target.copier.legs))
     target.stuck = True
     blocks = list(pair.params["remote_block_ids"][0])
-    target.copier.inbox.append(("more", "a#1+", SOURCE, blocks, "a"))
+    target.copier.inbox.append(("more", "a#1+", SOURCE, blocks, "a", False))
     target.run(lambda: any(leg.reading for leg in target.copier.legs.values()))
     assert target.scheduler.arrive("a#1+", [])
     outputs = target.run(lambda: "a#1+" not in {r.request_id for r in target.scheduler.running}, 3)

@@ -15,8 +15,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.request import Request
 
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.engine import Engine
@@ -56,7 +59,9 @@ class Told:
 
     class vllm_config:  # noqa: N801
         use_v2_model_runner = False
-        cache_config = SimpleNamespace(enable_prefix_caching=True)
+        cache_config = SimpleNamespace(
+            enable_prefix_caching=True, block_size=1, prefix_caching_hash_algo="sha256"
+        )
         model_config = SimpleNamespace(max_model_len=100)
 
     dead = False
@@ -67,6 +72,7 @@ class Told:
         self.told: list[tuple[Any, ...]] = []
         self.second = asyncio.Event()  # two legs were added
         self.pins: list[int] | None = None  # blocks that are full; None: nothing can be copied ahead
+        self.prefix: list[int] = []  # blocks of a prompt that it has
         self.held = 0, 0.0  # what it says on unpinning: tokens of KV, and when
         self.dropped = asyncio.Event()  # whether nothing is read for a leg any more that was dropped
         self.dropped.set()
@@ -88,7 +94,8 @@ class Told:
         self.tell(method, *args)
         if method == "taichi_drop":
             await self.dropped.wait()
-        return {"taichi_pin": self.pins, "taichi_release": self.held}.get(method, True)
+        answers = {"taichi_pin": self.pins, "taichi_prefix": self.prefix, "taichi_release": self.held}
+        return answers.get(method, True)
 
     async def hears(self, method: str, *args: Any) -> None:
         """Wait until it is told this."""
@@ -135,18 +142,20 @@ class Two:
 
     def ask(self, **params: Any) -> None:
         """Request `a`: 3 prompt tokens, at most 10 out."""
-        self.cluster.accept(
-            EngineCoreRequest(
-                request_id="a",
-                prompt_token_ids=[1, 2, 3],
-                mm_features=None,
-                sampling_params=SamplingParams(**{"temperature": 0.0, "max_tokens": 10, **params}),
-                pooling_params=None,
-                arrival_time=0.0,
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-            )
+        self.cluster.accept(self.request(**params))
+
+    def request(self, **params: Any) -> EngineCoreRequest:
+        """As the front end makes it."""
+        return EngineCoreRequest(
+            request_id="a",
+            prompt_token_ids=[1, 2, 3],
+            mm_features=None,
+            sampling_params=SamplingParams(**{"temperature": 0.0, "max_tokens": 10, **params}),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
         )
 
     def say(self, instance: int, request: str, *tokens: int, **end: Any) -> None:
@@ -680,6 +689,54 @@ async def test_a_request_that_left_for_an_instance_that_is_lost_waits_for_anothe
     assert two.clients[0].added[-1].request_id == "a#2"
     two.say(0, "a#2", 52)
     assert two.tokens == [50, 51, 52]
+
+
+async def test_the_prefix_of_a_prompt_is_copied_from_its_holder_before_it_is_computed(two: Two) -> None:
+    two.clients[1].prefix = [7, 9]
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", prefix_from="i1", prefix_tokens=3))
+    await two.orders[0].has(More("a", "e1", [7, 9], "", whole=True))
+    (leg,) = two.clients[0].added
+    assert leg.request_id == "a"
+    assert leg.sampling_params.extra_args[KEY] == {"fetch": 2}  # of three tokens the last is computed
+
+    blocks = Request.from_engine_core_request(two.request(), get_request_block_hasher(1, sha256)).block_hashes
+    assert two.clients[1].told == [("taichi_prefix", "a", [bytes(one) for one in blocks[:2]])]
+    two.cluster.hands.hear(Copied("a", 2, True, 2, 0.1, 1.0, 1.1))
+    await two.clients[0].hears("taichi_fetched", "a", 2)
+    await two.clients[1].hears("taichi_release", [], ["a"])
+
+    stats = PrefillStats()
+    stats.set(3, 0, 2)
+    two.say(0, "a", 50, prefill_stats=stats)
+    two.say(0, "a", 51, finish_reason=FinishReason.LENGTH)
+    _, prefilled, _ = two.facts()
+    assert isinstance(prefilled, Prefilled)
+    assert (prefilled.cached, prefilled.fetched) == (2, 2)
+    assert (two.got[0].prefill_stats.num_cached_tokens, two.got[0].prefill_stats.num_computed_tokens) == (
+        2,
+        1,
+    )
+
+
+async def test_a_prefix_that_its_target_still_waits_for_in_the_queue_is_waived(two: Two) -> None:
+    two.clients[1].prefix = [7]
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0", prefix_from="i1", prefix_tokens=2))
+    await two.orders[0].has(More("a", "e1", [7], "", whole=True))
+    two.cluster.hands.hear(Failed("a", "no"))
+    await two.clients[0].hears("taichi_waive", "a")
+    await two.orders[0].has(Drop("a"))
+    assert [leg.request_id for leg in two.clients[0].added] == ["a"]
+    two.say(0, "a", 50, finish_reason=FinishReason.LENGTH)
+
+
+async def test_nothing_is_fetched_for_who_may_not_look_into_the_prefix_cache(two: Two) -> None:
+    two.ask(prompt_logprobs=1)
+    two.cluster.send(Prefill("a", 0, "i0", prefix_from="i1", prefix_tokens=3))
+    assert two.clients[0].added[0].sampling_params.extra_args is None
+    assert two.clients[1].told == []
+    two.say(0, "a", 50, finish_reason=FinishReason.LENGTH)
 
 
 async def test_a_token_on_its_way_to_its_user_enters_each_file_at_most_twice(two: Two) -> None:

@@ -167,14 +167,18 @@ def test_a_preemption_after_a_move_is_counted() -> None:
     assert end.figures() == {**by_one_instance(), "preemptions": 1}
 
 
-def test_what_came_from_another_instance_of_ours_was_computed_and_not_cached() -> None:
+def test_a_prefix_that_was_fetched_from_another_instance_of_ours_was_cached() -> None:
     end = FrontEnd()
     output = made(1, events=events(QUEUED=100.0, SCHEDULED=101.0), prefill_stats=prefilled(4, 12))
-    assert figures.first(output, 1, 100.0) == prefilled(4, 0)
+    prefill = figures.first(output, 0, 100.0)
+    assert prefill == prefilled(16, 0)
     end.take(output, 103.0)
-    end.take(made(2, **LAST), 105.0)
-    shown = end.figures()
-    assert (shown["external"], shown["cached"], shown["cached of it"]) == (0, 4, 4)
+    end.take(made(2), 104.0)
+    end.take(made(3, **LAST), 105.0)
+    assert end.figures() == by_one_instance()
+    stats = SchedulerStats(prefix_cache_stats=PrefixCacheStats())
+    figures.looked_up(stats, [prefill])
+    assert (stats.prefix_cache_stats.queries, stats.prefix_cache_stats.hits) == (20, 16)
 
 
 def test_a_request_that_fails_without_a_token_was_queued_all_the_time() -> None:

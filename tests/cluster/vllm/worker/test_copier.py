@@ -252,3 +252,39 @@ def test_whatever_a_read_raises_ends_its_leg_and_nothing_else(bench: Bench) -> N
 def test_an_order_that_cannot_be_read_is_passed_over(bench: Bench) -> None:
     bench._line.send(b"\xff")
     bench.catch_up()
+
+
+def test_a_prefix_is_copied_in_pieces_whole_and_its_source_is_told_nothing(bench: Bench) -> None:
+    long = PIECE + 4
+    here = list(range(1000, 1000 + long))
+    bench.send(More("a", "s", list(range(long)), "", whole=True))
+    bench.catch_up()
+    bench.copier.order(Given("a", here, 1))
+    assert blocks_of(bench.hear()) == ("a", long, True, long - 1)
+    assert [(len(remote), note) for _, remote, _, note in bench.blocks.reads] == [(PIECE, ""), (3, "")]
+    assert bench.copier._legs == {}
+    bench.copier.order(Return("a"))  # its request was aborted before it heard of that
+    bench.catch_up()
+    assert bench.copier.returned() == {"a"}
+
+
+def test_a_prefix_that_is_shorter_than_what_is_here_is_copied_without_a_read(bench: Bench) -> None:
+    bench.copier.order(Given("a", [5, 6, 7], 2))
+    bench.catch_up()
+    bench.send(More("a", "s", [1], "", whole=True))
+    assert blocks_of(bench.hear()) == ("a", 2, True, 0)
+    assert bench.blocks.reads == []
+
+
+def test_a_prefix_that_cannot_be_read_is_told_and_its_blocks_come_back_when_they_are_wanted(
+    bench: Bench,
+) -> None:
+    bench.copier.order(Given("a", [5, 6], 0))
+    bench.catch_up()
+    bench.send(More("a", "gone", [1, 2], "", whole=True))
+    assert bench.hear() == Failed("a", "OSError: no such process")
+    bench.send(Drop("a"))
+    assert bench.hear() == Dropped("a")
+    bench.copier.order(Return("a"))
+    bench.catch_up()
+    assert bench.copier.returned() == {"a"}

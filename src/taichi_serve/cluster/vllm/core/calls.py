@@ -50,9 +50,19 @@ def taichi_pin(core: EngineCore, request_id: str, reader: str) -> list[int] | No
     return _scheduler(core).pin(request_id, reader)
 
 
-def taichi_unpin(core: EngineCore, reader: str) -> tuple[int, float]:
-    """Utility call: see FlowScheduler.unpin."""
-    return _scheduler(core).unpin(reader)
+def taichi_prefix(core: EngineCore, reader: str, hashes: list[bytes]) -> Future[list[int]] | list[int]:
+    """Utility call: see Prefixes.ask. vLLM answers when the future is done."""
+    return _scheduler(core).prefixes.ask(reader, hashes)
+
+
+def taichi_fetched(core: EngineCore, leg: str, blocks: int) -> None:
+    """Utility call: see Fetches.fetched."""
+    _scheduler(core).fetches.fetched(leg, blocks)
+
+
+def taichi_waive(core: EngineCore, leg: str) -> bool:
+    """Utility call: see Fetches.waive."""
+    return _scheduler(core).fetches.waive(leg)
 
 
 def taichi_arrive(core: EngineCore, request_id: str, tokens: list[int]) -> bool:
@@ -74,13 +84,15 @@ CALLS = {
     Call.ARRIVE: taichi_arrive,
     Call.CHUNK: taichi_chunk,
     Call.DROP: taichi_drop,
+    Call.FETCHED: taichi_fetched,
     Call.HERE: taichi_here,
     Call.KV: taichi_kv,
     Call.LEAVE: taichi_leave,
     Call.PIN: taichi_pin,
+    Call.PREFIX: taichi_prefix,
     Call.RELEASE: taichi_release,
     Call.SETTLE: taichi_settle,
-    Call.UNPIN: taichi_unpin,
+    Call.WAIVE: taichi_waive,
 }
 
 

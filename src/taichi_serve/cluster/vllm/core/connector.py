@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 
+from taichi_serve.cluster.vllm.core.fetches import no_more
 from taichi_serve.cluster.vllm.core.groups import stays
 from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.reads import Reads
@@ -73,8 +74,14 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         """Tokens to pull beyond `num_computed_tokens`, and whether to wait for them outside the step.
 
         What a peer on this host holds is read at the beginning of the very step that needs it. A leg that is
-        copied ahead gets all of its blocks now.
+        copied ahead gets all of its blocks now, and a prompt that fetches its prefix the blocks of that.
         """
+        if wanted := marks_of(request).fetch:
+            # The last token is computed in any case, into a block that nobody else has.
+            wanted = 0 if self.stays else min(wanted, (request.num_tokens - 1) // self.block_size)
+            self._known[request.request_id] = num_computed_tokens, False
+            missing = max(0, wanted * self.block_size - num_computed_tokens)
+            return missing, missing > 0
         if marks_of(request).ahead:
             self._known[request.request_id] = num_computed_tokens, False
             return request.num_tokens - num_computed_tokens, True
@@ -101,14 +108,15 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
     ) -> None:
         """Have the missing blocks read, and remember how much that is."""
         known, in_step = self._known.pop(request.request_id, (0, False))
+        lent = bool(marks_of(request).ahead or marks_of(request).fetch)
+        no_more(request)
         if not num_external_tokens:
             if not marks_of(request).ahead:
                 super().update_state_after_alloc(request, blocks, num_external_tokens)
             return
-        ahead = bool(marks_of(request).ahead)
         given = Given(request.request_id, list(blocks.get_block_ids()[0]), known // self.block_size)
-        self.reads.begin(given, lent=ahead)
-        if ahead:
+        self.reads.begin(given, lent=lent)
+        if lent:
             self._orders.append(given)
             return
         self.pulled[request.request_id] = num_external_tokens, time.monotonic()

@@ -63,13 +63,20 @@ class Pins:
         if (certain := self._reads.certain(request.request_id)) is not None:
             count = min(count, certain)
         full = {block.block_id: block for block in groups[0][:count]}
-        if not full:
-            return []
+        if full:
+            self.hold(reader, full.values())
+        return list(full)
+
+    def hold(self, reader: str, blocks: Iterable[KVCacheBlock]) -> None:
+        """Keep these blocks for a reader, beside what it has."""
         pinned = self._blocks.setdefault(reader, {})
-        fresh = {number: block for number, block in full.items() if number not in pinned}
+        fresh = {block.block_id: block for block in blocks if block.block_id not in pinned}
         self._manager.block_pool.touch(list(fresh.values()))
         pinned |= fresh
-        return list(full)
+
+    def holds(self, reader: str) -> bool:
+        """Whether anything is kept for it."""
+        return reader in self._blocks
 
     def unpin(self, reader: str) -> None:
         """They are read no more, and no others will be."""

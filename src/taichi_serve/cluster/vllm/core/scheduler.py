@@ -23,10 +23,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
+from taichi_serve.cluster.vllm.core.fetches import Fetches
 from taichi_serve.cluster.vllm.core.flight import Flight
 from taichi_serve.cluster.vllm.core.grammar import Grammars
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
 from taichi_serve.cluster.vllm.core.pins import Pins
+from taichi_serve.cluster.vllm.core.prefixes import Prefixes
 from taichi_serve.cluster.vllm.core.record import Arrivals, Step
 from taichi_serve.cluster.vllm.core.resumed import as_output, go_on, keep_room
 from taichi_serve.cluster.vllm.core.seats import (
@@ -73,6 +75,8 @@ class FlowScheduler(AsyncScheduler):
         self._pins = Pins(self.kv_cache_manager, self.block_size, self._reads)
         self._unconfirmed = Unconfirmed(self.kv_cache_manager, self._reads)
         self._grammars = Grammars(self.structured_output_manager)
+        self.fetches = Fetches(self, self._reads)
+        self.prefixes = Prefixes(self.kv_cache_manager, self._pins, self._steps, self.stays)
         directory = self._side.directory
         self._flight = Flight(flight_file(directory, self._side.engine_id)) if directory else None
 
@@ -85,7 +89,8 @@ class FlowScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step: every decode, whoever moves in, then at most `chunk` prompt tokens."""
-        with aside(self.kv_holding_waiting, not_yet(self)), only_with_a_place_for_its_adapter(self):
+        queue, near = self.kv_holding_waiting, self.fetches.in_turn(self.chunk or RECOVERY_CHUNK)
+        with aside(queue, not_yet(self)), only_with_a_place_for_its_adapter(self), near:
             output = self._schedule(throttle_prefills)
         if self._flight is not None:  # before it runs
             new = (request.req_id for request in output.scheduled_new_reqs)
@@ -135,6 +140,7 @@ class FlowScheduler(AsyncScheduler):
         if ours.ahead:
             keep_room(request, ours.ahead)
         super().add_request(request)
+        self.fetches.came(request)
 
     def _enqueue_waiting_request(self, request: Request) -> None:
         # A request that was already generating needs one token, so it never queues behind prefills.
@@ -163,17 +169,11 @@ class FlowScheduler(AsyncScheduler):
     # ---------------------------------------------------------------------------------------- who leaves
 
     def pin(self, request_id: str, reader: str) -> list[int] | None:
-        """Blocks of a request that runs here which are full and stay until `unpin(reader)`; None where it
-        does not run, or its KV does not move."""
+        """Full blocks of a request that runs here; they stay until `release`. None where it does not."""
         request = self.requests.get(request_id)
         if self.stays or request is None or request.is_finished():
             return None
         return self._pins.pin(request, reader)
-
-    def unpin(self, reader: str) -> tuple[int, float]:
-        """The blocks that were pinned for this leg are read no more. Tokens of KV that are held then, and
-        when that is: an engine without work makes no step that would tell."""
-        return self.release((), (reader,))
 
     def leave(self, request_ids: Sequence[str]) -> None:
         """These requests stop after the token they are on; ids that are not here are dropped, and so is all
@@ -247,6 +247,7 @@ class FlowScheduler(AsyncScheduler):
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
         for leg in struck.intersection(step.reading):
             self._side.taken_in(leg, good=False, alive=False)
+        self.prefixes.step_over()
         return outputs
 
     def _runs(self, leg: str) -> bool:

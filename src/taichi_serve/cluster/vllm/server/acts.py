@@ -35,12 +35,14 @@ class Seat(Protocol):
 @dataclass(frozen=True, slots=True)
 class Add:
     """Send a leg with the prompt and all tokens so far. `reader`: it ends after its first token, and what it
-    computes is pinned for that leg. `again`: its KV did not come, and is computed again."""
+    computes is pinned for that leg. `again`: its KV did not come, and is computed again. `fetch`: so many of
+    its first blocks come from another instance before it is computed."""
 
     seat: Seat
     leg: str
     reader: str | None = None
     again: bool = False
+    fetch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +128,45 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Find:
+    """Ask a passage's source which of the first `blocks` blocks of the prompt its prefix cache holds, and
+    have them pinned."""
+
+    passage: Passage
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
-    """Have these blocks of the source copied at the target. With `note` they are all there will be."""
+    """Have these blocks of the source copied at the target. With `note` or `whole` they are all there will
+    be; see wire.More."""
 
     passage: Passage
     blocks: list[int]
     note: str = ""
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Tell the target that the first blocks of a leg are here, so many of them, and no more will come."""
+
+    passage: Passage
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waive:
+    """Ask the target whether it can still compute a leg without what it was to fetch."""
+
+    passage: Passage
+
+
+@dataclass(frozen=True, slots=True)
+class Uncopy:
+    """Have the target's copiers forget a leg for which nothing is read."""
+
+    passage: Passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +212,12 @@ Act = (
     | Close
     | Leave
     | Pin
+    | Find
     | Release
     | Copy
+    | Fetched
+    | Waive
+    | Uncopy
     | Arrive
     | Await
     | Refuse

@@ -120,6 +120,22 @@ class Engine:
         """The blocks of a leg that are full by now, pinned for a reader; None where it cannot be read so."""
         return self._ask(Call.PIN, leg, reader)
 
+    def find(self, reader: str, hashes: list[bytes]) -> asyncio.Future[list[int]]:
+        """The blocks with these hashes that its prefix cache holds, from the first one on, pinned."""
+        return self._ask(Call.PREFIX, reader, hashes)
+
+    def fetched(self, leg: str, blocks: int) -> None:
+        """The first blocks of a leg are here, and no more will come."""
+        self.client.tell(Call.FETCHED, leg, blocks)
+
+    def waive(self, leg: str) -> asyncio.Future[bool]:
+        """Have a leg computed without a fetch; False where blocks were given to it for one."""
+        return self._ask(Call.WAIVE, leg)
+
+    def uncopy(self, leg: str) -> None:
+        """Nothing is to be copied for a leg."""
+        self.copiers.send(Drop(leg))
+
     def drop(self, leg: str, copied: bool) -> asyncio.Future[bool]:
         """End a leg; the answer comes when nothing is read or written for it any more."""
         if copied:
@@ -130,9 +146,9 @@ class Engine:
         """A leg that was copied ahead has left its source; False where it is not here, or has no blocks."""
         return self._ask(Call.ARRIVE, leg, tokens)
 
-    def copy(self, leg: str, source: str, blocks: list[int], note: str) -> None:
+    def copy(self, leg: str, source: str, blocks: list[int], note: str, whole: bool = False) -> None:
         """Have blocks of the engine `source` copied for a leg here."""
-        self.copiers.send(More(leg, source, blocks, note))
+        self.copiers.send(More(leg, source, blocks, note, whole))
 
     async def answers(self) -> None:
         """Come back when its core and every worker have answered. Raises what the core's client raises."""

@@ -50,8 +50,9 @@ def began(
     """The first token of a leg that is about to be told to its journey."""
     now = journey.last_at
     if journey.placed:
-        cached = int(output.prefill_stats.num_cached_tokens) if output.prefill_stats is not None else 0
-        return Prefilled(now, journey.id, journey.leg, engine.name, cached, held and journey.going is None)
+        stats, waits = output.prefill_stats, held and journey.going is None
+        cached, fetched = (stats.num_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
+        return Prefilled(now, journey.id, journey.leg, engine.name, int(cached), waits, int(fetched))
     moved_in = engine.moved_in.get(journey.leg_id, MovedIn())
     return Flowed(
         now,

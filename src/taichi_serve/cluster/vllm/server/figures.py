@@ -38,12 +38,10 @@ def first(output: EngineCoreOutput, leg: int, accepted_at: float) -> PrefillStat
             events.insert(0, EngineCoreEvent.new_event(SCHEDULED, accepted_at))
         output.events = [EngineCoreEvent.new_event(QUEUED, accepted_at), *events]
     prefilled = output.prefill_stats
-    if prefilled is not None and (came := prefilled.num_external_cached_tokens):
-        # KV comes from another instance of ours, which has computed it for this request.
+    if prefilled is not None:
+        # What a prompt got from another instance of ours was in the prefix cache there.
+        prefilled.num_local_cached_tokens += prefilled.num_external_cached_tokens
         prefilled.num_external_cached_tokens = 0
-        prefilled.num_cached_tokens -= came
-        prefilled.num_computed_tokens += came
-        prefilled.num_cache_creation_tokens += came
     return prefilled
 
 

@@ -16,6 +16,7 @@ from taichi_serve.cluster.vllm.server import acts as do
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.leg import first_leg, next_leg
 from taichi_serve.cluster.vllm.server.passage import Passage, Passing
+from taichi_serve.cluster.vllm.server.prefix import prefix_hashes
 from taichi_serve.cluster.vllm.wire import Copied, Dropped, Failed, Word
 from taichi_serve.messages import Event, Finished, Outcome, Refused
 from taichi_serve.stage import TransitionError
@@ -56,9 +57,13 @@ class Hands:
             do.Leave: lambda journey, act: _engine(act.seat).leave(act.leg),
             do.Release: lambda journey, act: _engine(act.seat).release(act.leg, act.reader),
             do.Pin: self._pin,
+            do.Find: self._find,
             do.Drop: lambda journey, act: self._drop(act),
             do.Close: lambda journey, act: self._close(act),
             do.Copy: self._copy,
+            do.Fetched: lambda journey, act: _target(act).fetched(act.passage.reader, act.blocks),
+            do.Waive: self._waive,
+            do.Uncopy: lambda journey, act: _target(act).uncopy(act.passage.reader),
             do.Arrive: self._arrive,
             do.Await: self._await,
             do.Refuse: self._refuse,
@@ -115,7 +120,7 @@ class Hands:
         if journey.tokens:
             engine.send(next_leg(journey.request, act.leg, journey.tokens))
         else:
-            engine.send(first_leg(journey.request, act.leg, act.reader))
+            engine.send(first_leg(journey.request, act.leg, act.reader, act.fetch))
 
     def _send(self, journey: Journey, act: do.Send) -> None:
         passage, target = act.passage, _engine(act.passage.target)
@@ -133,6 +138,33 @@ class Hands:
             self.take(journey, journey.pinned, passage, None if failed else answer.result())
 
         _engine(passage.source).pin(passage.source_leg, passage.reader).add_done_callback(pinned)
+
+    def _find(self, journey: Journey, act: do.Find) -> None:
+        passage = act.passage
+        self.passages[passage.reader] = passage
+        asking = asyncio.ensure_future(self._ask_for(journey, act))
+
+        def found(answer: asyncio.Future[list[int]]) -> None:
+            failed = answer.cancelled() or answer.exception() is not None
+            self.take(journey, journey.found, passage, [] if failed else answer.result())
+
+        asking.add_done_callback(found)
+
+    async def _ask_for(self, journey: Journey, act: do.Find) -> list[int]:
+        source = _engine(act.passage.source)
+        hashes = await prefix_hashes(journey.request, act.blocks, source.client.vllm_config.cache_config)
+        if act.passage is not journey.fetch:
+            return []  # it was given up meanwhile, and what would be pinned now nobody would let go
+        return await source.find(act.passage.reader, hashes)
+
+    def _waive(self, journey: Journey, act: do.Waive) -> None:
+        passage = act.passage
+
+        def waived(answer: asyncio.Future[bool]) -> None:
+            if not answer.cancelled() and answer.exception() is None:
+                self.take(journey, journey.waived, passage, answer.result())
+
+        _engine(passage.target).waive(passage.reader).add_done_callback(waived)
 
     def _drop(self, act: do.Drop) -> None:
         passage = act.passage
@@ -154,7 +186,8 @@ class Hands:
 
     def _copy(self, journey: Journey, act: do.Copy) -> None:
         passage = act.passage
-        _engine(passage.target).copy(passage.reader, passage.source.engine_id, act.blocks, act.note)
+        engine = _engine(passage.target)
+        engine.copy(passage.reader, passage.source.engine_id, act.blocks, act.note, act.whole)
 
     def _arrive(self, journey: Journey, act: do.Arrive) -> None:
         passage = act.passage
@@ -180,6 +213,10 @@ class Hands:
         self._tell(Finished(time.monotonic(), journey.id, len(journey.tokens), act.outcome))
         if act.outcome is Outcome.FAILED and not act.said:
             self._fail(journey)
+
+
+def _target(act: do.Fetched | do.Uncopy) -> Engine:
+    return _engine(act.passage.target)
 
 
 def _engine(seat: do.Seat) -> Engine:

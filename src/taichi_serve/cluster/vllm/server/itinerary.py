@@ -87,6 +87,8 @@ class Itinerary:
     told: bool = False  # LEAVING: the source has been told to let it go
     held: Held | None = None
     passage: Passage | None = None  # of the next leg; when LANDING, of this one
+    fetch: Passage | None = None  # of a prefix on its way to the leg that runs
+    hand_over: bool = False  # the leg ends after its first token
     promise: str | None = None  # the reader that the leg pins for unasked
     offered: list[int] | None = None  # what it has pinned for it
 
@@ -122,7 +124,13 @@ class Itinerary:
     # ------------------------------------------------------------------------------------ from leg to leg
 
     def _begin(
-        self, leg: int, seat: Seat, hand_over: bool = False, placed: bool = False, again: bool = False
+        self,
+        leg: int,
+        seat: Seat,
+        hand_over: bool = False,
+        placed: bool = False,
+        again: bool = False,
+        fetch: int = 0,
     ) -> Acts:
         """A leg that computes the prompt and the tokens so far."""
         if self.tokens and not self.movable:  # its instance is gone, and no other could go on exactly
@@ -135,8 +143,9 @@ class Itinerary:
         self._enter(Stage.PREFILLING)
         self.leg, self.seat, self.leg_id, self.placed = leg, seat, self._fresh(), placed
         self.going, self.told, self.offered = None, False, None
-        self.promise = self._fresh() if hand_over and not self.tokens else None
-        return [Add(seat, self.leg_id, reader=self.promise, again=again)]
+        self.hand_over = hand_over and not self.tokens
+        self.promise = self._fresh() if self.hand_over else None
+        return [Add(seat, self.leg_id, reader=self.promise, again=again, fetch=fetch)]
 
     def _land(self, leg: int, on: Seat) -> Acts:
         """Its KV is held: begin the next leg with it, if it can be had there."""
@@ -180,7 +189,7 @@ class Itinerary:
     def _again(self) -> Acts:
         """Its KV did not come, or not in time: compute the tokens so far again, on the same instance."""
         seat, leg = self.here, self.leg
-        acts: Acts = [Forget(seat, self.leg_id), *self._break_promise(), *self._drop_passage()]
+        acts: Acts = [Forget(seat, self.leg_id), *self._break_promise(), *self._drop_all()]
         return acts + self._begin(leg, seat, placed=self.placed and not self.tokens, again=True)
 
     # ------------------------------------------------------------------------------------------ giving back
@@ -190,8 +199,9 @@ class Itinerary:
         acts: Acts = []
         if self.seat is not None:
             landing = self.passage is not None and self.passage.landing
-            acts.append((Forget if landing else End)(self.seat, self.leg_id))
-        acts += [*self._break_promise(), *self._drop_passage()]
+            fetching = self.fetch is not None and self.fetch.passing is Passing.COPYING
+            acts.append((Forget if landing or fetching else End)(self.seat, self.leg_id))
+        acts += [*self._break_promise(), *self._drop_all()]
         if self.held is not None and self.held.seat.alive:
             acts.append(Release(self.held.seat, self.held.leg, None))
         self.seat = self.held = self.going = None
@@ -200,7 +210,7 @@ class Itinerary:
     def _strand(self) -> Acts:
         """Its instance is gone. Whoever was on the way out goes on where it was to go, from its tokens."""
         going, self.going = self.going, None
-        acts = self._drop_passage()
+        acts = self._drop_all()
         self.seat = self.promise = self.offered = None
         if self.tokens and not self.movable:  # no other could go on exactly
             self._enter(Stage.OVER)
@@ -216,3 +226,8 @@ class Itinerary:
     def _drop_passage(self) -> Acts:
         passage, self.passage = self.passage, None
         return passage.drop() if passage is not None else []
+
+    def _drop_all(self) -> Acts:
+        """The leg that runs is over: what was on its way to the next one, and what it was to fetch."""
+        fetch, self.fetch = self.fetch, None
+        return [*self._drop_passage(), *(fetch.drop() if fetch is not None else [])]

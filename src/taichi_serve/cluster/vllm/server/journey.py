@@ -30,27 +30,28 @@ from taichi_serve.cluster.vllm.server.acts import (
     Send,
     Settle,
 )
-from taichi_serve.cluster.vllm.server.itinerary import ROOM, RUNNING, Going, Held, Itinerary
+from taichi_serve.cluster.vllm.server.fetching import Fetching, Prefix
+from taichi_serve.cluster.vllm.server.itinerary import ROOM, RUNNING, Going, Held
 from taichi_serve.cluster.vllm.server.passage import Passage, Passing
 from taichi_serve.cluster.vllm.wire import TransferParams
 from taichi_serve.messages import Outcome
 from taichi_serve.stage import Stage
 
 
-class Journey(Itinerary):
+class Journey(Fetching):
     """One request that was accepted and is not over. Every method answers with acts, in order; what is not in
     the table raises TransitionError."""
 
     # ------------------------------------------------------------------------------------------ decisions
 
-    def prefill(self, leg: int, seat: Seat, hand_over: bool) -> Acts:
+    def prefill(self, leg: int, seat: Seat, hand_over: bool, prefix: Prefix | None = None) -> Acts:
         """Compute the prompt, and the tokens so far, on this instance: for the first time, or elsewhere than
-        it was to be because that instance is silent or lost."""
+        it was to be because that instance is silent or lost. A `prefix` is fetched before."""
         self._must("Prefill", Stage.WAITING, Stage.PREFILLING, Stage.DECODING, Stage.HELD)
         if self.tokens and not self.movable and self.seat is not None:
             return []  # it has begun meanwhile, and could not go on exactly anywhere else
         acts = self._vacate()
-        return acts + self._begin(leg, seat, hand_over=hand_over, placed=True)
+        return acts + self._prompt(leg, seat, hand_over, prefix)
 
     def hint(self, seat: Seat) -> Acts:
         """Its decode will most likely be there: what is computed may be copied there already."""
@@ -99,9 +100,9 @@ class Journey(Itinerary):
     def first_token(self) -> Acts:
         """The first token of this leg is out."""
         self._must("a first token", Stage.PREFILLING, Stage.LANDING)
-        acts: Acts = []
+        acts = self._begun()
         if self.stage is Stage.LANDING and self.passage is not None:
-            acts = self.passage.close()
+            acts += self.passage.close()
             self.passage = None
         self._enter(Stage.DECODING)
         return [Settle(self.here, self.leg_id), *acts]
@@ -123,7 +124,7 @@ class Journey(Itinerary):
         self._must("it finished", *RUNNING)
         acts: Acts = [Forget(self.here, self.leg_id), *self._break_promise()]
         self.seat = None
-        acts += self._drop_passage()
+        acts += self._drop_all()
         self._enter(Stage.OVER)
         return [*acts, Finish(outcome, said=True)]
 
@@ -153,6 +154,8 @@ class Journey(Itinerary):
             seat is passage.target or (seat is passage.source and not passage.landing)
         ):
             acts += self._drop_passage()  # a target that is at it finds out by itself that its source is gone
+        if self.fetch is not None and seat is self.fetch.source:
+            acts += self._go_without()
         if self.going is not None and self.going.to is seat:
             self.going = None  # the loss brings another decision
         if self.stage is Stage.HELD and self.held is not None and self.held.seat is seat:
@@ -181,12 +184,16 @@ class Journey(Itinerary):
 
     def landed(self, passage: Passage) -> Acts:
         """The target has the last block."""
+        if passage is self.fetch:
+            return self._fetched(passage)
         if passage is not self.passage or passage.passing is not Passing.TAIL or self._direct(passage):
             return []
         return [self._arrive(passage)]
 
     def failed(self, passage: Passage, why: str) -> Acts:
         """The KV cannot be had this way."""
+        if passage is self.fetch:
+            return self._go_without()
         if passage is not self.passage:
             return []
         if passage.landing:
@@ -197,6 +204,8 @@ class Journey(Itinerary):
         """The patience with a move is over."""
         if mark != self.mark:
             return []
+        if self.fetch is not None:
+            return self._go_without()
         if self.stage is Stage.LANDING:
             return self._again()
         if self.stage is not Stage.LEAVING or self.told or self.going is None:

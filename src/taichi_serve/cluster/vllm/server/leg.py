@@ -11,15 +11,16 @@ from vllm.v1.engine import EngineCoreRequest
 from taichi_serve.cluster.vllm.wire import Marks, TransferParams
 
 
-def first_leg(request: EngineCoreRequest, name: str, reader: str | None) -> EngineCoreRequest:
+def first_leg(request: EngineCoreRequest, name: str, reader: str | None, fetch: int = 0) -> EngineCoreRequest:
     """The engine request of a prefill. With `reader` it ends after the first token, and what it has computed
-    is pinned for the leg of that name."""
-    if reader is None and name == request.request_id:
+    is pinned for the leg of that name; its first `fetch` blocks come from another instance."""
+    if reader is None and not fetch and name == request.request_id:
         return request
     leg = copy.copy(request)
     leg.request_id = name
-    if reader is not None:
-        leg.sampling_params = _with_extra(_params(request), Marks(hand_over=True, reader=reader).entry())
+    if reader is not None or fetch:
+        marks = Marks(hand_over=reader is not None, reader=reader, fetch=fetch)
+        leg.sampling_params = _with_extra(_params(request), marks.entry())
     return leg
 
 

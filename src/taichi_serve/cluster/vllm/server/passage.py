@@ -11,6 +11,8 @@ Full blocks never change, so most of them are copied while the request still run
                                                             -- Arrive ------->  is in the next step
     lets go                <------  first token    CLOSED
 
+A prefix that is fetched goes from ASKED to COPYING to CLOSED (fetching.py).
+
 Where nothing was copied ahead the target pulls all of it when it has the request (PULLING). Whatever ends it
 early makes it DROPPING: the target says when nothing is read or written any more, and only then the source
 lets go. The death of either side is such an answer, too.
@@ -64,7 +66,8 @@ class Passage:
     """From the leg `source_leg` at `source` to the leg `reader` at `target`."""
 
     __slots__ = (
-        "known", "owns", "passing", "reader", "request", "room", "source", "source_leg", "target", "times"
+        "found", "known", "owns", "passing", "reader", "request", "room", "source", "source_leg", "target",
+        "times",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +88,7 @@ class Passage:
         self.owns = passing is Passing.PULLING  # whether the source has left, and its KV is held for this
         self.known = 0  # output tokens that the target was sent
         self.room = 0  # tokens more that it keeps blocks for
+        self.found = 0  # blocks that its source has of a prefix
         self.times = Times()
 
     def enter(self, passing: Passing) -> None:

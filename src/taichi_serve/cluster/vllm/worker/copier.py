@@ -199,17 +199,18 @@ class Copier:
         """One piece of a leg, or the last of it."""
         assert leg.given is not None and leg.more is not None
         more, here = leg.more, leg.given.blocks
-        last = bool(more.note)
-        end = len(more.blocks) if last else min(len(more.blocks), leg.done + PIECE)
+        tail = bool(more.note)
+        end = len(more.blocks) if tail else min(len(more.blocks), leg.done + PIECE)
         if end > len(here):
             self._over(name, leg, Failed(name, f"{end} blocks do not fit into the {len(here)} kept for it"))
             return
         began = time.monotonic()
-        leg.began = began if last else leg.began or began
+        leg.began = began if tail else leg.began or began
         remote, local = more.blocks[leg.done : end], here[leg.done : end]
+        last = tail or (more.whole and end == len(more.blocks))
         leg.reading = Reading(lambda: True, began, max(end, leg.done), last)
         with self._failing(name, leg):
-            if local or last:
+            if local or tail:
                 leg.reading.over = self._reader.read(more.source, remote, local, more.note)
         self._look_at(name, leg)
 
@@ -248,10 +249,12 @@ class Copier:
             return
         leg.told = leg.done
         word = Copied(name, leg.done, reading.last, leg.copied, leg.seconds, leg.began, ended)
-        if reading.last:
-            self._over(name, leg, word)
-        else:
+        if not reading.last:
             self._say(word)
+            return
+        self._over(name, leg, word)
+        if leg.more.whole:  # no step waits for it, and would forget it then
+            self._legs.pop(name, None)
 
     def _over(self, name: str, leg: Leg, word: Copied | Failed) -> None:
         self._say(word)

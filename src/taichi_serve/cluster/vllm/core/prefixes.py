@@ -1,0 +1,87 @@
+"""A prefix that another instance fetches: what the prefix cache here holds of it, pinned while it is read.
+
+vLLM puts blocks into its cache as it gives them out, in the belief that the step will fill them. So whoever
+asks is answered when every step that was under way then is over, and a block that has left the cache by then
+does not count: what should have filled it went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    from taichi_serve.cluster.vllm.core.pins import Pins
+
+GROUP = 0  # what moves has one group of KV (groups.py)
+
+
+@dataclass(slots=True)
+class Asked:
+    """A question that waits for steps to be over."""
+
+    reader: str
+    found: list[tuple[BlockHash, KVCacheBlock]]
+    steps: int
+    answer: Future[list[int]] = field(default_factory=Future)
+
+
+class Prefixes:
+    """Answers who asks for a prefix. `under_way` has the steps that were scheduled and are not taken in."""
+
+    def __init__(
+        self, manager: KVCacheManager, pins: Pins, under_way: Collection[object], stays: Collection[str]
+    ) -> None:
+        self._pool = manager.block_pool
+        self._pins = pins
+        self._under_way = under_way
+        self._stays = stays
+        self._asked: list[Asked] = []
+
+    def ask(self, reader: str, hashes: list[bytes]) -> Future[list[int]] | list[int]:
+        """The blocks with these hashes that are here, from the first one on and without a gap. They stay
+        until the reader's pins are released."""
+        if self._stays:
+            return []
+        found = []
+        for one in map(BlockHash, hashes):
+            blocks = self._pool.get_cached_block(one, [GROUP])
+            if blocks is None:
+                break
+            found.append((one, blocks[0]))
+        if not found:
+            return []
+        self._pins.hold(reader, [block for _, block in found])
+        asked = Asked(reader, found, len(self._under_way))
+        if not asked.steps:
+            return self._still_here(asked)
+        self._asked.append(asked)
+        return asked.answer
+
+    def step_over(self) -> None:
+        """The oldest step under way was taken in."""
+        if not self._asked:
+            return
+        waiting, self._asked = self._asked, []
+        for asked in waiting:
+            asked.steps -= 1
+            if asked.steps > 0:
+                self._asked.append(asked)
+            else:
+                asked.answer.set_result(self._still_here(asked))
+
+    def _still_here(self, asked: Asked) -> list[int]:
+        if not self._pins.holds(asked.reader):
+            return []  # it is not wanted any more, and they may be anybody's
+        numbers = []
+        for one, block in asked.found:
+            if block.block_hash != make_block_hash_with_group_id(one, GROUP):
+                break
+            numbers.append(block.block_id)
+        return numbers
