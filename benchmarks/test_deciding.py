@@ -9,6 +9,7 @@ machine it is the wall time. The garbage collector stays on: a server has one to
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from taichi_serve.latency.profiled import Profiled
 from taichi_serve.messages import (
     Arrived,
     Asked,
+    Cached,
     Cancelled,
     Command,
     Decode,
@@ -56,12 +58,24 @@ def say(line: str) -> None:
 class Town:
     """A scheduler full of decoding requests, every instance with a few prompts queued too."""
 
-    def __init__(self, instances: int, requests: int, capacity: int = 2_000_000) -> None:
+    def __init__(
+        self,
+        instances: int,
+        requests: int,
+        capacity: int = 2_000_000,
+        block_size: int = 0,
+        fetch: bool = False,
+    ) -> None:
         half = instances // 2
         self.sliders = Sliders(half, instances - half, 1024, 256)
         capacities = {f"i{n}": capacity for n in range(instances)}
         self.scheduler = GlobalScheduler(
-            self.sliders, SLO(4.0, 0.07), Profiled(MODEL, {}, 200_000), Policy(dwell=0.0), capacities
+            self.sliders,
+            SLO(4.0, 0.07),
+            Profiled(MODEL, {}, 200_000),
+            Policy(dwell=0.0, fetch=fetch),
+            capacities,
+            block_size,
         )
         self.names = (f"r{n}" for n in count())
         self.capacity = capacity
@@ -77,6 +91,12 @@ class Town:
 
     def arrival(self) -> Arrived:
         return Arrived(self.now, next(self.names), PROMPT, OUTPUT)
+
+    @property
+    def numbers(self) -> str:
+        """What the town has in it."""
+        known = self.scheduler.ledger.residency
+        return f"{len(self.scheduler.requests)} requests, {len(known)} blocks"
 
     def prefilling(self) -> Prefill:
         (command,) = self.scheduler.on(self.arrival())
@@ -248,6 +268,64 @@ def test_one_event_is_decided_in_time(
     say(f" p50 {p50 / MICRO:.1f} us, p99 {p99 / MICRO:.1f} us")
     assert p50 <= 50 * MICRO
     assert p99 <= 200 * MICRO
+
+
+LONG, BLOCKS = 4_000, 250
+SHARED = 80  # blocks of a system prompt, of which there are ten
+KNOWN = 100_000
+
+
+class Talkative(Town):
+    """Prompts of 250 blocks: they begin with one of ten system prompts, and the next turn of a conversation
+    goes on where the last one ended, or a little of it was evicted."""
+
+    def __init__(self, fetch: bool) -> None:
+        self.chance = random.Random(1)
+        self.turns: list[tuple[int, ...]] = []
+        self.systems = [self.blocks(SHARED) for _ in range(10)]
+        super().__init__(8, 2_000, block_size=16, fetch=fetch)
+        known = self.scheduler.ledger.residency
+        while len(known) < KNOWN:
+            blocks = self.prompt()
+            self.turns.append(blocks)
+            for name in self.chance.sample(list(self.scheduler.instances), self.chance.randint(1, 2)):
+                there = blocks[: self.chance.randint(BLOCKS // 2, BLOCKS)]
+                self.scheduler.on(Cached(self.now, name, there))
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        return tuple(self.chance.getrandbits(64) for _ in range(count))
+
+    def prompt(self) -> tuple[int, ...]:
+        return (*self.chance.choice(self.systems), *self.blocks(BLOCKS - SHARED))
+
+    def arrival(self) -> Arrived:
+        next_turn = self.turns and self.chance.random() < 0.8
+        blocks = self.chance.choice(self.turns) if next_turn else self.prompt()
+        return Arrived(self.now, next(self.names), LONG + 200, OUTPUT, blocks=blocks)
+
+
+@pytest.mark.parametrize("fetch", [False, True], ids=["prediction", "fetch"])
+def test_a_prompt_of_250_blocks_is_placed_in_time(fetch: bool) -> None:
+    town = Talkative(fetch)
+    say(f"\n{town.numbers}")
+    for kind in (arrived, prefilled, flowed, finished):
+        p50, p99 = calmest(measure(town, kind, 2_000))
+        say(f"{kind.__name__:>10}: p50 {p50 / MICRO:.1f} us, p99 {p99 / MICRO:.1f} us")
+        assert p50 <= 80 * MICRO
+        assert p99 <= 300 * MICRO
+
+
+def test_what_a_step_changes_in_a_prefix_cache_is_booked_in_time() -> None:
+    town = Talkative(fetch=False)
+    seconds = []
+    for _ in range(2_000):
+        fact = Cached(0.0, "i3", town.blocks(64), town.chance.choice(town.turns)[-64:])
+        start = time.thread_time()
+        town.scheduler.on(fact)
+        seconds.append((time.thread_time() - start) / 128)
+    p50, p99 = calmest(seconds)
+    say(f"\na block: p50 {p50 / MICRO:.3f} us, p99 {p99 / MICRO:.3f} us")
+    assert p50 <= 0.5 * MICRO
 
 
 @pytest.mark.parametrize("event", [Lost(0.0, "i7", "killed"), Drained(0.0, "i7")], ids=["lost", "drained"])

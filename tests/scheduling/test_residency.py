@@ -88,14 +88,21 @@ def test_what_is_removed_from_the_host_stays_on_the_device() -> None:
 
 
 def test_prefix_of_a_live_request_is_claimed_until_the_last_that_has_it_leaves() -> None:
-    known = residency()
+    known = Residency(("i0", "i1", "i2"), 128)
     known.claim("i2", (11, 12, 13))
     known.claim("i2", (11, 12, 23))
-    assert known.match(FOUR, 100) == {"i2": Prefix(claimed=48)}
+    assert known.match(FOUR, 1_000) == {"i2": Prefix(claimed=3 * 128)}
     known.leave("i2", (11, 12, 13))
-    assert known.match(FOUR, 100) == {"i2": Prefix(claimed=32)}
+    assert known.match(FOUR, 1_000) == {"i2": Prefix(claimed=2 * 128)}
     known.leave("i2", (11, 12, 23))
-    assert known.match(FOUR, 100) == NOTHING
+    assert known.match(FOUR, 1_000) == NOTHING
+
+
+def test_claims_are_counted_in_pieces_of_128_tokens() -> None:
+    known, blocks = residency(), tuple(range(1, 21))
+    known.claim("i0", blocks)
+    assert known.match(blocks, 1_000) == {"i0": Prefix(claimed=256)}  # of 320
+    assert dict(known.claims("i0")) == {8: 1, 16: 1}
 
 
 def test_without_a_block_size_nothing_is_known() -> None:
@@ -126,7 +133,7 @@ DEEDS = st.lists(
         st.integers(0, 2),
         st.sampled_from(list(Tier)),
         st.integers(0, 3),
-        st.integers(0, 6),
+        st.integers(0, 70),
     ),
     max_size=60,
 )
@@ -134,19 +141,21 @@ DEEDS = st.lists(
 
 @given(DEEDS)
 def test_it_equals_plain_sets_whatever_happens(deeds: list[tuple[str, int, Tier, int, int]]) -> None:
-    """Chains fork: block k of chain c is shared by all chains up to block 3."""
+    """Chains fork: block k of chain c is shared by all chains up to block 20. Where a block is removed, all
+    that follow it are: caches drop a prefix from its end."""
     known = residency()
     plain: dict[tuple[str, Tier], set[int]] = {(f"i{n}", tier): set() for n in range(3) for tier in Tier}
     claims: dict[str, list[tuple[int, ...]]] = {f"i{n}": [] for n in range(3)}
-    chains = [tuple(k if k < 3 else 10 * (c + 1) + k for k in range(7)) for c in range(4)]
+    chains = [tuple(k if k < 20 else 100 * (c + 1) + k for k in range(70)) for c in range(4)]
     for what, n, tier, chain, length in deeds:
         name, blocks = f"i{n}", chains[chain][:length]
         if what == "store":
             known.learn(stored(name, *blocks, tier=tier))
             plain[name, tier] |= set(blocks)
         elif what == "remove":
-            known.learn(removed(name, *blocks[-2:], tier=tier))
-            plain[name, tier] -= set(blocks[-2:])
+            gone = [b for c in chains if c[:length] == blocks for b in c[length:]]
+            known.learn(removed(name, *gone, tier=tier))
+            plain[name, tier] -= set(gone)
         elif what == "reset":
             known.learn(Cached(0.0, name, blocks, reset=True, tier=tier))
             plain[name, tier] = set(blocks)
@@ -170,14 +179,15 @@ def check(
     def run(chain: tuple[int, ...], *there: set[int]) -> int:
         return next((n for n, b in enumerate(chain) if not any(b in t for t in there)), len(chain)) * 16
 
-    claimed = {name: Counter(b for blocks in each for b in blocks) for name, each in claims.items()}
+    claimed = {name: Counter(b for blocks in each for b in blocks[7::8]) for name, each in claims.items()}
     for name, blocks in claimed.items():
         assert known.holds(name, Tier.DEVICE) == plain[name, Tier.DEVICE]
         assert known.holds(name, Tier.HOST) == plain[name, Tier.HOST]
         assert Counter(known.claims(name)) == blocks
     for chain in chains:
-        found = known.match(chain, 1_000)
+        found = known.match(chain, 2_000)
         for name, blocks in claimed.items():
             device, host = plain[name, Tier.DEVICE], plain[name, Tier.HOST]
-            here = Prefix(run(chain, device), run(chain, device, host), run(chain, set(blocks)))
+            in_use = run(chain[7::8], set(blocks)) * 8
+            here = Prefix(run(chain, device), run(chain, device, host), in_use)
             assert found.get(name, Prefix()) == here

@@ -74,8 +74,16 @@ class Tally:
     gap: Histogram = field(default_factory=Histogram)
     busy: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+    prompt_tokens: int = 0  # of prompts that are through
+    cached_tokens: int = 0  # of these, not computed
+    fetched_tokens: int = 0  # of those, copied from another instance
     first_at: float = 0.0
     last_at: float = 0.0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of prompt tokens that did not have to be computed."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def attainment(self) -> float:
@@ -103,6 +111,7 @@ class Live:
     """A request under way."""
 
     arrived_at: float
+    prompt_tokens: int = 0
     first_at: float | None = None
     counted: bool = False  # already known to be bad
 
@@ -140,7 +149,7 @@ class Meter:
             self._arrived(event)
         elif kind is Prefilled:
             assert isinstance(event, Prefilled)
-            self._first(event.request, event.at)
+            self._first(event)
         elif kind is Finished:
             assert isinstance(event, Finished)
             self._finished(event)
@@ -159,7 +168,7 @@ class Meter:
         if not tally.sent:
             tally.first_at = event.at
         tally.sent += 1
-        self.live[event.request] = Live(event.at)
+        self.live[event.request] = Live(event.at, event.prompt_tokens)
         self._unserved[event.request] = None
         while self._unserved:  # the oldest first, until one that is still in time
             name = next(iter(self._unserved))
@@ -170,13 +179,16 @@ class Meter:
             tally.bad += 1
             del self._unserved[name]
 
-    def _first(self, request: str, at: float) -> None:
-        live = self.live.get(request)
+    def _first(self, event: Prefilled) -> None:
+        live, at, tally = self.live.get(event.request), event.at, self.tally
         if live is None or live.first_at is not None:
             return
         live.first_at = at
-        self._unserved.pop(request, None)
-        self.tally.ttft.add(at - live.arrived_at)
+        self._unserved.pop(event.request, None)
+        tally.ttft.add(at - live.arrived_at)
+        tally.prompt_tokens += live.prompt_tokens
+        tally.cached_tokens += event.cached
+        tally.fetched_tokens += event.fetched
         if at - live.arrived_at > self.slo.ttft and not live.counted:
             live.counted = True
             self.tally.bad += 1

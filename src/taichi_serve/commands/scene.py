@@ -39,6 +39,13 @@ def add_scene(
     parser.add_argument(
         "--max-running", type=int, metavar="N", help="requests in one step (default: as profiled, or 256)"
     )
+    parser.add_argument(
+        "--host-kv",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="of KV that an instance keeps in the memory of its host beside its own (default: none)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
@@ -91,6 +98,8 @@ def scene_of(args: argparse.Namespace) -> Scene:
         raise ValueError(f"--max-running: must be at least 1, not {running}")
     if not (args.bandwidth > 0 and args.link_latency >= 0):
         raise ValueError("--bandwidth must be above 0 and --link-latency at least 0")
+    if args.host_kv < 0:
+        raise ValueError(f"--host-kv: must be at least 0, not {args.host_kv}")
     limit = min(found.max_model_len, found.kv_capacity)
     return Scene(
         found,
@@ -100,4 +109,5 @@ def scene_of(args: argparse.Namespace) -> Scene:
         args.link_latency,
         running,
         args.kv_capacity,
+        host_kv=args.host_kv,
     )

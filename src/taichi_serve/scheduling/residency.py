@@ -4,21 +4,23 @@ A block is known by its hash, which stands for all blocks before it too. What th
 (Cached); what live requests hold or are about to is claimed by the ledger as they come and go, so that two
 prompts with one prefix find each other before a block of it is computed. Nothing here decides anything.
 
-Memory: about 150 bytes for each block that some cache holds, however many hold it, and 100 for each block of
-a live prompt on an instance. Eight instances with 2.0M tokens each, in blocks of 16, are a million blocks. No
-more than `most` are kept in mind; those told beyond that are not known, which costs a hit and nothing else.
+Memory: about 150 bytes for each block that some cache holds, however many hold it, and 100 for every 128
+tokens of a live prompt on an instance. Eight instances with 2.0M tokens each, in blocks of 16, are a million
+blocks. No more than `most` are kept in mind; those told beyond that are not known, which costs a hit and
+nothing else.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 from taichi_serve.messages import Cached, Tier
 
 MOST = 4_000_000  # blocks: 600 MB
+LOOK = 16  # blocks that are looked at one by one only where somebody has not all of them
+CLAIMED = 128  # tokens: what live requests have is counted in pieces of so many, or of a block
 
 
 class Prefix(NamedTuple):
@@ -52,6 +54,7 @@ class Residency:
             raise ValueError(f"a block of {block_size} tokens, or at most {most} blocks, makes no sense")
         self.block_size = block_size
         self.most = most
+        self._stride = max(1, CLAIMED // block_size) if block_size else 1  # blocks
         self.unknown = 0  # blocks told of when there were `most` already
         self._names = list(names)
         self._bit = {
@@ -93,17 +96,21 @@ class Residency:
 
     def claim(self, name: str, blocks: Sequence[int]) -> None:
         """A request with these blocks is on this instance."""
-        self._claims[name].update(blocks)
+        self._claims[name].update(self._pieces(blocks))
 
     def leave(self, name: str, blocks: Sequence[int]) -> None:
         """It is there no more."""
         claims = self._claims[name]
-        for block in blocks:
+        for block in self._pieces(blocks):
             count = claims[block]
             if count > 1:
                 claims[block] = count - 1
             else:
                 del claims[block]
+
+    def _pieces(self, blocks: Sequence[int]) -> Sequence[int]:
+        # The last block of a piece stands for all before it, too.
+        return blocks[self._stride - 1 :: self._stride]
 
     def _forget(self, bits: int) -> None:
         self._where = {block: left for block, mask in self._where.items() if (left := mask & ~bits)}
@@ -126,29 +133,34 @@ class Residency:
         if not blocks:
             return NOTHING
         lengths, count = self._runs(blocks), len(self._names)
+        pieces, piece = self._pieces(blocks), self._stride * size
         found: dict[str, Prefix] = {}
         for number, (name, claims) in enumerate(self._claims.items()):
             held = lengths.get(number + count, 0)
-            claimed = _run(claims, blocks) if blocks[0] in claims else 0
+            claimed = _run(claims, pieces) if pieces and pieces[0] in claims else 0
             if held or claimed:
-                found[name] = Prefix(lengths.get(number, 0) * size, held * size, claimed * size)
+                found[name] = Prefix(lengths.get(number, 0) * size, held * size, claimed * piece)
         return found
 
     def _runs(self, blocks: Sequence[int]) -> dict[int, int]:
         """Blocks of the longest prefix by number of the bit: those of a host count what the device has."""
-        count, last = len(self._names), -1
+        count, get = len(self._names), self._where.get
         left = (1 << 2 * count) - 1
         lengths: dict[int, int] = {}
-        for length, mask in enumerate(map(self._where.get, blocks, repeat(0))):
-            if mask == last:  # nearly always: who has a block has the one after it
+        for start in range(0, len(blocks), LOOK):
+            window = blocks[start : start + LOOK]
+            mask = get(window[-1], 0)
+            # Caches drop a prefix from its end: who has the last of these blocks has them all.
+            if left & (mask | mask << count) == left:
                 continue
-            last = mask
-            now = left & (mask | mask << count)
-            if now != left:
-                _note(lengths, left ^ now, length)
-                left = now
-                if not left:
-                    break
+            for length, block in enumerate(window, start):
+                mask = get(block, 0)
+                now = left & (mask | mask << count)
+                if now != left:
+                    _note(lengths, left ^ now, length)
+                    left = now
+                    if not left:
+                        return lengths
         _note(lengths, left, len(blocks))
         return lengths
 
@@ -158,7 +170,7 @@ class Residency:
         return {block for block, mask in self._where.items() if mask & bit}
 
     def claims(self, name: str) -> Mapping[int, int]:
-        """How many requests on this instance have each of their blocks."""
+        """How many requests on this instance have each of their pieces, by the hash of its last block."""
         return self._claims[name]
 
 
@@ -170,7 +182,8 @@ def _note(lengths: dict[int, int], bits: int, length: int) -> None:
 
 
 def _run(claims: Mapping[int, int], blocks: Sequence[int]) -> int:
-    """How many blocks are claimed. Who claims a block claims all before it, so this is a bisection."""
+    """How many of these are claimed, the first of them is. Who claims one claims all before it, so this is a
+    bisection."""
     low, high = 1, len(blocks)
     while low < high:
         middle = (low + high + 1) // 2

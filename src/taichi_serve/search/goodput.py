@@ -7,6 +7,7 @@ target is reached or out of reach: waiting for the last long output decides noth
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from taichi_serve.bench.goodput import Meter, Tally
@@ -38,6 +39,10 @@ class Scene:
     max_running: int = 256
     kv_capacity: int | None = None  # tokens, where instances are to have less than the machine
     slower: float = 1.0  # the truth's seconds over what the predictor believes
+    block_size: int = 16  # tokens of a block, and of each hash in a call of the workload
+    host_kv: int = 0  # tokens of KV that an instance keeps in the memory of its host
+    host_bandwidth: float = 20e9  # bytes/s at which it reads them
+    blind: bool = False  # whether the scheduler is not told of prefixes
 
     def cluster(
         self, sliders: Sliders, rate: float, requests: int, seed: int, happenings: tuple[Event, ...] = ()
@@ -48,12 +53,19 @@ class Scene:
         return SimulatedCluster(
             sliders,
             [truth],
-            EngineShape(machine.kv_capacity, self.max_running),
+            EngineShape(
+                machine.kv_capacity, self.max_running, self.block_size, self.host_kv, self.host_bandwidth
+            ),
             Link(machine.kv_bytes_per_token, self.bandwidth, self.latency),
             self.workload.calls(rate, requests, seed),
             happenings,
             machine.max_model_len,
         )
+
+    def scheduler(self, sliders: Sliders, policy: Policy, capacities: Mapping[str, int]) -> GlobalScheduler:
+        """The scheduler that serves, for such a cluster."""
+        known = 0 if self.blind else self.block_size
+        return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
 
     def predictor(self) -> Predictor:
         """What the policies ask: the fitted model, which is simpler than the truth."""
@@ -84,9 +96,7 @@ def attain(
 ) -> Tally:
     """One run; with a target it ends as soon as that share of good requests is reached or out of reach."""
     cluster = scene.cluster(contender.sliders, rate, requests, seed)
-    scheduler = GlobalScheduler(
-        contender.sliders, scene.slo, scene.predictor(), contender.policy, cluster.capacities
-    )
+    scheduler = scene.scheduler(contender.sliders, contender.policy, cluster.capacities)
     if target is None:
         meter = Meter(scheduler, scene.slo)
         run(meter, cluster)

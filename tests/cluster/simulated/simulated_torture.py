@@ -2,12 +2,15 @@
 
     PYTHONPATH=src python tests/cluster/simulated/simulated_torture.py --runs 20000
     PYTHONPATH=src python tests/cluster/simulated/simulated_torture.py --first 9501 --runs 1
+    PYTHONPATH=src python tests/cluster/simulated/simulated_torture.py --prefixes
 
 In a day of some forty requests instances are lost, come back and fall silent, are drained and slid; requests
 are cancelled and moved by hand, at any time; and ambushes hit an instance a moment after it got something to
 do. `live` says the first thing that is wrong. What is held: every request ends once, with all of its tokens,
 unless its client left, it could not move, or nothing was to come back; and nothing is left of it in any book
-or on any engine.
+or on any engine. With `prefixes` they are conversations: prompts share beginnings, engines keep what they
+have computed, on their hosts too, prefixes are fetched, and the scheduler knows at any moment what every
+engine has.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster, job
@@ -24,7 +27,9 @@ from taichi_serve.cluster.simulated.agenda import Due
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
+    Arrived,
     Asked,
+    Cached,
     Cancelled,
     Command,
     Decode,
@@ -38,8 +43,10 @@ from taichi_serve.messages import (
     Lost,
     Outcome,
     Prefill,
+    Prefilled,
     Silent,
     Slid,
+    Tier,
 )
 from taichi_serve.request import State
 from taichi_serve.scheduling.policy import Policy
@@ -50,6 +57,7 @@ from taichi_serve.stage import STAGES, Stage, step
 
 LINEAR = StepCurve(((0, 0.01), (1000, 0.11)), 1e-8, 1e-7, 1e-5)
 REQUESTS = 40
+BLOCK = 16
 FACTS = 60_000  # far more than any day has: then it goes round in circles
 END = 8.0  # seconds after which nothing bad happens any more
 SLIDERS = [
@@ -86,10 +94,43 @@ class Day:
     happenings: list[Event]
     ambushes: list[Ambush]
     spared: str | None  # who is never ambushed
+    host_kv: int = 0
 
 
-def day(seed: int, final: bool = False) -> Day:
+def day(seed: int, final: bool = False, prefixes: bool = False) -> Day:
     """The day of this seed. In a `final` one nobody falls silent, who is lost stays lost, and one lives."""
+    today = usual(seed, final)
+    if not prefixes:
+        return today
+    c = Random(f"prefixes {seed}")
+    bound = c.choice([0.0, 0.0, 0.2])
+    calls = [talk(c, call.at, today.kv, final or c.random() >= bound) for call in today.calls[:20]]
+    policy = replace(today.policy, fetch=c.random() < 0.7)
+    return replace(today, calls=calls, host_kv=c.choice([0, 320, 4000]), policy=policy)
+
+
+def talk(c: Random, at: float, most: int, movable: bool) -> Call:
+    """A conversation of one to four turns, whose prompts begin as those of others do; `most` tokens."""
+    topic, turns = c.randrange(3), c.randint(1, 4)
+    chain = [c.getrandbits(40) if n >= 8 * topic else 100 * topic + n for n in range(most // BLOCK)]
+    lengths, prompt = [], c.randint(1, 300)
+    for _ in range(turns):
+        output = c.randint(1, 80)
+        if prompt + output > most:
+            break
+        lengths.append((prompt, output))
+        prompt += output + c.randint(1, 60)
+    then = None
+    for prompt, output in reversed(lengths):
+        blocks = tuple(chain[: (prompt + output) // BLOCK])
+        first = (prompt, output) == lengths[0]
+        then = Call(at if first else moment(c, 0.5), prompt, output, "", movable, blocks, then)
+    assert then is not None
+    return then
+
+
+def usual(seed: int, final: bool) -> Day:
+    """The day without prefixes."""
     c = Random(seed)
     sliders = c.choice(SLIDERS)
     calls, at, rate = [], 0.0, c.choice([20.0, 40.0, 80.0])
@@ -172,6 +213,8 @@ class Tally:
     stages: Counter[tuple[Stage, Stage]] = field(default_factory=Counter)
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     facts: Counter[str] = field(default_factory=Counter)
+    cached: int = 0
+    fetched: int = 0
 
     def step(self, request: str, before: Stage, after: Stage) -> Stage:
         """The table's own step, counted."""
@@ -191,13 +234,14 @@ class Life:
         self.day = today
         self.tally = tally
         link = Link(bytes_per_token=1.0, bandwidth=1e5, latency=today.latency)
-        shape = EngineShape(today.kv, today.running)
+        shape = EngineShape(today.kv, today.running, BLOCK, today.host_kv, 1e6)
         self.cluster = SimulatedCluster(
             today.sliders, [LINEAR], shape, link, today.calls, today.happenings, today.kv
         )
         self.scheduler = GlobalScheduler(
-            today.sliders, SLO(0.5, 0.03), Learned(), today.policy, self.cluster.capacities
+            today.sliders, SLO(0.5, 0.03), Learned(), today.policy, self.cluster.capacities, BLOCK
         )
+        self.arrived: dict[str, Arrived] = {}
         self.ended: dict[str, Outcome] = {}
         self.out: dict[str, int] = {}
         self.cancelled: set[str] = set()
@@ -215,6 +259,8 @@ class Life:
                 self.cluster.send(command)
             if number % 5 == 0:
                 self.books()
+                if not isinstance(event, Cached):  # else the other tier's fact may be still to come
+                    self.known()
 
     def hear(self, event: Event) -> None:
         match event:
@@ -229,6 +275,11 @@ class Life:
                 self.out[name] = output
             case Cancelled(request=name):
                 self.cancelled.add(name)
+            case Arrived(request=name):
+                self.arrived[name] = event
+            case Prefilled(cached=cached, fetched=fetched):
+                self.tally.cached += cached
+                self.tally.fetched += fetched
             case Lost():
                 self.lost = True
             case Hopeless():
@@ -259,7 +310,7 @@ class Life:
         for i in instances:
             sums = (
                 i.decodes, i.arriving, i.reserved_tokens, i.leaving_tokens, i.queued_tokens,
-                i.queued_requests, i.queued_attention, i.progress_tokens, i.running_tokens,
+                i.queued_requests, i.queued_attention, i.progress_tokens, i.running_tokens, i.queued_unused,
             )  # fmt: skip
             assert min(sums) >= 0, f"{i.name}: a sum below zero in {sums}"
             assert i.progress_tokens <= i.queued_tokens, f"{i.name}: more computed than queued"
@@ -269,18 +320,39 @@ class Life:
             stuck = [i.name for i in instances if i.alive and i.silent and i.queued_requests]
             assert not stuck, f"prompts stay with {stuck}, who do not answer"
 
+    def known(self) -> None:
+        """The scheduler knows what every engine has, but for what it is told with the next step."""
+        for name in self.cluster.engines:
+            self.known_of(name)
+
+    def known_of(self, name: str) -> None:
+        engine, residency = self.cluster.engines[name], self.scheduler.ledger.residency
+        if not engine.alive:
+            assert not residency.holds(name, Tier.DEVICE) | residency.holds(name, Tier.HOST)
+            return
+        cache, here = engine.cache, engine.residents
+        for tier, has, since in (
+            (Tier.DEVICE, {*cache.users, *cache.idle}, cache.changes.since),
+            (Tier.HOST, set(cache.host), cache.host.changes.since),
+        ):
+            told = {b for b in has | set(since) if not since.get(b, b not in has)}
+            assert residency.holds(name, tier) == told, f"{name}: other blocks than it has, {tier}"
+        assert 0 <= here.free <= here.blocks, f"{name}: {here.free} of {here.blocks} blocks are free"
+        assert len(cache.users) <= here.blocks - here.free, f"{name}: more blocks are used than taken"
+
     def evening(self) -> None:
         """What must hold when the day is over."""
         stages = {name: (job.stage.value, job.leg) for name, job in self.cluster.jobs.items()}
         states = {name: (r.state.value, r.leg) for name, r in self.scheduler.requests.items()}
         assert not stages and not states, f"never ended: {stages}, {states}"
-        for number, call in enumerate(self.day.calls):
-            self.ending(f"r{number}", call)
+        assert len(self.arrived) >= len(self.day.calls), "not everybody came"
+        for name, call in self.arrived.items():
+            self.ending(name, call)
         assert self.scheduler.counters.outcomes == {o: [*self.ended.values()].count(o) for o in Outcome}
         for instance in self.scheduler.instances.values():
             self.clean(instance.name)
 
-    def ending(self, name: str, call: Call) -> None:
+    def ending(self, name: str, call: Arrived) -> None:
         outcome = self.ended.get(name)
         assert outcome is not None, f"{name} never ended"
         if outcome is Outcome.CANCELLED:
@@ -293,7 +365,8 @@ class Life:
         sums = (
             ledger.decodes, ledger.arriving, ledger.queued_tokens, ledger.queued_requests,
             ledger.queued_attention, ledger.reserved_tokens, ledger.leaving_tokens, ledger.context_base,
-            ledger.progress_tokens, len(self.scheduler.ledger.residents[name]),
+            ledger.progress_tokens, len(self.scheduler.ledger.residents[name]), ledger.queued_unused,
+            len(self.scheduler.ledger.residency.claims(name)),
         )  # fmt: skip
         assert not any(sums), f"{name}: {sums} in the ledger of nobody"
         assert engine.alive == ledger.alive, f"{name}: alive or not?"
@@ -303,15 +376,16 @@ class Life:
             assert here.free == here.blocks, f"{name}: {here.blocks - here.free} blocks belong to nobody"
             assert (here.decodes, here.context) == (0, 0), f"{name}: residents left"
             lists = (engine.waiting, engine.inbound, engine.landed, engine.partial, engine.running)
-            assert not any((*lists, engine.leaving, engine.pulls, engine.missing)), f"{name}: left in a list"
+            lists = (*lists, engine.leaving, engine.pulls, engine.missing, engine.reads, engine.cache.users)
+            assert not any(lists), f"{name}: left in a list"
 
 
-def live(seed: int, tally: Tally | None = None, final: bool = False) -> str | None:
+def live(seed: int, tally: Tally | None = None, final: bool = False, prefixes: bool = False) -> str | None:
     """What went wrong on the day of this seed, None if nothing did."""
     tally = tally or Tally()
     job.step = tally.step  # type: ignore[attr-defined]
     try:
-        today = Life(day(seed, final), tally)
+        today = Life(day(seed, final, prefixes), tally)
         today.facts()
         today.evening()
     except Exception as wrong:  # noqa: BLE001  # whatever it is, it is what this is looking for
@@ -329,10 +403,11 @@ def main() -> int:
     parser.add_argument(
         "--final", action="store_true", help="who is lost stays lost, and nobody falls silent"
     )
+    parser.add_argument("--prefixes", action="store_true", help="conversations, with prefix caches")
     args = parser.parse_args()
     tally, bad = Tally(), 0
     for seed in range(args.first, args.first + args.runs):
-        if wrong := live(seed, tally, args.final):
+        if wrong := live(seed, tally, args.final, args.prefixes):
             bad += 1
             sys.stdout.write(f"{seed}: {wrong}\n")
     for (before, after), count in sorted(tally.stages.items(), key=lambda row: -row[1]):
@@ -341,6 +416,7 @@ def main() -> int:
     sys.stdout.write(
         f"{', '.join(f'{n} {o.value}' for o, n in tally.outcomes.items())}; {dict(tally.facts)}\n"
     )
+    sys.stdout.write(f"{tally.cached} tokens cached, {tally.fetched} fetched\n")
     sys.stdout.write(f"{args.runs} runs, {bad} bad\n")
     return 1 if bad else 0
 

@@ -26,6 +26,15 @@ def test_150_bad_days_go_well_and_take_every_row_of_the_table_of_stages() -> Non
     assert tally.stages[Stage.WAITING, Stage.OVER] > 0
 
 
+def test_100_bad_days_of_conversations_go_well() -> None:
+    tally = Tally()
+    bad = {seed: wrong for seed in range(100) if (wrong := live(seed, tally, prefixes=True))}
+    assert bad == {}
+    assert tally.facts["Cached"] > 1_000
+    assert tally.cached > 100_000
+    assert tally.fetched > 5_000
+
+
 @pytest.mark.parametrize(
     "seed",
     [

@@ -24,13 +24,17 @@ class Due(IntEnum):
     LANDING = 2
     LEASE = 3
     FACT = 4
+    READ = 5
+    TURN = 6
 
 
 class Agenda:
     """Time, and what it will bring."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, host: Link) -> None:
+        """`link` is between instances, `host` between an instance and the memory of its host."""
         self.link = link
+        self.host = host
         self.now = 0.0
         self.heap: list[tuple[float, int, Due, object]] = []
         self.telling: Engine | None = None  # whose facts are being told: it plans when all are out
@@ -67,16 +71,25 @@ class Agenda:
         if engine.pulls:
             for job in engine.pulls:
                 assert job.source is not None
-                tokens = job.prompt + job.made - 1
+                tokens = job.prompt + job.made - 1 - job.local
                 at = self.link.landing(self.now, job.source.name, engine.name, tokens)
                 self.push(at, Due.LANDING, (job, job.leg))
             engine.pulls.clear()
+        if engine.reads:
+            for job, tokens in engine.reads:
+                at = self.host.landing(self.now, engine.name, engine.name, tokens)
+                self._expect_read(job, at)
+            engine.reads.clear()
+
+    def _expect_read(self, job: Job, at: float) -> None:
+        job.read += 1
+        self.push(at, Due.READ, (job, job.read))
 
     # ---------------------------------------------------------------------------------------------- KV
 
     def pull(self, job: Job, source: Engine, target: Engine) -> None:
         """Pin the job's blocks on `source`, and let `target` ask for them as soon as it has room."""
-        job.source, job.pinned = source, job.blocks
+        job.pin(source)
         self.expect(job, target)
 
     def expect(self, job: Job, target: Engine) -> None:
@@ -107,8 +120,57 @@ class Agenda:
 
     def unpin(self, job: Job) -> None:
         """Free what is pinned for the job on the instance it came from."""
-        source, job.source = job.source, None
+        source, blocks, named = job.source, job.pinned, job.pinned_named
+        job.drop_pinned()
         if source is not None and source.alive:
-            source.residents.free += job.pinned
+            source.give(blocks, named)
             self.kick(source)
-        job.pinned = 0
+
+    # ------------------------------------------------------------------------------------------ prefixes
+
+    def fetch(self, job: Job, lender: Engine, engine: Engine, tokens: int) -> None:
+        """Copy what `engine` lacks of the first `tokens` of a prompt that waits there from the prefix cache
+        of `lender`, as far as it has them, if there is room; the rest is computed."""
+        size = engine.residents.block_size
+        most = min(tokens, job.need - 1) // size
+        lender.cache.trim(lender.residents.free)
+        there = lender.cache.run(job.hashes, most)
+        has = lender.cache.run_on_host(job.hashes, most, there)
+        engine.cache.trim(engine.residents.free)
+        local = engine.cache.run(job.hashes, most)
+        if has <= local or not lender.alive or lender.silent or not engine.find(job, has, local, 0):
+            return
+        engine.residents.free -= has - local
+        engine.cache.trim(engine.residents.free)
+        job.blocks, job.reading, job.lender = has, True, lender
+        job.lent = list(job.hashes[local:there])
+        lender.residents.free -= lender.cache.take(job.lent)
+        job.cached, job.fetched = has * size, (has - local) * size
+        self._expect_read(job, self.link.landing(self.now, lender.name, engine.name, job.fetched))
+
+    def arrive(self, job: Job, read: int) -> None:
+        """KV that a prompt waited for is here."""
+        engine = job.engine
+        if job.reading and job.read == read and engine is not None:
+            job.computed = job.blocks * engine.residents.block_size
+            engine.fill(job)
+            self.stop_reading(job)
+            self.kick(engine)
+
+    def stop_reading(self, job: Job) -> None:
+        """It waits for no KV any more: what was pinned for it where it was fetched from is not."""
+        lender, lent = job.lender, job.lent
+        job.reading, job.lender, job.lent = False, None, []
+        if lender is not None and lender.alive:
+            lender.give(len(lent), lent)
+            self.kick(lender)
+
+    def miss(self, job: Job) -> None:
+        """The lender is lost while it was read: what did not come is computed."""
+        engine = job.engine
+        self.stop_reading(job)
+        if engine is not None:
+            job.cached, job.fetched = len(job.named) * engine.residents.block_size, 0
+            engine.give(job.blocks - len(job.named), [])
+            job.blocks = len(job.named)
+            self.kick(engine)

@@ -61,7 +61,7 @@ class SimulatedCluster:
             truth = truths[number % len(truths)]
             self.engines[f"i{number}"] = Engine(f"i{number}", sliders.chunk(kind), shape, truth)
         self.shape = shape
-        self.agenda = Agenda(link)
+        self.agenda = Agenda(link, Link(link.bytes_per_token, shape.host_bandwidth, 0.0))
         self.max_model_len = max_model_len
         self.jobs: dict[str, Job] = {}
         self.orders = Orders(self.engines, self.jobs, self.agenda)
@@ -107,6 +107,12 @@ class SimulatedCluster:
             elif due is Due.LEASE:
                 assert isinstance(what, tuple)
                 agenda.expire(*what)
+            elif due is Due.READ:
+                assert isinstance(what, tuple)
+                agenda.arrive(*what)
+            elif due is Due.TURN:
+                assert isinstance(what, Call)
+                yield self._arrive(what)
             else:
                 event: Event = what  # type: ignore[assignment]  # a fact by its Due
                 self._happen(event)
@@ -124,7 +130,7 @@ class SimulatedCluster:
                 continue  # it was ended, or sent elsewhere, while the step ran
             if ends is Ends.FIRST:
                 held = job.hand_over
-                ended.append(Prefilled(now, job.id, leg, name, 0, held))
+                ended.append(Prefilled(now, job.id, leg, name, max(0, job.cached), held, job.fetched))
                 job.enter(Stage.HELD if held else Stage.DECODING)
                 if held:
                     job.where, job.last_at = None, now
@@ -136,6 +142,9 @@ class SimulatedCluster:
             else:
                 self.orders.end(job)
                 ended.append(Finished(now, job.id, job.output))
+                if job.then is not None:
+                    at = now + job.then.at
+                    self.agenda.push(at, Due.TURN, replace(job.then, at=at))
         stepped = Stepped(
             now,
             name,
@@ -146,19 +155,19 @@ class SimulatedCluster:
             engine.queued,
             step.missed,
         )
-        return [stepped, *ended]
+        return [*engine.tell(now), stepped, *ended]
 
     def _flowed(self, engine: Engine, job: Job) -> Flowed:
-        pulled = job.prompt + job.began - 1 if job.pulled else 0
+        there = job.prompt + job.began - 1 if job.pulled else max(0, job.cached)
         return Flowed(
             self.agenda.now,
             job.id,
             job.leg,
             engine.name,
             job.began + 1,
-            pulled,
+            there - job.local if job.pulled else 0,
             self.agenda.now - job.last_at,
-            pulled,
+            there,
         )
 
     # --------------------------------------------------------------------------------------------- orders
@@ -178,9 +187,10 @@ class SimulatedCluster:
                 f"request {name}: {call.prompt_tokens} + {call.output_tokens} tokens are over the limit "
                 f"({min(self.max_model_len, self.shape.kv_capacity)})"
             )
-        self.jobs[name] = Job(name, call.at, call.prompt_tokens, call.output_tokens)
+        self.jobs[name] = Job(name, call.at, call.prompt_tokens, call.output_tokens, call.blocks, call.then)
         bound_by = None if call.movable else "what it asks for"
-        return Arrived(call.at, name, call.prompt_tokens, room, call.movable, bound_by)
+        blocks = call.blocks[: call.prompt_tokens // self.shape.block_size]
+        return Arrived(call.at, name, call.prompt_tokens, room, call.movable, bound_by, blocks)
 
     def _draw(self) -> None:
         call = next(self._calls, None)

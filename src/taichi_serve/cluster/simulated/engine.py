@@ -8,7 +8,7 @@ of their prompt fits; without a block the youngest running request is preempted 
 Scheduling is asynchronous by one step: step k + 1 is planned when step k begins, so whatever an engine is
 told while step k runs, or after its outputs, is seen by step k + 2.
 
-What it is not: no prefix cache, no speculative decoding, no encoder. A decode that leaves wastes no slot in
+What it is not: no speculative decoding, no encoder. A decode that leaves wastes no slot in
 the step after its last token, which on vLLM it does.
 """
 
@@ -72,15 +72,27 @@ class Engine(Roster):
             if (not self.inbound or self._start_pulls()) and self.waiting:
                 self._admit(step, budget, complete)
         if not residents.decodes and not step.prefill_tokens:
-            return None
+            return self._plan() if self._yield() else None
         self._tick(step, complete)
         return step
+
+    def _yield(self) -> bool:
+        """Nothing can be done for want of room: the youngest prompt that got blocks before its turn, for KV
+        that was fetched, gives them back. Whether there was one."""
+        for job in reversed(self.waiting):
+            if job.blocks and not job.reading:
+                self.give(job.blocks, job.named)
+                job.restart()
+                return True
+        return False
 
     def _tick(self, step: Step, complete: list[Job]) -> None:
         """Every resident gets its token; then those whose prompt is complete get their first one here."""
         step.decodes = self.residents.decodes
         for job in self.residents.tick():
             del self.running[job]
+            if job.hashes:
+                self.fill(job)
             step.ends.append((Ends.LAST, job, job.leg))
         step.context = self.residents.context
         for job in complete:
@@ -148,9 +160,13 @@ class Engine(Roster):
         while self.inbound:
             job = self.inbound[0]
             blocks = residents.blocks_for(job.prompt + job.made)
-            if blocks > residents.free - promised:
+            if job.hashes:
+                if not self.find(job, blocks, (job.prompt + job.made - 1) // residents.block_size, promised):
+                    return False
+                job.local = job.computed
+            elif blocks > residents.free - promised:
                 return False
-            residents.free -= blocks
+            residents.free -= blocks - job.blocks
             job.blocks = blocks
             job.where = Where.PULLING
             self.pulls.append(job)
@@ -158,26 +174,56 @@ class Engine(Roster):
         return True
 
     def _admit(self, step: Step, budget: int, complete: list[Job]) -> None:
-        """Take waiting prompts in order of arrival, each only if all of it would fit."""
+        """Take waiting prompts in order of arrival, each only if all of it would fit; those whose KV is on
+        its way keep their place."""
+        passed: list[Job] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             job = self.waiting[0]
-            if self.residents.blocks_for(job.need) > self.residents.free:
-                return
-            take = min(budget, job.need)
+            if job.hashes and not self._look_up(job):
+                break
+            if job.reading:
+                passed.append(self.waiting.popleft())
+                continue
+            if self.residents.blocks_for(job.need) - job.blocks > self.residents.free:
+                break
+            take = min(budget, job.need - job.computed)
             budget -= take
-            self._take_blocks(job, take)
+            self._take_blocks(job, job.computed + take)
             self.running[job] = None
             job.where = Where.COMPUTING
             self._compute(step, job, take, complete)
             if job.computed < job.need:
                 self.partial.append(job)
             self.waiting.popleft()
+        self.waiting.extendleft(reversed(passed))
+
+    def _look_up(self, job: Job) -> bool:
+        """Give a prompt what the device has of it, and have what follows read from the host; False where
+        there is no room for all of it."""
+        if job.reading or job.blocks:
+            return True
+        cache, size = self.cache, self.residents.block_size
+        most = (job.need - 1) // size  # at least the last token is computed
+        if not self.find(job, self.residents.blocks_for(job.need), most, 0):
+            return False
+        here = len(job.named)
+        found = cache.run_on_host(job.hashes, most, here)
+        if found > here:
+            self.residents.free -= found - here
+            cache.trim(self.residents.free)
+            job.blocks, job.reading = found, True
+            self.reads.append((job, (found - here) * size))
+        if job.cached < 0:
+            job.cached = found * size
+        return True
 
     def _compute(self, step: Step, job: Job, take: int, complete: list[Job]) -> None:
         """Put `take` prompt tokens of this job into the step."""
         step.prefill_tokens += take
         step.attention += take * job.computed + take * (take + 1) * 0.5
         job.computed += take
+        if job.hashes:
+            self.fill(job)
         if job.computed == job.need:
             complete.append(job)
 
@@ -201,7 +247,7 @@ class Engine(Roster):
         else:
             self.partial.remove(job)
             del self.running[job]
-        self.residents.free += job.blocks
+        self.give(job.blocks, job.named)
         job.restart()
         job.where = Where.QUEUED
         self.waiting.appendleft(job)

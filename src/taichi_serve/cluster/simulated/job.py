@@ -54,12 +54,21 @@ class Job:
     """
 
     __slots__ = (
-        "arrived_at", "began", "blocks", "computed", "engine", "finish_tick", "hand_over", "id", "last",
-        "last_at", "leg", "made", "missing", "need", "output", "pinned", "prompt", "pulled", "run", "since",
-        "source", "stage", "target", "where",
+        "arrived_at", "began", "blocks", "cached", "computed", "engine", "fetched", "filled", "finish_tick",
+        "hand_over", "hashes", "id", "last", "last_at", "leg", "lender", "lent", "local", "made", "missing",
+        "named", "need", "output", "pinned", "pinned_named", "prompt", "pulled", "read", "reading", "run",
+        "since", "source", "stage", "target", "then", "where",
     )  # fmt: skip
 
-    def __init__(self, name: str, arrived_at: float, prompt: int, output: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        arrived_at: float,
+        prompt: int,
+        output: int,
+        hashes: tuple[int, ...] = (),
+        then: Call | None = None,
+    ) -> None:
         self.id = name
         self.arrived_at = arrived_at
         self.prompt = prompt
@@ -84,13 +93,39 @@ class Job:
         self.finish_tick = 0  # the tick that makes its last token
         self.blocks = 0  # blocks on `engine`; of a resident decode, when it joined
         self.last_at = arrived_at  # when the last token of the leg before came out
+        self.hashes = hashes  # of the full blocks of prompt and output
+        self.then = then
+        self.named: list[int] = []  # findable blocks that it uses on `engine`, of its own or shared
+        self.filled = 0  # how many of its blocks were full when they were last named
+        self.pinned_named: list[int] = []  # of what is pinned on `source`
+        self.cached = -1  # prompt tokens that this leg did not compute; -1: nobody has looked yet
+        self.fetched = 0  # of these, from the prefix cache of another instance
+        self.local = 0  # tokens of a move that the target had
+        self.reading = False  # waits for KV from its host or from `lender`
+        self.read = 0  # how many times it did
+        self.lender: Engine | None = None
+        self.lent: list[int] = []  # what it pins there meanwhile
 
     def enter(self, stage: Stage) -> None:
         """Take a step of its journey; raises TransitionError where the table of stages does not allow it."""
         self.stage = step(self.id, self.stage, stage)
 
+    def pin(self, source: Engine) -> None:
+        """Its blocks stay on `source` while it goes elsewhere."""
+        self.source, self.pinned, self.pinned_named = source, self.blocks, self.named
+        self.blocks, self.named, self.filled = 0, [], 0
+
+    def take_pinned(self) -> None:
+        """It is back where they are."""
+        self.blocks, self.named, self.filled = self.pinned, self.pinned_named, len(self.pinned_named)
+        self.drop_pinned()
+
+    def drop_pinned(self) -> None:
+        """Nothing is pinned for it any more."""
+        self.source, self.pinned, self.pinned_named = None, 0, []
+
     def restart(self) -> None:
         """Forget all KV: the prompt and every token so far are to be computed again."""
         self.computed = 0
-        self.blocks = 0
+        self.blocks, self.named, self.filled = 0, [], 0
         self.need = self.prompt + self.made

@@ -45,12 +45,16 @@ class Orders:
             return
         self._release(job)  # the leg before had no token yet
         job.leg, job.hand_over, job.began, job.pulled = command.leg, command.hand_over, job.made, False
-        self._queue(job, engine)
+        lender = self.engines[command.prefix_from] if command.prefix_from and job.hashes else None
+        self._queue(job, engine, lender, command.prefix_tokens)
 
-    def _queue(self, job: Job, engine: Engine) -> None:
+    def _queue(self, job: Job, engine: Engine, lender: Engine | None = None, tokens: int = 0) -> None:
         job.engine = engine
         job.restart()
+        job.cached, job.fetched, job.local = -1, 0, 0
         engine.queue(job, first=job.made > 0)
+        if lender is not None:
+            self.agenda.fetch(job, lender, engine, tokens)
         self.agenda.kick(engine)
 
     # --------------------------------------------------------------------------------------------- moves
@@ -97,6 +101,7 @@ class Orders:
     def _go(self, job: Job, leg: int, source: Engine, target: Engine) -> None:
         """The leg before is over and its blocks are on `source`: the next one begins on `target`."""
         job.leg, job.hand_over, job.began, job.pulled = leg, False, job.made, True
+        job.local = 0
         if source is target:
             target.keep(job)
         else:
@@ -112,7 +117,7 @@ class Orders:
         job.leg, job.hand_over, job.began, job.pulled = leg, False, job.made, kept is not None
         job.engine = target
         if kept is target:  # back where its KV still is
-            job.blocks, job.pinned, job.source = job.pinned, 0, None
+            job.take_pinned()
             target.keep(job)
         elif kept is not None:
             self.agenda.expect(job, target)
@@ -148,7 +153,8 @@ class Orders:
         del self.jobs[job.id]
 
     def _release(self, job: Job) -> None:
-        """Free what the job holds, here and on the instance that it came from."""
+        """Free what the job holds, here, on the instance that it came from, and where it is read from."""
+        self.agenda.stop_reading(job)
         if job.engine is not None:
             job.engine.release(job)
         self.agenda.unpin(job)
@@ -162,11 +168,14 @@ class Orders:
         """It is gone with all its KV; who was on it waits for orders, or goes on where it was to go."""
         lost.alive = lost.silent = False
         for job in list(self.jobs.values()):
+            if job.lender is lost:
+                self.agenda.miss(job)
             if job.source is lost:
-                job.source, job.pinned = None, 0
+                job.drop_pinned()
                 if job.engine is not None and job.engine is not lost:
                     self.agenda.again(job, job.engine)
             if job.engine is lost:
+                self.agenda.stop_reading(job)
                 lost.release(job)
                 job.enter(Stage.WAITING)
                 going, job.target = job.target, None

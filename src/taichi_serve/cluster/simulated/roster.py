@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
+from taichi_serve.cluster.simulated.cache import PrefixCache
 from taichi_serve.cluster.simulated.job import Job, Where
 from taichi_serve.cluster.simulated.residents import Residents
 from taichi_serve.cluster.simulated.step import EngineShape, Step, Truth
+from taichi_serve.messages import Cached
 from taichi_serve.stage import Stage
 
 
@@ -22,6 +24,7 @@ class Roster:
         self.silent = False  # it stands still: a step that was to end does not, and none begins
         self.stalled = False  # its step was to end meanwhile
         self.residents = Residents(shape)
+        self.cache = PrefixCache(shape.host_kv // shape.block_size)
         self.current: Step | None = None  # in flight
         self.next: Step | None = None  # planned, begins when the current one is done
         self.waiting: deque[Job] = deque()
@@ -31,6 +34,7 @@ class Roster:
         self.running: dict[Job, None] = {}  # partial and decoding, oldest first
         self.leaving: list[Job] = []  # told to flow since the last plan
         self.pulls: list[Job] = []  # got their blocks in the last plan: the cluster starts their transfer
+        self.reads: list[tuple[Job, int]] = []  # are to get so many tokens from the host
         self.missing: dict[Job, None] = {}  # preempted while decoding, not yet computed again
 
     @property
@@ -52,7 +56,7 @@ class Roster:
     def expect(self, job: Job) -> None:
         """The job's KV is to be pulled to this engine as soon as there is room."""
         job.enter(Stage.LANDING)
-        job.where, job.run, job.blocks = Where.INBOUND, 0, 0
+        job.where, job.run = Where.INBOUND, 0
         self.inbound.append(job)
 
     def keep(self, job: Job) -> None:
@@ -63,16 +67,52 @@ class Roster:
     def land(self, job: Job) -> None:
         """The job's KV is here: prompt and tokens so far, but for the last one, are computed."""
         job.computed = job.prompt + job.made - 1
+        if job.hashes:
+            self.fill(job)
         job.where, job.run = Where.LANDED, 0
         self.landed.append(job)
 
     def again(self, job: Job) -> None:
         """Its KV cannot be had, or not be kept: compute it here, before anybody else's prompt."""
         self._unlist(job)
-        self.residents.free += job.blocks
-        job.pulled = False
+        self.give(job.blocks, job.named)
+        job.pulled, job.cached, job.fetched = False, -1, 0
         job.restart()
         self.queue(job, first=True)
+
+    # ------------------------------------------------------------------------------------------ blocks
+
+    def give(self, blocks: int, named: list[int]) -> None:
+        """So many blocks are needed no more by a job; those that are findable stay so for a while."""
+        if self.cache.idle:
+            self.cache.trim(self.residents.free)
+        self.residents.free += blocks - len(named) + (self.cache.give(named) if named else 0)
+
+    def fill(self, job: Job) -> None:
+        """Blocks of the job that are full are findable from now on."""
+        full = min(job.computed // self.residents.block_size, len(job.hashes))
+        for block in job.hashes[job.filled : full]:
+            if self.cache.store(block):
+                job.named.append(block)
+        job.filled = max(job.filled, full)
+
+    def tell(self, now: float) -> list[Cached]:
+        """What its prefix cache stored and removed since it last told."""
+        self.cache.trim(self.residents.free)
+        return self.cache.tell(now, self.name)
+
+    def find(self, job: Job, blocks: int, most: int, spare: int) -> bool:
+        """Give the job what the device has of its first `most` blocks, if all `blocks` that it will need
+        would fit with `spare` left; nothing otherwise."""
+        cache, residents = self.cache, self.residents
+        cache.trim(residents.free)
+        here = list(job.hashes[: cache.run(job.hashes, most)])
+        if blocks - len(here) + cache.unused(here) > residents.free - spare:
+            return False
+        residents.free -= cache.take(here)
+        job.named, job.filled, job.blocks = here, len(here), len(here)
+        job.computed = len(here) * residents.block_size
+        return True
 
     # ------------------------------------------------------------------------------------------- going
 
@@ -80,6 +120,8 @@ class Roster:
         """A resident is planned no more; what was planned of it stays."""
         del self.running[job]
         self.residents.leave(job)
+        if job.hashes:
+            self.fill(job)
 
     def out(self, job: Job) -> int:
         """Output tokens of a job that is here, without those in steps that are not done."""
@@ -102,7 +144,7 @@ class Roster:
         if job in self.leaving:
             self.leaving.remove(job)
         self.missing.pop(job, None)
-        self.residents.free += job.blocks
+        self.give(job.blocks, job.named)
         job.made, job.run, job.missing = out, 0, False
         job.engine = job.where = None
         job.restart()

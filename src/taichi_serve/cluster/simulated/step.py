@@ -20,13 +20,18 @@ class Truth(Protocol):
 @dataclass(frozen=True, slots=True)
 class EngineShape:
     """What an engine can hold: `kv_capacity` in tokens, `max_running` requests, blocks of `block_size`
-    tokens."""
+    tokens, and copies of `host_kv` tokens in the memory of its host, which are read at `host_bandwidth`
+    bytes/s."""
 
     kv_capacity: int
     max_running: int = 256
     block_size: int = 16
+    host_kv: int = 0
+    host_bandwidth: float = 20e9
 
     def __post_init__(self) -> None:
+        if self.host_kv < 0 or not self.host_bandwidth > 0:
+            raise ValueError("a host keeps at least 0 tokens, and reads them at some speed")
         if self.block_size < 1 or self.max_running < 1 or self.kv_capacity < self.block_size:
             raise ValueError("an engine needs room for at least one block and one running request")
 
