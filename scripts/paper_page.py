@@ -4,12 +4,11 @@ them."""
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from taichi_serve.search.interval import lead
 from taichi_serve.search.report import draw_curves
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +28,19 @@ def rate(pair: Sequence[float]) -> str:
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """How far ours lead, seed by seed: the same requests for both, so the interval is free of their luck."""
-    leads = [mine / other - 1 if other else math.nan for mine, other in zip(ours, theirs, strict=True)]
-    half = 2.776 * statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) == 5 else math.nan
-    return f"{statistics.fmean(leads):+.1%} ± {half:.1%}"
+    found = lead(ours, theirs)
+    return f"{found.mean:+.1%} ± {found.half:.1%}" if found else "-"
+
+
+def stood_on(kept: Json) -> str:
+    """How many seeds of how many requests judged the settings, and of which day and commit that is."""
+    rows = kept["rows"]
+    runs = sorted({f"{r['judging']} x {r['requests']}" for r in rows})
+    error, made = max(r["error"] for r in rows), sorted({r["made"] for r in rows})
+    text = (
+        f"Judged on (seeds x requests): {', '.join(runs)}; standard error of their work at most {error:.1%}. "
+    )
+    return f"{text}Run on {'; '.join(made)}."
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -95,7 +104,7 @@ def page_goodput(kept: Json) -> str:
         "bound",
         "hybrid of bound",
     )
-    return table((*head, "hybrid against best baseline"), rows)
+    return table((*head, "hybrid against best baseline"), rows) + "\n\n" + stood_on(kept)
 
 
 def page_leads(kept: Path) -> str:

@@ -10,10 +10,11 @@ from taichi_serve.latency.shipped import Machine, machine
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.search.balance import LEAST, LEVEL, MOST, alone, balance
 from taichi_serve.search.bound import Mean, bound, least_seconds
+from taichi_serve.search.effort import Effort, plan, planned
 from taichi_serve.search.families import FAMILIES
-from taichi_serve.search.goodput import Contender, Scene, attain, goodput
-from taichi_serve.search.report import config, config_text
-from taichi_serve.search.sliders import Effort, Found, best, search, with_ends
+from taichi_serve.search.goodput import REACH, Contender, Scene, attain, goodput, held
+from taichi_serve.search.report import config, config_text, found_row, promise
+from taichi_serve.search.sliders import Found, best, ranked, search, with_ends
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -81,7 +82,7 @@ def test_a_slower_truth_than_believed_costs_attainment():
 def test_a_balanced_slo_is_the_tightest_ttft_at_which_disaggregation_is_as_good():
     # Disaggregation prefills on one of two instances, 9 prompts of 0.11 s a second: above that its queue
     # grows, and of 100 requests the more are good the longer they may wait.
-    effort = Effort(seconds=10, least=100, most=100, tolerance=0.02)
+    effort = Effort(seconds=10, least=100, most=100, tolerance=0.02, judging=0)
     found = balance(SCENE, 2, 3, effort, processes=1)
     assert found.level
     assert LEAST * alone(SCENE) < found.ttft < MOST * alone(SCENE)
@@ -97,18 +98,69 @@ def test_a_prompt_alone_takes_one_step_of_its_length():
 def test_where_one_family_is_ahead_throughout_no_slo_is_balanced():
     # 128 tokens take 23 ms: with 20 ms a token hardly a prompt may be beside decodes.
     with pytest.raises(ValueError, match=r"no TTFT SLO is balanced: at 0.44 s disaggregation is ahead"):
-        balance(replace(SCENE, slo=SLO(1.0, 0.02)), 2, 3, Effort(10, 100, 100, 0.1), processes=1)
+        balance(replace(SCENE, slo=SLO(1.0, 0.02)), 2, 3, Effort(10, 100, 100, 0.1, judging=0), processes=1)
 
 
-def test_the_search_tunes_every_family():
-    found = search(SCENE, 2, 3, effort=Effort(seconds=5, least=80, most=100, tolerance=0.1), processes=1)
+QUICK = Effort(seconds=5, least=80, most=100, tolerance=0.1, judging=300)
+
+
+def test_the_search_tunes_every_family_and_judges_the_best_of_each():
+    found = search(SCENE, 2, 3, effort=QUICK, processes=1)
     assert set(best(found)) == set(FAMILIES)
+    assert found == ranked(found)
+    judged = [f for f in found if f.judged]
+    assert found[: len(judged)] == judged
+    assert {f.family for f in judged} == set(FAMILIES)
+    assert len(judged) == len(FAMILIES)
+    assert all(f.rate > 0 and f.share == pytest.approx(f.rate / bound(TINY, LOAD, 0.05, 2)) for f in found)
+
+
+def test_what_is_told_was_held_of_seeds_that_the_tuning_has_not_seen():
+    first = search(SCENE, 2, 3, ["aggregation"], QUICK, 1)[0]
+    top = bound(TINY, LOAD, 0.05, 2)
+    made = plan(SCENE, top, QUICK, 3)
+    assert not set(made.tuning) & set(made.judging)
+    again = [
+        goodput(SCENE, first.contender, made.requests, s, top, 0.1, first.tuned).rate for s in made.judging
+    ]
+    assert first.judged == tuple(again)
+    assert first.rate == pytest.approx(sum(again) / 3)
+    assert first.interval is not None
+    assert (first.interval.mean, first.interval.seeds) == (pytest.approx(first.rate), 3)
+
+
+def test_without_judging_the_rates_are_those_of_the_tuning():
+    found = search(SCENE, 2, 3, ["aggregation"], replace(QUICK, judging=0), 1)
+    assert all((f.judged, f.interval, f.rate) == ((), None, f.tuned) for f in found)
     assert [f.rate for f in found] == sorted((f.rate for f in found), reverse=True)
-    assert all(0 < f.share <= 1 for f in found)
+
+
+def test_a_goodput_above_the_bound_is_told_as_it_is():
+    # 100 requests of 0.105 s take two instances 5.2 s: sent a third faster than that, nobody waits 2 s.
+    top = bound(TINY, LOAD, 0.05, 2)
+    scene = replace(SCENE, slo=SLO(2.0, 0.05))
+    assert held(scene, AGGREGATION, 100, 1, top) > top
+    effort = replace(QUICK, least=100)
+    assert all(f.share > 1 for f in search(scene, 2, 3, ["aggregation"], effort, 1))
+
+
+def test_where_to_begin_is_no_limit_of_the_goodput():
+    rates = [held(SCENE, AGGREGATION, 300, 1, near, 0.02) for near in (3.0, 18.0, 100.0)]
+    assert max(rates) <= min(rates) * 1.05
+    assert 9.0 < min(rates) < 3.0 * REACH
+
+
+def test_a_run_of_so_few_requests_that_all_are_good_at_once_has_an_end_too():
+    rate = held(replace(SCENE, slo=SLO(60.0, 10.0)), AGGREGATION, 20, 1, 10.0)
+    assert 10.0 * REACH <= rate < 20.0 * REACH
+
+
+def test_where_nothing_can_be_held_the_goodput_is_nothing():
+    assert held(replace(SCENE, slo=SLO(0.01, 0.05)), AGGREGATION, 50, 1, 10.0) == 0.0
 
 
 def test_two_processes_find_the_same_table_as_one():
-    effort = Effort(seconds=5, least=60, most=60, tolerance=0.2)
+    effort = Effort(seconds=5, least=60, most=60, tolerance=0.2, judging=120)
     one, two = (search(SCENE, 2, 3, ["disaggregation"], effort, n) for n in (1, 2))
     assert one == two
     assert one
@@ -118,7 +170,7 @@ def test_two_processes_find_the_same_table_as_one():
 def test_a_tuned_hybrid_is_not_behind_a_tuned_baseline(tpot):
     # A decode alone takes 10.1 ms and a chunk of 32 adds 3.2: at 13.5 ms it is best to keep prompts away.
     scene = replace(SCENE, slo=SLO(1.0, tpot))
-    effort = Effort(seconds=5, least=100, most=100, tolerance=0.02)
+    effort = Effort(seconds=5, least=100, most=100, tolerance=0.02, judging=0)
     first = best(search(scene, 3, 3, effort=effort, processes=1))
     assert first["hybrid"].rate >= max(first["aggregation"].rate, first["disaggregation"].rate)
 
@@ -141,6 +193,32 @@ def test_a_hybrid_that_leads_needs_no_end_of_the_sliders():
     between = Contender("1P1D S_P 4096 S_D 64 margin 0.5", Sliders(1, 1, 4096, 64))
     found = [Found("aggregation", AGGREGATION, 3.0, 0.3, None), Found("hybrid", between, 3.0, 0.3, None)]
     assert with_ends(found) == found
+
+
+def test_rates_that_were_judged_stand_before_those_that_were_only_tuned():
+    tuned = Found("aggregation", AGGREGATION, 9.0, 0.9, None, tuned=9.0)
+    low = Found("disaggregation", AGGREGATION, 2.0, 0.2, None, (2.0, 2.0), 2.5)
+    high = Found("hybrid", AGGREGATION, 3.0, 0.3, None, (2.5, 3.5), 2.5)
+    assert ranked([tuned, low, high]) == [high, low, tuned]
+
+
+def test_a_row_has_its_interval_and_its_distance_from_the_first_seed_by_seed():
+    first = Found("hybrid", AGGREGATION, 3.0, 0.3, None, (2.0, 4.0), 3.1)
+    other = Found("aggregation", AGGREGATION, 2.7, 0.27, None, (1.8, 3.6), 3.0)
+    row = found_row(other, first)
+    assert row["against_first"] == pytest.approx([-0.1, -0.1, -0.1])
+    assert row["interval"] == pytest.approx([2.7 - 12.706 * 0.9, 2.7 + 12.706 * 0.9])
+    assert (row["judged"], row["tuned"]) == ([1.8, 3.6], 3.0)
+    assert found_row(first, first)["against_first"] is None
+
+
+def test_a_promise_says_on_how_many_seeds_it_stands_and_what_was_cut():
+    whole = promise(planned(2.0, 1.0, Effort(), 0))
+    assert "over 25 seeds of 800 requests; tuned on 3 other seeds; standard error" in whole
+    assert "CUT" not in whole
+    cut = promise(planned(20.0, 1.0, Effort(), 0))
+    assert "judged with 1.8%. CUT SHORT" in cut
+    assert "not judged" in promise(planned(2.0, 1.0, Effort(judging=0), 0))
 
 
 SLIDERS = ["p_heavy", "d_heavy", "p_chunk", "d_chunk"]

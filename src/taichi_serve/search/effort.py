@@ -1,0 +1,140 @@
+"""How much a search runs: the length of a run and the number of seeds follow from the workload's variance.
+
+Goodput moves with the work that the drawn requests bring, which over n of them has a standard error of
+sqrt(dispersion / n). With long tails the dispersion is large, and a rate that a few hundred requests of one
+seed hold says little. So a pilot estimates the dispersion from the workload itself, a run is as long as a
+stated error of its work needs, and as many seeds judge as a stated error of their mean needs; both within
+limits that are said. The seeds that judge are never among those that tune.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from taichi_serve.cluster.simulated.job import Call
+from taichi_serve.latency.model import prompt_attention
+from taichi_serve.search.goodput import Scene
+
+PILOT, BATCH = 40_000, 250  # requests drawn, in batches of so many: arrivals may depend on each other
+RUN_ERROR = 0.05  # standard error of the work of one run
+TUNING_ERROR = 0.03  # of all runs of one contender that tune: what they compare has the same requests
+TUNERS = 3, 8  # at least and at most so many seeds tune
+JUDGES = 5  # at least so many seeds judge, where the limit allows: an interval over fewer is wide
+SEEDS = (
+    1000  # of `--seed n` are n * 1000 and on: the first half tunes, the rest judges, the last is the pilot's
+)
+FULL_STEP = 4096.0  # tokens of a step in which a token of a prompt costs what it must
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to look. With `knobs` also at those of the policy that seldom matter."""
+
+    seconds: float = 120.0  # of traffic that a run has at least
+    least: int = 800  # requests of a run
+    most: int = 4000  # the same, whatever else asks for more
+    tolerance: float = 0.01  # of a rate
+    knobs: bool = False
+    error: float = 0.01  # standard error of the work of all runs that judge a contender, as a share
+    judging: int = 60_000  # requests of these runs at most; 0: nobody is judged
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Requests of a run, the seeds that tune and those that judge, and how well the work is known then."""
+
+    requests: int
+    tuning: tuple[int, ...]
+    judging: tuple[int, ...]
+    dispersion: float
+    asked: float  # standard error of the work of all runs that judge, as a share
+
+    @property
+    def run_error(self) -> float:
+        """Standard error of the work of one run, as a share."""
+        return math.sqrt(self.dispersion / self.requests)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the work of all runs that judge, as a share; NaN where none do."""
+        return self.run_error / math.sqrt(len(self.judging)) if self.judging else math.nan
+
+    @property
+    def cut(self) -> bool:
+        """Whether a limit of the effort kept runs or seeds below what the workload asks for."""
+        near = 1 + 1e-6
+        return bool(self.judging) and (self.error > self.asked * near or self.run_error > RUN_ERROR * near)
+
+
+def plan(scene: Scene, top: float, effort: Effort, seed: int) -> Plan:
+    """For rates around `top` (requests/s)."""
+    calls = scene.workload.calls(1.0, PILOT, seed * SEEDS + SEEDS - 1)
+    return planned(dispersion(calls, work(scene)), top, effort, seed)
+
+
+def planned(spread: float, top: float, effort: Effort, seed: int) -> Plan:
+    """The same from a dispersion that is known."""
+    wanted = max(effort.least, math.ceil(top * effort.seconds), _enough(spread, RUN_ERROR, 1))
+    requests = min(effort.most, wanted)
+    fewest, most = TUNERS
+    tuners = min(most, max(fewest, _enough(spread, TUNING_ERROR, requests)))
+    judges = max(JUDGES, _enough(spread, effort.error, requests))
+    judges = max(2, min(judges, effort.judging // requests, SEEDS // 2 - 1)) if effort.judging else 0
+    first, middle = seed * SEEDS, seed * SEEDS + SEEDS // 2
+    tuning, judging = range(first, first + tuners), range(middle, middle + judges)
+    return Plan(requests, tuple(tuning), tuple(judging), spread, effort.error)
+
+
+def _enough(spread: float, error: float, requests: int) -> int:
+    """Runs of so many requests that together have at most this standard error."""
+    return math.ceil(spread / error**2 / requests - 1e-9)
+
+
+def dispersion(calls: Iterable[Call], seconds: Callable[[Call], float], batch: int = BATCH) -> float:
+    """n times the squared relative standard error of the work that n requests bring in a second.
+
+    For independent gaps and lengths it is the sum of their squared coefficients of variation: 1 for Poisson
+    arrivals of equal requests, 0 for equal ones at equal gaps. Estimated over batches of requests, so
+    arrivals that depend on each other count with what they do to a whole batch. ValueError for fewer than
+    two batches.
+    """
+    batches: list[tuple[float, float]] = []  # work and time
+    began = done = 0.0
+    for number, call in enumerate(calls, 1):
+        done += seconds(call)
+        if number % batch == 0:
+            batches.append((done, call.at - began))
+            began, done = call.at, 0.0
+    if len(batches) < 2:
+        raise ValueError(f"the dispersion needs at least two batches of {batch} requests")
+    span, total = sum(t for _, t in batches), sum(w for w, _ in batches)
+    load = total / span if span else 0.0
+    rest = statistics.variance([w - load * t for w, t in batches])
+    return batch * rest / (total / len(batches)) ** 2
+
+
+def work(scene: Scene) -> Callable[[Call], float]:
+    """Instance seconds of a call and its later turns: prompts in full steps, decodes in the fullest steps
+    that keep the TPOT SLO. Nothing is taken to be cached."""
+    truth = scene.machine.truth
+    prompt, output = scene.workload.means()
+    context = prompt + output / 2
+    beside = max(1.0, min(float(scene.max_running), scene.machine.kv_capacity / context))
+    while beside > 1.0 and truth.of(0, 0, beside, beside * context) > scene.slo.tpot:
+        beside = max(1.0, beside * 0.8)
+    each = truth.of(FULL_STEP, 0, 0, 0) / FULL_STEP
+
+    def seconds(call: Call) -> float:
+        total, turn = 0.0, call
+        while True:
+            new, decodes = turn.prompt_tokens, turn.output_tokens - 1
+            total += new * each + truth.of(new, prompt_attention(new), 0, 0) - truth.of(new, 0, 0, 0)
+            total += decodes * truth.of(0, 0, beside, beside * (new + decodes / 2)) / beside
+            if turn.then is None:
+                return total
+            turn = turn.then
+
+    return seconds
