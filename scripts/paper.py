@@ -31,11 +31,14 @@ from taichi_serve.messages import Command, Event, Finished, Prefilled, Stepped
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.bound import bound
+from taichi_serve.search.climb import climb
 from taichi_serve.search.crew import workers
+from taichi_serve.search.curve import spread as spread_of
 from taichi_serve.search.effort import Effort, plan
 from taichi_serve.search.families import FAMILIES, end_of
 from taichi_serve.search.goodput import Contender, Scene
 from taichi_serve.search.interval import interval
+from taichi_serve.search.report import curve_row
 from taichi_serve.search.sliders import best, search
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -98,20 +101,21 @@ def tuned(sc: Scene, instances: int, effort: Effort, processes: int | None) -> J
     literal = replace(hybrid, policy=replace(hybrid.policy, ttft_margin=1.0, tpot_margin=10.0))
     literal = replace(literal, name=f"literal (no margins): {hybrid.name}")
     others = ((orca, firsts["aggregation"].rate), (literal, firsts["hybrid"].rate))
-    tasks = [(c, made.requests, s, top, effort.tolerance, guess) for c, guess in others for s in made.judging]
     with workers(sc, processes) as crew:
-        held = crew.held(tasks)
-    half = len(made.judging)
+        reached = climb(crew, others, made.requests, made.judging, effort.tolerance)
     judged = {name: (f.contender, f.judged) for name, f in firsts.items()}
-    judged |= {"whole prompts": (orca, tuple(held[:half])), "literal": (literal, tuple(held[half:]))}
-    rows: dict[str, Json] = {
-        name: {"contender": contender.name, "goodput": spread(mine), "rates": mine}
-        for name, (contender, mine) in judged.items()
-    }
+    names = ("whole prompts", "literal")
+    judged |= {name: (c, r.curve) for name, (c, _), r in zip(names, others, reached, strict=True)}
+    rows: dict[str, Json] = {}
+    for name, (contender, curve) in judged.items():
+        assert curve is not None
+        found = spread_of(curve)
+        goodput = [found.mean, found.half]
+        rows[name] = {"contender": contender.name, "goodput": goodput, "curve": curve_row(curve)}
     tally = firsts["hybrid"].tally
     rows["hybrid"] |= {"end": end_of(hybrid), "moves": tally.moves if tally else {}}
     rows |= {name: rows[name] | {"tuned": f.tuned} for name, f in firsts.items()}
-    seeds = {"requests": made.requests, "tuning": len(made.tuning), "judging": half}
+    seeds = {"requests": made.requests, "tuning": len(made.tuning), "judging": len(made.judging)}
     return {"bound": top, "error": made.error, "cut": made.cut, "made": origin(), **seeds, "rows": rows}
 
 

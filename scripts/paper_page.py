@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from taichi_serve.search.interval import lead
+from taichi_serve.search.curve import Curve, lead
 from taichi_serve.search.report import draw_curves
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +26,16 @@ def rate(pair: Sequence[float]) -> str:
     return f"{pair[0]:.2f} ± {pair[1]:.2f}"
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """How far ours lead, seed by seed: the same requests for both, so the interval is free of their luck."""
-    found = lead(ours, theirs)
+def paired(ours: Json, theirs: Json) -> str:
+    """How far ours lead: the same requests for both, so the interval is free of their luck."""
+    found = lead(curve(ours), curve(theirs))
     return f"{found.mean:+.1%} ± {found.half:.1%}" if found else "-"
+
+
+def curve(row: Json) -> Curve:
+    """The shares of good requests that were kept."""
+    kept = row["curve"]
+    return Curve(tuple(kept["rates"]), tuple(tuple(shares) for shares in kept["shares"]))
 
 
 def stood_on(kept: Json) -> str:
@@ -89,7 +95,7 @@ def page_goodput(kept: Json) -> str:
         for name in ("aggregation", "whole prompts", "disaggregation", "literal", "hybrid"):
             note = f" ({noted(mine[name])})" if name not in ("literal", "whole prompts") else ""
             cells.append(rate(mine[name]["goodput"]) + note)
-        lead = paired(mine["hybrid"]["rates"], mine[base]["rates"])
+        lead = paired(mine["hybrid"], mine[base])
         slo = f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms"
         head = f"{r['workload']} {slo}" if "workload" in r else slo
         share = mine["hybrid"]["goodput"][0] / r["bound"]
@@ -113,7 +119,7 @@ def page_leads(kept: Path) -> str:
     for name in ("goodput_14b", "goodput_32b"):
         path = kept / f"{name}.json"
         for r in json.loads(path.read_text())["rows"] if path.exists() else ():
-            mine = {family: row["rates"] for family, row in r["rows"].items()}
+            mine = r["rows"]
             leads = [paired(mine["hybrid"], mine[base]) for base in ("aggregation", "disaggregation")]
             size = name.removeprefix("goodput_").upper()
             rows.append([f"{size} {r['workload']} {r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms", *leads])

@@ -142,7 +142,7 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     assert {row["family"] for row in judged} == {"aggregation", "disaggregation"}
     assert all(row["interval"][0] <= row["goodput"] <= row["interval"][1] for row in judged)
     assert told["ranked"][: len(judged)] == judged
-    assert len(told["judging_seeds"]) == len(judged[0]["judged"]) == 2
+    assert len(told["judging_seeds"]) == len(judged[0]["judged"]["shares"][0]) == 2
     assert not set(told["judging_seeds"]) & set(told["tuning_seeds"])
     assert told["cut"] is True
     assert yaml.safe_load(out.read_text()) == told["config"]
@@ -159,7 +159,7 @@ def test_search_prints_intervals_seeds_and_that_its_effort_was_cut(capsys, monke
     words = "--instances 2 --seconds 1 --most 60 --judging 120 --processes 1 --family aggregation"
     assert search.main(parsed(search, f"{BASE} {words}")) == 0
     out = capsys.readouterr().out
-    assert "2 seeds of 60 requests" in out
+    assert "of 2 seeds, 60 each" in out
     assert "CUT SHORT" in out
     assert re.search(r"\d ± [\d.]+ ", out)
     assert "(tuning)" in out

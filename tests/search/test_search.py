@@ -10,9 +10,12 @@ from taichi_serve.latency.shipped import Machine, machine
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.search.balance import LEAST, LEVEL, MOST, alone, balance
 from taichi_serve.search.bound import Mean, bound, least_seconds
+from taichi_serve.search.climb import climb, together
+from taichi_serve.search.crew import workers
+from taichi_serve.search.curve import Curve
 from taichi_serve.search.effort import Effort, plan, planned
 from taichi_serve.search.families import FAMILIES
-from taichi_serve.search.goodput import REACH, Contender, Scene, attain, goodput, held
+from taichi_serve.search.goodput import Contender, Scene, attain
 from taichi_serve.search.report import config, config_text, found_row, promise
 from taichi_serve.search.sliders import Found, best, ranked, search, with_ends
 from taichi_serve.sliders import Sliders
@@ -25,6 +28,11 @@ TINY = Machine(
 LOAD = Workload("even", Synthetic(LogNormal(1000, 0.0, 1000), LogNormal(20, 0.0, 20)))
 SCENE = Scene(TINY, LOAD, SLO(1.0, 0.05))
 AGGREGATION = Contender("aggregation 256", Sliders(0, 2, 0, 256), Policy(ttft_margin=1.0))
+
+
+def goodput(scene, requests, seeds, guess, tolerance=0.02, contender=AGGREGATION):
+    with workers(scene, 1) as crew:
+        return climb(crew, [(contender, guess)], requests, seeds, tolerance)[0]
 
 
 def test_without_a_tpot_limit_the_bound_is_the_work_alone():
@@ -53,28 +61,57 @@ def test_the_bound_counts_only_tokens_that_nobody_can_have_cached():
 def test_a_tight_tpot_limit_lowers_the_bound_and_never_below_what_is_reached():
     loose, tight = bound(TINY, LOAD, 0.05, 2), bound(TINY, LOAD, 0.0105, 2)
     assert tight < loose
-    found = goodput(SCENE, AGGREGATION, 300, 1, loose)
+    found = goodput(SCENE, 300, [1], loose)
     assert 0.5 * loose < found.rate < loose
 
 
 def test_goodput_is_where_attainment_falls_through_the_target():
     top = bound(TINY, LOAD, 0.05, 2)
-    found = goodput(SCENE, AGGREGATION, 300, 1, top, tolerance=0.02)
-    assert attain(SCENE, AGGREGATION, found.rate, 300, 1).attainment >= 0.9
+    found = goodput(SCENE, 300, [1], top)
+    assert attain(SCENE, AGGREGATION, found.rate * 0.98, 300, 1).attainment >= 0.9
     assert attain(SCENE, AGGREGATION, found.rate * 1.04, 300, 1).attainment < 0.9
     assert found.tally is not None
     assert found.tally.sent == 300
 
 
+def shares(rate, seeds):
+    return [attain(SCENE, AGGREGATION, rate, 200, seed).attainment for seed in seeds]
+
+
+def test_of_several_seeds_it_is_where_all_their_requests_together_fall_through_the_target():
+    top, seeds = bound(TINY, LOAD, 0.05, 2), (1, 2, 3)
+    rate = goodput(SCENE, 200, seeds, top).rate
+    assert sum(shares(rate * 0.98, seeds)) >= 3 * 0.9 > sum(shares(rate * 1.04, seeds))
+    alone = [goodput(SCENE, 200, [seed], top).rate for seed in seeds]
+    assert min(alone) < rate < max(alone)
+
+
+def test_rates_are_tried_until_no_single_seed_leaves_the_goodput_open():
+    curve = goodput(SCENE, 200, [1, 2, 3], bound(TINY, LOAD, 0.05, 2)).curve
+    assert all(curve.rates[0] < curve.goodput(without) < curve.rates[-1] for without in (None, 0, 1, 2))
+
+
+def test_runs_of_several_seeds_are_one_tally():
+    runs = [attain(SCENE, AGGREGATION, 8.0, 50, seed) for seed in (1, 2)]
+    whole = together(runs)
+    assert (whole.sent, whole.good, whole.steps) == tuple(
+        sum(getattr(run, name) for run in runs) for name in ("sent", "good", "steps")
+    )
+    assert whole.ttft.count == 100
+    assert whole.ttft.mean == pytest.approx((runs[0].ttft.mean + runs[1].ttft.mean) / 2)
+    assert whole.ttft.quantile(1.0) == max(run.ttft.quantile(1.0) for run in runs)
+    assert whole.busy["i0"] == pytest.approx(sum(run.busy["i0"] for run in runs))
+
+
 def test_a_wrong_guess_changes_the_goodput_by_no_more_than_the_tolerance():
     top = bound(TINY, LOAD, 0.05, 2)
-    rates = [goodput(SCENE, AGGREGATION, 300, 1, top, 0.02, guess).rate for guess in (None, 1.0, top * 0.99)]
+    rates = [goodput(SCENE, 300, [1], guess).rate for guess in (1.0, top * 0.99, 5 * top)]
     assert max(rates) <= min(rates) * 1.05
 
 
 def test_a_slower_truth_than_believed_costs_attainment():
     top = bound(TINY, LOAD, 0.05, 2)
-    rate = goodput(SCENE, AGGREGATION, 300, 1, top).rate
+    rate = goodput(SCENE, 300, [1], top, 0.01).rate
     slower = attain(replace(SCENE, slower=1.2), AGGREGATION, rate, 300, 1)
     assert slower.attainment < attain(SCENE, AGGREGATION, rate, 300, 1).attainment
 
@@ -120,18 +157,17 @@ def test_what_is_told_was_held_of_seeds_that_the_tuning_has_not_seen():
     top = bound(TINY, LOAD, 0.05, 2)
     made = plan(SCENE, top, QUICK, 3)
     assert not set(made.tuning) & set(made.judging)
-    again = [
-        goodput(SCENE, first.contender, made.requests, s, top, 0.1, first.tuned).rate for s in made.judging
-    ]
-    assert first.judged == tuple(again)
-    assert first.rate == pytest.approx(sum(again) / 3)
+    again = goodput(SCENE, made.requests, made.judging, first.tuned, 0.1, first.contender)
+    assert (first.judged, first.rate) == (again.curve, again.rate)
+    assert first.tally is not None
+    assert first.tally.sent == made.requests * len(made.judging)
     assert first.interval is not None
     assert (first.interval.mean, first.interval.seeds) == (pytest.approx(first.rate), 3)
 
 
 def test_without_judging_the_rates_are_those_of_the_tuning():
     found = search(SCENE, 2, 3, ["aggregation"], replace(QUICK, judging=0), 1)
-    assert all((f.judged, f.interval, f.rate) == ((), None, f.tuned) for f in found)
+    assert all((f.judged, f.interval, f.rate) == (None, None, f.tuned) for f in found)
     assert [f.rate for f in found] == sorted((f.rate for f in found), reverse=True)
 
 
@@ -139,24 +175,19 @@ def test_a_goodput_above_the_bound_is_told_as_it_is():
     # 100 requests of 0.105 s take two instances 5.2 s: sent a third faster than that, nobody waits 2 s.
     top = bound(TINY, LOAD, 0.05, 2)
     scene = replace(SCENE, slo=SLO(2.0, 0.05))
-    assert held(scene, AGGREGATION, 100, 1, top) > top
+    assert goodput(scene, 100, [1], top).rate > top
     effort = replace(QUICK, least=100)
     assert all(f.share > 1 for f in search(scene, 2, 3, ["aggregation"], effort, 1))
 
 
-def test_where_to_begin_is_no_limit_of_the_goodput():
-    rates = [held(SCENE, AGGREGATION, 300, 1, near, 0.02) for near in (3.0, 18.0, 100.0)]
-    assert max(rates) <= min(rates) * 1.05
-    assert 9.0 < min(rates) < 3.0 * REACH
-
-
 def test_a_run_of_so_few_requests_that_all_are_good_at_once_has_an_end_too():
-    rate = held(replace(SCENE, slo=SLO(60.0, 10.0)), AGGREGATION, 20, 1, 10.0)
-    assert 10.0 * REACH <= rate < 20.0 * REACH
+    found = goodput(replace(SCENE, slo=SLO(60.0, 10.0)), 20, [1], 10.0)
+    assert found.rate == found.curve.rates[-1] > 100.0
 
 
 def test_where_nothing_can_be_held_the_goodput_is_nothing():
-    assert held(replace(SCENE, slo=SLO(0.01, 0.05)), AGGREGATION, 50, 1, 10.0) == 0.0
+    found = goodput(replace(SCENE, slo=SLO(0.01, 0.05)), 50, [1], 10.0)
+    assert (found.rate, found.tally) == (0.0, None)
 
 
 def test_two_processes_find_the_same_table_as_one():
@@ -195,26 +226,34 @@ def test_a_hybrid_that_leads_needs_no_end_of_the_sliders():
     assert with_ends(found) == found
 
 
+def falls(*goodputs):
+    """Shares that fall by 10 points for each request/s, through 90 % at the goodput of each seed."""
+    rates = (1.0, 2.0, 3.0, 4.0, 5.0)
+    return Curve(rates, tuple(tuple(0.9 - 0.1 * (rate - at) for at in goodputs) for rate in rates))
+
+
 def test_rates_that_were_judged_stand_before_those_that_were_only_tuned():
     tuned = Found("aggregation", AGGREGATION, 9.0, 0.9, None, tuned=9.0)
-    low = Found("disaggregation", AGGREGATION, 2.0, 0.2, None, (2.0, 2.0), 2.5)
-    high = Found("hybrid", AGGREGATION, 3.0, 0.3, None, (2.5, 3.5), 2.5)
+    low = Found("disaggregation", AGGREGATION, 2.0, 0.2, None, falls(2.0, 2.0), 2.5)
+    high = Found("hybrid", AGGREGATION, 3.0, 0.3, None, falls(2.5, 3.5), 2.5)
     assert ranked([tuned, low, high]) == [high, low, tuned]
 
 
-def test_a_row_has_its_interval_and_its_distance_from_the_first_seed_by_seed():
-    first = Found("hybrid", AGGREGATION, 3.0, 0.3, None, (2.0, 4.0), 3.1)
-    other = Found("aggregation", AGGREGATION, 2.7, 0.27, None, (1.8, 3.6), 3.0)
+def test_a_row_has_its_interval_and_its_distance_from_the_first():
+    first = Found("hybrid", AGGREGATION, 3.0, 0.3, None, falls(3.0, 3.0), 3.1)
+    other = Found("aggregation", AGGREGATION, 2.7, 0.27, None, falls(2.4, 3.0), 3.0)
     row = found_row(other, first)
-    assert row["against_first"] == pytest.approx([-0.1, -0.1, -0.1])
-    assert row["interval"] == pytest.approx([2.7 - 12.706 * 0.9, 2.7 + 12.706 * 0.9])
-    assert (row["judged"], row["tuned"]) == ([1.8, 3.6], 3.0)
+    # Two seeds, half a difference of 0.6 off their mean: 12.706 times 0.3; of the first that is a tenth.
+    assert row["interval"] == pytest.approx([2.7 - 12.706 * 0.3, 2.7 + 12.706 * 0.3])
+    assert row["against_first"] == pytest.approx([-0.1, -0.1 - 12.706 * 0.1, -0.1 + 12.706 * 0.1])
+    assert row["tuned"] == 3.0
+    assert row["judged"]["rates"] == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert found_row(first, first)["against_first"] is None
 
 
 def test_a_promise_says_on_how_many_seeds_it_stands_and_what_was_cut():
     whole = promise(planned(2.0, 1.0, Effort(), 0))
-    assert "over 25 seeds of 800 requests; tuned on 3 other seeds; standard error" in whole
+    assert "90 % good of the requests of 25 seeds, 800 each; tuned on 3 other seeds; standard error" in whole
     assert "CUT" not in whole
     cut = promise(planned(20.0, 1.0, Effort(), 0))
     assert "judged with 1.8%. CUT SHORT" in cut

@@ -195,7 +195,7 @@ def _show(found: list[Found], limit: float, runs: Plan, scene: Scene) -> None:
 
 
 def _rate(entry: Found) -> str:
-    """The mean with half of its interval; a rate that was only tuned is marked."""
+    """With half of its interval; a rate that was only tuned is marked."""
     spread = entry.interval
     return f"{spread.mean:.3g} ± {spread.half:.2g}" if spread else f"{entry.rate:.3g} (tuning)"
 

@@ -1,4 +1,4 @@
-"""Runs and bisections on all cores: a task is the arguments of one, results come in the order of tasks."""
+"""Runs on all cores: a task is the arguments of one, and results come in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from functools import partial
 from multiprocessing import get_context
 
 from taichi_serve.bench.goodput import Tally
-from taichi_serve.search.goodput import TARGET, Contender, Scene, attain, held
+from taichi_serve.search.goodput import TARGET, Contender, Scene, attain
 
 Run = tuple[Contender, float, int, int]  # rate (requests/s), requests, seed
-Bisection = tuple[Contender, int, int, float, float, float | None]  # requests, seed, near, tolerance, guess
 
 _scene: Scene | None = None
 
@@ -33,11 +32,6 @@ def _whole(task: Run) -> Tally:
     return attain(_scene, *task)
 
 
-def _held(task: Bisection) -> float:
-    assert _scene is not None
-    return held(_scene, *task)
-
-
 class Workers:
     """Runs on several processes, or in this one; results come in the order of the tasks."""
 
@@ -51,11 +45,7 @@ class Workers:
 
     def attain_all(self, tasks: Iterable[Run]) -> list[Tally]:
         """One run to its end for each task."""
-        return list(self.pool.map(_whole, tasks) if self.pool else map(_whole, tasks))
-
-    def held(self, tasks: Iterable[Bisection]) -> list[float]:
-        """The highest rate held, for each task."""
-        return list(self.pool.map(_held, tasks) if self.pool else map(_held, tasks))
+        return list(self.pool.map(_whole, tasks, chunksize=1) if self.pool else map(_whole, tasks))
 
 
 @contextmanager

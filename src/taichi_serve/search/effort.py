@@ -36,7 +36,7 @@ class Effort:
     seconds: float = 120.0  # of traffic that a run has at least
     least: int = 800  # requests of a run
     most: int = 4000  # the same, whatever else asks for more
-    tolerance: float = 0.01  # of a rate
+    tolerance: float = 0.02  # between the rates about a goodput; within, it lies on a straight line
     knobs: bool = False
     error: float = 0.01  # standard error of the work of all runs that judge a contender, as a share
     judging: int = 60_000  # requests of these runs at most; 0: nobody is judged

@@ -1,8 +1,7 @@
-"""Goodput of one contender: the highest request rate at which 90 % of all requests sent are good.
+"""One run of one contender: how many of the requests sent are good.
 
-Bisection over the rate, with the same requests at every rate (bench/workload.py). It has no upper end, and
-goes up for as long as the target is held. A run ends as soon as the target is reached or out of reach:
-waiting for the last long output decides nothing.
+Goodput is the highest request rate at which 90 % of all requests sent are good (search/climb.py). A run with
+that target ends as soon as it is reached or out of reach: waiting for the last long output decides nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
 TARGET = 0.9
-REACH = 8.0  # no rate is tried beyond so many times the one that a search begins near
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,6 @@ class Contender:
     policy: Policy = field(default_factory=Policy)
 
 
-@dataclass(frozen=True)
-class Goodput:
-    """The rate found (requests/s), and the tally of the run there."""
-
-    rate: float
-    tally: Tally | None
-
-
 def attain(
     scene: Scene, contender: Contender, rate: float, requests: int, seed: int, target: float | None = None
 ) -> Tally:
@@ -102,47 +92,3 @@ def attain(
             cluster.close()
     # Of those never sent none is good: the share is of all that were to be sent.
     return replace(meter.tally, sent=requests)
-
-
-def goodput(
-    scene: Scene,
-    contender: Contender,
-    requests: int,
-    seed: int,
-    near: float,
-    tolerance: float = 0.01,
-    guess: float | None = None,
-) -> Goodput:
-    """The highest rate held, as in `held`, with the whole run there."""
-    rate = held(scene, contender, requests, seed, near, tolerance, guess)
-    return Goodput(rate, attain(scene, contender, rate, requests, seed) if rate else None)
-
-
-def held(
-    scene: Scene,
-    contender: Contender,
-    requests: int,
-    seed: int,
-    near: float,
-    tolerance: float = 0.01,
-    guess: float | None = None,
-) -> float:
-    """The highest rate (requests/s) at which TARGET of the requests are good, to `tolerance` of itself.
-
-    It may lie on either side of `near`, which only says where to look: requests of a seed that bring less
-    work than the mean are served at more than the bound of the mean. 0 where not even a hundredth of `near`
-    is held; beyond REACH times `near` nothing is tried, a run of so few requests has no limit. `guess`
-    narrows the first bracket; a guess that is wrong costs two runs and nothing else.
-    """
-    low, high = 0.0, math.inf
-    rate = near * 0.75 if guess is None else guess
-    step = 0.25 if guess is None else 0.04
-    while low < near * REACH and high > near * 0.01 and (high == math.inf or high - low > tolerance * high):
-        if attain(scene, contender, rate, requests, seed, TARGET).attainment >= TARGET:
-            low = rate
-            rate = (low + high) / 2 if high < math.inf else low * (1 + step)
-        else:
-            high = rate
-            rate = (low + high) / 2 if low > 0 else high * (1 - step)
-        step *= 2 if step < 0.3 else 1
-    return low

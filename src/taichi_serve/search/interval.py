@@ -1,4 +1,4 @@
-"""95 % intervals over seeds: of a mean, and of a lead that is taken seed by seed."""
+"""95 % intervals over seeds, by Student's t."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, half of its 95 % interval (NaN with one seed), and over how many seeds."""
+    """An estimate, half of its 95 % interval (NaN with one seed), and over how many seeds."""
 
     mean: float
     half: float
@@ -48,11 +48,3 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(values[0], math.nan, 1)
     half = student(seeds - 1) * statistics.stdev(values) / math.sqrt(seeds)
     return Interval(statistics.fmean(values), half, seeds)
-
-
-def lead(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
-    """How far ours are ahead, as a share of theirs, seed by seed: both had the same requests, so the luck of
-    a seed is in neither. None where one of theirs is 0."""
-    if not all(theirs):
-        return None
-    return interval([mine / other - 1 for mine, other in zip(ours, theirs, strict=True)])

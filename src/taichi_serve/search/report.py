@@ -10,9 +10,10 @@ import yaml
 
 from taichi_serve.bench.figure import COLOURS, figure, save
 from taichi_serve.bench.goodput import Tally
+from taichi_serve.search.curve import Curve, lead
 from taichi_serve.search.effort import RUN_ERROR, Plan
 from taichi_serve.search.goodput import Contender, Scene
-from taichi_serve.search.interval import Interval, lead
+from taichi_serve.search.interval import Interval
 from taichi_serve.search.sliders import Found
 
 
@@ -91,7 +92,7 @@ def found_row(found: Found, first: Found) -> dict[str, Any]:
         "end": found.end,
         "goodput": found.rate,
         "interval": [spread.low, spread.high] if spread else None,
-        "judged": list(found.judged),
+        "judged": curve_row(found.judged) if found.judged else None,
         "tuned": found.tuned,
         "against_first": [ahead.mean, ahead.low, ahead.high] if ahead else None,
         "share_of_bound": found.share,
@@ -101,9 +102,14 @@ def found_row(found: Found, first: Found) -> dict[str, Any]:
     }
 
 
+def curve_row(curve: Curve) -> dict[str, Any]:
+    """Rates (requests/s), and for each of them the share of good requests of every seed."""
+    return {"rates": list(curve.rates), "shares": [list(shares) for shares in curve.shares]}
+
+
 def against(found: Found, first: Found) -> Interval | None:
-    """How far it is from the first, seed by seed, as a share; None where either was not judged, or
-    the first held nothing of a seed."""
+    """How far it is from the first, as a share; None where either was not judged or the first held
+    nothing."""
     if found is first or not (found.judged and first.judged):
         return None
     return lead(found.judged, first.judged)
@@ -114,8 +120,8 @@ def promise(plan: Plan) -> str:
     if not plan.judging:
         return f"not judged; tuned on {len(plan.tuning)} seeds of {plan.requests} requests"
     text = (
-        f"goodput: mean and 95 % interval over {len(plan.judging)} seeds of {plan.requests} requests; "
-        f"tuned on {len(plan.tuning)} other seeds; standard error of the work judged with {plan.error:.1%}"
+        f"goodput: 90 % good of the requests of {len(plan.judging)} seeds, {plan.requests} each; tuned on "
+        f"{len(plan.tuning)} other seeds; standard error of the work judged with {plan.error:.1%}"
     )
     if not plan.cut:
         return text

@@ -1,8 +1,8 @@
 """The best sliders and policy knobs for an SLO: aggregation, disaggregation and hybrid, each tuned for
 itself, and then judged on requests that the tuning has not seen.
 
-Every family (search/families.py) is raced (search/race.py). The last few get a full bisection for each of
-several seeds, and the best of each family the same again for other seeds: that is the goodput that is told,
+Every family (search/families.py) is raced (search/race.py). The last few get a bisection over several seeds
+(search/climb.py), and the best of each family the same again over others: that is the goodput that is told,
 for the highest of many tuned figures is high by luck as well. How long a run is and how many seeds there are
 follows from the workload (search/effort.py). Nothing is random but the workload's seeds, so the same call
 gives the same table.
@@ -10,39 +10,39 @@ gives the same table.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from taichi_serve.bench.goodput import Tally
 from taichi_serve.search.bound import bound
+from taichi_serve.search.climb import climb
 from taichi_serve.search.crew import Workers, workers
+from taichi_serve.search.curve import Curve, spread
 from taichi_serve.search.effort import Effort, Plan, plan
 from taichi_serve.search.families import FAMILIES, end_of
 from taichi_serve.search.goodput import Contender, Scene
-from taichi_serve.search.interval import Interval, interval
+from taichi_serve.search.interval import Interval
 from taichi_serve.search.race import race, second
 
 FINALISTS = {"aggregation": 2, "disaggregation": 2, "hybrid": 4}  # get bisections
 FIRST_HEAT = 0.25  # share of a full run that the first heat has
 NEAR_HEAT = 0.5  # the same among neighbours: they differ little
 Tell = Callable[[str], None]
-Field = list[tuple[Contender, float]]  # each with a guess of what it holds (requests/s)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A contender with what it reached: requests/s, its share of the bound, and a run it held.
+    """A contender with what it reached: requests/s, its share of the bound, and the runs it held there.
 
-    The rate is the mean over the seeds that judged it, `judged` the rates at each of them in the order of
-    the seeds; of one that was only tuned it is the mean over the seeds that tuned, as `tuned` always is."""
+    The rate is of the seeds that judged it, with the shares of good requests in `judged`; of one that was
+    only tuned it is of the seeds that tuned, as `tuned` always is."""
 
     family: str
     contender: Contender
     rate: float
     share: float
     tally: Tally | None
-    judged: tuple[float, ...] = ()
+    judged: Curve | None = None
     tuned: float | None = None
 
     @property
@@ -59,7 +59,7 @@ class Found:
     @property
     def interval(self) -> Interval | None:
         """Of the rate, over the seeds that judged it; None where none did."""
-        return interval(self.judged) if self.judged else None
+        return spread(self.judged) if self.judged else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Hunt:
     tell: Tell
 
     def tuned(self, family: str, field: list[Contender]) -> list[Found]:
-        """The finalists of a family, each with the mean of what it held of every seed that tunes."""
+        """The finalists of a family, each with its goodput over the seeds that tune."""
         self.tell(f"{family}: {len(field)} contenders")
         keep, made = FINALISTS[family], self.plan
         most = 2 * keep if family == "hybrid" else keep
@@ -85,47 +85,27 @@ class Hunt:
             last = race(self.crew, more, self.top, made.requests, made.tuning, keep, NEAR_HEAT, above)
         last = last[:keep]
         self.tell(f"{family}: {len(last)} finalists around {last[0][1]:.3g} requests/s")
-        rates = self.held(last, made.tuning)
-        there = self._there(last, rates, made.tuning)
-        found = []
-        for (contender, _), mine, tally in zip(last, rates, there, strict=True):
-            mean = statistics.fmean(mine)
-            found.append(Found(family, contender, mean, mean / self.top, tally, tuned=mean))
-        return found
+        reached = climb(self.crew, last, made.requests, made.tuning, self.effort.tolerance)
+        return [
+            Found(family, c, one.rate, one.rate / self.top, one.tally, tuned=one.rate)
+            for (c, _), one in zip(last, reached, strict=True)
+        ]
 
     def judged(self, found: list[Found]) -> list[Found]:
         """The same with the best of every family judged, on the same seeds: no other has seen them."""
         chosen = list(best(found).values())
-        field = list({entry.contender: entry.rate for entry in chosen}.items())
+        guesses = {entry.contender: entry.rate or self.top / 2 for entry in chosen}
         seeds = self.plan.judging
-        self.tell(f"the best of each family is judged: {len(field)} on {len(seeds)} seeds")
-        rates = self.held(field, seeds)
-        there = self._there(field, rates, seeds)
-        reached = {c: both for (c, _), both in zip(field, zip(rates, there, strict=True), strict=True)}
+        self.tell(f"the best of each family is judged: {len(guesses)} on {len(seeds)} seeds")
+        results = climb(self.crew, list(guesses.items()), self.plan.requests, seeds, self.effort.tolerance)
+        reached = dict(zip(guesses, results, strict=True))
 
         def told(entry: Found) -> Found:
-            mine, tally = reached[entry.contender]
-            mean = statistics.fmean(mine)
-            return replace(entry, rate=mean, share=mean / self.top, tally=tally, judged=tuple(mine))
+            mine = reached[entry.contender]
+            share = mine.rate / self.top
+            return replace(entry, rate=mine.rate, share=share, tally=mine.tally, judged=mine.curve)
 
         return [told(entry) if entry in chosen else entry for entry in found]
-
-    def held(self, field: Field, seeds: tuple[int, ...]) -> list[list[float]]:
-        """What each, with a guess, holds of every seed, in the order of the seeds."""
-        tolerance, requests = self.effort.tolerance, self.plan.requests
-        tasks = [(c, requests, s, self.top, tolerance, guess or None) for c, guess in field for s in seeds]
-        rates = self.crew.held(tasks)
-        return [rates[n * len(seeds) : (n + 1) * len(seeds)] for n in range(len(field))]
-
-    def _there(self, field: Field, rates: list[list[float]], seeds: tuple[int, ...]) -> list[Tally | None]:
-        """The whole run of each at the median of its rates, with the seed that it was held of."""
-        runs = []
-        for (contender, _), mine in zip(field, rates, strict=True):
-            middle = statistics.median_high(mine)
-            if middle:
-                runs.append((contender, middle, self.plan.requests, seeds[mine.index(middle)]))
-        tallies = iter(self.crew.attain_all(runs))
-        return [next(tallies) if statistics.median_high(mine) else None for mine in rates]
 
 
 def search(
