@@ -39,7 +39,7 @@ from taichi_serve.search.families import FAMILIES, end_of
 from taichi_serve.search.goodput import Contender, Scene
 from taichi_serve.search.interval import interval
 from taichi_serve.search.report import curve_row
-from taichi_serve.search.sliders import best, search
+from taichi_serve.search.sliders import FAR, best, search
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -102,7 +102,7 @@ def tuned(sc: Scene, instances: int, effort: Effort, processes: int | None) -> J
     literal = replace(literal, name=f"literal (no margins): {hybrid.name}")
     others = ((orca, firsts["aggregation"].rate), (literal, firsts["hybrid"].rate))
     with workers(sc, processes) as crew:
-        reached = climb(crew, others, made.requests, made.judging, effort.tolerance)
+        reached = climb(crew, others, made.requests, made.judging, effort.tolerance, FAR * top)
     judged = {name: (f.contender, f.judged) for name, f in firsts.items()}
     names = ("whole prompts", "literal")
     judged |= {name: (c, r.curve) for name, (c, _), r in zip(names, others, reached, strict=True)}

@@ -10,7 +10,7 @@ from taichi_serve.bench.workload import LogNormal, Synthetic, Workload
 from taichi_serve.cluster.simulated.job import Call
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.shipped import Machine
-from taichi_serve.search.effort import RUN_ERROR, TUNERS, Effort, dispersion, plan, planned, work
+from taichi_serve.search.effort import RUN_ERROR, Effort, dispersion, plan, planned, work
 from taichi_serve.search.goodput import Scene
 from taichi_serve.slo import SLO
 
@@ -50,7 +50,7 @@ def test_work_that_comes_later_because_it_is_more_is_no_dispersion():
 
 
 def test_poisson_arrivals_of_equal_requests_have_a_dispersion_of_one():
-    calls = scene(0.0).workload.calls(1.0, 40_000, 5)
+    calls = scene(0.0).workload.calls(1.0, 20_000, 5)
     assert dispersion(calls, tokens) == pytest.approx(1.0, rel=0.25)
 
 
@@ -114,7 +114,7 @@ def test_where_the_limit_cuts_the_plan_says_so():
 def test_no_seed_that_judges_tunes_nor_belongs_to_another_search(seed, spread):
     effort = Effort(least=10, most=50, judging=10**9)
     made, other = planned(spread, 0.1, effort, seed), planned(spread, 0.1, effort, seed + 1)
-    assert len(made.tuning) >= TUNERS[0]
+    assert 3 <= len(made.tuning) <= 8
     assert len(made.judging) >= 5
     seeds = [*made.tuning, *made.judging, *other.tuning, *other.judging]
     assert len(set(seeds)) == len(seeds)

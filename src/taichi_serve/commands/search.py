@@ -34,6 +34,7 @@ from taichi_serve.search.sliders import Found, Tell, best, search
 from taichi_serve.slo import SLO
 
 BALANCED = "balanced"
+WIDE = 132  # columns, where the table goes into a file
 CURVE = (0.6, 0.75, 0.85, 0.92, 0.97, 1.0, 1.03, 1.08, 1.15)  # of the best goodput
 
 
@@ -173,7 +174,7 @@ def _show(found: list[Found], limit: float, runs: Plan, scene: Scene) -> None:
         title=f"{scene.workload.name} on {scene.machine.name}, SLO {scene.slo.ttft:g} s and "
         f"{scene.slo.tpot * 1e3:g} ms, bound {limit:.3g} requests/s"
     )
-    for name in ("", "goodput", "of bound", "against the first", "P90 TTFT", "P90 TPOT", "moves"):
+    for name in ("", "goodput", "of bound", "against best", "P90 TTFT", "P90 TPOT", "moves"):
         table.add_column(name, justify="left" if not name else "right")
     firsts = {id(f) for f in best(found).values()}
     for entry in found:
@@ -188,7 +189,7 @@ def _show(found: list[Found], limit: float, runs: Plan, scene: Scene) -> None:
             f"{row['moves_per_request']:.2f}",
             style="bold" if id(entry) in firsts else None,
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(table)
     console.print(promise(runs), style="bold" if runs.cut else "dim", soft_wrap=True)
     console.print("differences below 3 % are within the error of step times", style="dim")

@@ -20,7 +20,7 @@ BASELINES = ("aggregation", "disaggregation")
 LEAST, MOST = 4.0, 128.0  # the TTFT SLO lies between these, in times that the mean prompt takes alone
 NEAR = 1.05  # and found to this ratio
 LEVEL = 0.97  # of aggregation's goodput: differences below 3 % are within the error of step times
-ROUGH = Effort(seconds=120.0, least=800, most=2000, judging=0)
+ROUGH = Effort(seconds=120.0, least=800, most=2000, tuners=(2, 2), judging=0)
 
 
 @dataclass(frozen=True)

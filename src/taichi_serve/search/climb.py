@@ -1,7 +1,8 @@
 """Goodput of contenders over several seeds: the rate at which 90 % of all their requests are good.
 
 A bisection over the rate for each contender (bench/bracket.py), with the same requests at every rate and for
-all contenders. It has no upper end, and goes up for as long as the target is kept.
+all contenders. It goes up for as long as the target is kept, far beyond the bound: a run that still keeps it
+there is too short to say more than "at least".
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ class Climb:
 
     contender: Contender
     bracket: Bracket
+    most: float  # requests/s
     runs: dict[float, list[Tally]] = field(default_factory=dict)
 
     def next(self) -> float | None:
         """The rate to try: of the bisection, then one on either side of it from which the goodput without any
         one seed can be read as well; None when all is known."""
         rate, bracket = self.bracket.next(), self.bracket
+        if bracket.low >= self.most:
+            return None
         if rate is not None or not bracket.low or bracket.high == math.inf:
-            return rate
+            return min(rate, self.most) if rate is not None else None
         curve = self.curve()
         if not curve.certain(0, kept=True) and curve.rates[0] > bracket.low / WIDEST:
             return curve.rates[0] / STEP
@@ -79,11 +83,13 @@ def climb(
     requests: int,
     seeds: Sequence[int],
     tolerance: float,
+    most: float,
 ) -> list[Reached]:
     """Of contenders with a guess (requests/s) each; a guess that is wrong costs some runs and nothing else.
+    Nothing is tried above `most` requests/s.
 
     All go on in step, so that there is work for every process."""
-    climbs = [Climb(contender, Bracket(guess, tolerance, step=STEP)) for contender, guess in field_]
+    climbs = [Climb(c, Bracket(min(guess, most), tolerance, step=STEP), most) for c, guess in field_]
     while tries := [(one, rate) for one in climbs if (rate := one.next()) is not None]:
         runs = crew.attain_all((one.contender, rate, requests, s) for one, rate in tries for s in seeds)
         for number, (one, rate) in enumerate(tries):

@@ -18,10 +18,9 @@ from taichi_serve.cluster.simulated.job import Call
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.search.goodput import Scene
 
-PILOT, BATCH = 40_000, 250  # requests drawn, in batches of so many: arrivals may depend on each other
+PILOT, BATCH = 20_000, 250  # requests drawn, in batches of so many: arrivals may depend on each other
 RUN_ERROR = 0.05  # standard error of the work of one run
 TUNING_ERROR = 0.03  # of all runs of one contender that tune: what they compare has the same requests
-TUNERS = 3, 8  # at least and at most so many seeds tune
 JUDGES = 5  # at least so many seeds judge, where the limit allows: an interval over fewer is wide
 SEEDS = (
     1000  # of `--seed n` are n * 1000 and on: the first half tunes, the rest judges, the last is the pilot's
@@ -38,6 +37,7 @@ class Effort:
     most: int = 4000  # the same, whatever else asks for more
     tolerance: float = 0.02  # between the rates about a goodput; within, it lies on a straight line
     knobs: bool = False
+    tuners: tuple[int, int] = (3, 8)  # at least and at most so many seeds tune
     error: float = 0.01  # standard error of the work of all runs that judge a contender, as a share
     judging: int = 60_000  # requests of these runs at most; 0: nobody is judged
 
@@ -79,7 +79,7 @@ def planned(spread: float, top: float, effort: Effort, seed: int) -> Plan:
     """The same from a dispersion that is known."""
     wanted = max(effort.least, math.ceil(top * effort.seconds), _enough(spread, RUN_ERROR, 1))
     requests = min(effort.most, wanted)
-    fewest, most = TUNERS
+    fewest, most = effort.tuners
     tuners = min(most, max(fewest, _enough(spread, TUNING_ERROR, requests)))
     judges = max(JUDGES, _enough(spread, effort.error, requests))
     judges = max(2, min(judges, effort.judging // requests, SEEDS // 2 - 1)) if effort.judging else 0

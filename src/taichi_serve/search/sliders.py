@@ -27,6 +27,7 @@ from taichi_serve.search.race import race, second
 FINALISTS = {"aggregation": 2, "disaggregation": 2, "hybrid": 4}  # get bisections
 FIRST_HEAT = 0.25  # share of a full run that the first heat has
 NEAR_HEAT = 0.5  # the same among neighbours: they differ little
+FAR = 4.0  # times the bound: nothing is tried beyond, and whoever keeps even that has so much "at least"
 Tell = Callable[[str], None]
 
 
@@ -72,6 +73,11 @@ class Hunt:
     effort: Effort
     tell: Tell
 
+    @property
+    def most(self) -> float:
+        """Requests/s beyond which nothing is tried."""
+        return FAR * self.top
+
     def tuned(self, family: str, field: list[Contender]) -> list[Found]:
         """The finalists of a family, each with its goodput over the seeds that tune."""
         self.tell(f"{family}: {len(field)} contenders")
@@ -85,7 +91,7 @@ class Hunt:
             last = race(self.crew, more, self.top, made.requests, made.tuning, keep, NEAR_HEAT, above)
         last = last[:keep]
         self.tell(f"{family}: {len(last)} finalists around {last[0][1]:.3g} requests/s")
-        reached = climb(self.crew, last, made.requests, made.tuning, self.effort.tolerance)
+        reached = climb(self.crew, last, made.requests, made.tuning, self.effort.tolerance, self.most)
         return [
             Found(family, c, one.rate, one.rate / self.top, one.tally, tuned=one.rate)
             for (c, _), one in zip(last, reached, strict=True)
@@ -97,7 +103,8 @@ class Hunt:
         guesses = {entry.contender: entry.rate or self.top / 2 for entry in chosen}
         seeds = self.plan.judging
         self.tell(f"the best of each family is judged: {len(guesses)} on {len(seeds)} seeds")
-        results = climb(self.crew, list(guesses.items()), self.plan.requests, seeds, self.effort.tolerance)
+        field, requests = list(guesses.items()), self.plan.requests
+        results = climb(self.crew, field, requests, seeds, self.effort.tolerance, self.most)
         reached = dict(zip(guesses, results, strict=True))
 
         def told(entry: Found) -> Found:
