@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from taichi_serve.cluster.simulated.job import Call
+from taichi_serve.bench.lengths import InOrder
+from taichi_serve.bench.sharing import Seen, requests, seen
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.search.goodput import Scene
 
@@ -51,16 +52,19 @@ class Plan:
     judging: tuple[int, ...]
     dispersion: float
     asked: float  # standard error of the work of all runs that judge, as a share
+    rows: int | None = None  # of a trace that is played in its order: all requests there are
 
     @property
     def run_error(self) -> float:
         """Standard error of the work of one run, as a share."""
-        return math.sqrt(self.dispersion / self.requests)
+        return math.sqrt(self.dispersion / min(self.requests, self.rows or self.requests))
 
     @property
     def error(self) -> float:
-        """Standard error of the work of all runs that judge, as a share; NaN where none do."""
-        return self.run_error / math.sqrt(len(self.judging)) if self.judging else math.nan
+        """Standard error of the work of all runs that judge, as a share; NaN where none do. What a trace
+        repeats is nothing new."""
+        requests = min(self.requests * len(self.judging), self.rows or self.requests * len(self.judging))
+        return math.sqrt(self.dispersion / requests) if requests else math.nan
 
     @property
     def cut(self) -> bool:
@@ -71,21 +75,32 @@ class Plan:
 
 def plan(scene: Scene, top: float, effort: Effort, seed: int) -> Plan:
     """For rates around `top` (requests/s)."""
-    calls = scene.workload.calls(1.0, PILOT, seed * SEEDS + SEEDS - 1)
-    return planned(dispersion(calls, work(scene)), top, effort, seed)
+    source = scene.workload.source
+    rows = len(source.trace) if isinstance(source, InOrder) else None
+    return planned(dispersion(pilot(scene, seed)), top, effort, seed, rows)
 
 
-def planned(spread: float, top: float, effort: Effort, seed: int) -> Plan:
-    """The same from a dispersion that is known."""
+def pilot(scene: Scene, seed: int) -> Iterator[tuple[float, float]]:
+    """When work arrives and how many instance seconds it is, at one request/s."""
+    workload, seconds = scene.workload, work(scene)
+    calls = list(workload.calls(1.0, PILOT, seed * SEEDS + SEEDS - 1))
+    for (at, _), one in zip(requests(calls), seen(calls, workload.block_size), strict=True):
+        if at > calls[-1].at:
+            return  # later turns of what has begun, and nobody begins any more
+        yield at, seconds(one)
+
+
+def planned(spread: float, top: float, effort: Effort, seed: int, rows: int | None = None) -> Plan:
+    """The same from a dispersion that is known; `rows` as in Plan."""
     wanted = max(effort.least, math.ceil(top * effort.seconds), _enough(spread, RUN_ERROR, 1))
-    requests = min(effort.most, wanted)
+    length = min(effort.most, wanted)
     fewest, most = effort.tuners
-    tuners = min(most, max(fewest, _enough(spread, TUNING_ERROR, requests)))
-    judges = max(JUDGES, _enough(spread, effort.error, requests))
-    judges = max(2, min(judges, effort.judging // requests, SEEDS // 2 - 1)) if effort.judging else 0
+    tuners = min(most, max(fewest, _enough(spread, TUNING_ERROR, length)))
+    judges = max(JUDGES, _enough(spread, effort.error, length))
+    judges = max(2, min(judges, effort.judging // length, SEEDS // 2 - 1)) if effort.judging else 0
     first, middle = seed * SEEDS, seed * SEEDS + SEEDS // 2
     tuning, judging = range(first, first + tuners), range(middle, middle + judges)
-    return Plan(requests, tuple(tuning), tuple(judging), spread, effort.error)
+    return Plan(length, tuple(tuning), tuple(judging), spread, effort.error, rows)
 
 
 def _enough(spread: float, error: float, requests: int) -> int:
@@ -93,32 +108,33 @@ def _enough(spread: float, error: float, requests: int) -> int:
     return math.ceil(spread / error**2 / requests - 1e-9)
 
 
-def dispersion(calls: Iterable[Call], seconds: Callable[[Call], float], batch: int = BATCH) -> float:
-    """n times the squared relative standard error of the work that n requests bring in a second.
+def dispersion(arriving: Iterable[tuple[float, float]], batch: int = BATCH) -> float:
+    """n times the squared relative standard error of the work that n requests bring in a second, from their
+    times (s) and works.
 
     For independent gaps and lengths it is the sum of their squared coefficients of variation: 1 for Poisson
     arrivals of equal requests, 0 for equal ones at equal gaps. Estimated over batches of requests, so
     arrivals that depend on each other count with what they do to a whole batch. ValueError for fewer than
     two batches.
     """
-    batches: list[tuple[float, float]] = []  # work and time
+    batches: list[tuple[float, float]] = []  # time and work
     began = done = 0.0
-    for number, call in enumerate(calls, 1):
-        done += seconds(call)
+    for number, (at, seconds) in enumerate(arriving, 1):
+        done += seconds
         if number % batch == 0:
-            batches.append((done, call.at - began))
-            began, done = call.at, 0.0
+            batches.append((at - began, done))
+            began, done = at, 0.0
     if len(batches) < 2:
         raise ValueError(f"the dispersion needs at least two batches of {batch} requests")
-    span, total = sum(t for _, t in batches), sum(w for w, _ in batches)
+    span, total = sum(t for t, _ in batches), sum(w for _, w in batches)
     load = total / span if span else 0.0
-    rest = statistics.variance([w - load * t for w, t in batches])
+    rest = statistics.variance([w - load * t for t, w in batches])
     return batch * rest / (total / len(batches)) ** 2
 
 
-def work(scene: Scene) -> Callable[[Call], float]:
-    """Instance seconds of a call and its later turns: prompts in full steps, decodes in the fullest steps
-    that keep the TPOT SLO. Nothing is taken to be cached."""
+def work(scene: Scene) -> Callable[[Seen], float]:
+    """Instance seconds of a request: what no cache can have of its prompt in full steps, decodes in the
+    fullest steps that keep the TPOT SLO."""
     truth = scene.machine.truth
     prompt, output = scene.workload.means()
     context = prompt + output / 2
@@ -127,14 +143,15 @@ def work(scene: Scene) -> Callable[[Call], float]:
         beside = max(1.0, beside * 0.8)
     each = truth.of(FULL_STEP, 0, 0, 0) / FULL_STEP
 
-    def seconds(call: Call) -> float:
-        total, turn = 0.0, call
-        while True:
-            new, decodes = turn.prompt_tokens, turn.output_tokens - 1
-            total += new * each + truth.of(new, prompt_attention(new), 0, 0) - truth.of(new, 0, 0, 0)
-            total += decodes * truth.of(0, 0, beside, beside * (new + decodes / 2)) / beside
-            if turn.then is None:
-                return total
-            turn = turn.then
+    def seconds(one: Seen) -> float:
+        prompt, decodes = one.call.prompt_tokens, one.call.output_tokens - 1
+        new = prompt - one.tokens
+        pairs = prompt_attention(prompt) - prompt_attention(one.tokens)
+        attention = truth.of(new, pairs, 0, 0) - truth.of(new, 0, 0, 0)
+        return (
+            new * each
+            + attention
+            + decodes * truth.of(0, 0, beside, beside * (prompt + decodes / 2)) / beside
+        )
 
     return seconds

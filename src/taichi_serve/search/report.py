@@ -123,6 +123,8 @@ def promise(plan: Plan) -> str:
         f"goodput: 90 % good of the requests of {len(plan.judging)} seeds, {plan.requests} each; tuned on "
         f"{len(plan.tuning)} other seeds; standard error of the work judged with {plan.error:.1%}"
     )
+    if plan.rows is not None:
+        text += f"; all from the {plan.rows} rows of the trace in their order, tuning and judging alike"
     if not plan.cut:
         return text
     asked = f"{plan.asked:.1%} and {RUN_ERROR:.0%} of a run ({plan.run_error:.0%} here)"
