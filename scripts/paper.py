@@ -1,16 +1,20 @@
 """Write docs/paper.md: the figures of the paper again, from simulation, side by side with the paper's.
 
-usage: python scripts/paper.py TRACE [--seconds 120] [--seeds 5] [--only STAGE] [--write]
+usage: python scripts/paper.py TRACE [--seconds 120] [--seeds 5] [--processes N] [--only STAGE] [--write]
 
 TRACE is a CSV of the arXiv summarization lengths (Table 2). Every stage keeps its figures in
-build/paper/STAGE.json and is not run again while that file is there; the page is written from the files.
+build/paper/STAGE.json, and every setting of a longer stage in a .part.json of its own, and is not run again
+while that file is there: what was stopped goes on where it was. The page is written from the files. `--seeds`
+is for attainments at given rates; how many seeds judge a goodput follows from the workload.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,15 +31,20 @@ from taichi_serve.messages import Command, Event, Finished, Prefilled, Stepped
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.bound import bound
+from taichi_serve.search.climb import climb
+from taichi_serve.search.crew import workers
+from taichi_serve.search.curve import spread as spread_of
+from taichi_serve.search.effort import Effort, plan
 from taichi_serve.search.families import FAMILIES, end_of
 from taichi_serve.search.goodput import Contender, Scene
-from taichi_serve.search.sliders import Effort, Found, best, search, workers
+from taichi_serve.search.interval import interval
+from taichi_serve.search.report import curve_row
+from taichi_serve.search.sliders import FAR, best, search
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build/paper"
-T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, 95 %
 Json = dict[str, Any]
 
 TABLE_2 = ((16.0, 0.06, 7, 98), (5.0, 0.25, 97, 42), (6.0, 0.1, 16, 50))
@@ -63,25 +72,15 @@ def scene(profile: str, load: str, slo: SLO) -> Scene:
 
 def spread(values: Sequence[float]) -> list[float]:
     """Mean and half of the 95 % interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return [mean, float("nan")]
-    return [mean, T.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5]
+    found = interval(values)
+    return [found.mean, found.half]
 
 
-def seeded(
-    crew: Any,
-    cases: Sequence[tuple[Contender, float]],
-    requests: int,
-    seeds: int,
-    top: float,
-    tolerance: float,
-) -> list[list[float]]:
-    """Goodput of every contender (with a guess) for seeds 1, 2, ...; seed 0 chose them and is not used
-    again."""
-    tasks = [(c, requests, s, top, tolerance, guess) for c, guess in cases for s in range(1, seeds + 1)]
-    rates = [result.rate for result in crew.goodput(tasks)]
-    return [rates[n * seeds : (n + 1) * seeds] for n in range(len(cases))]
+def origin() -> str:
+    """Of which day and commit a figure is."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {told.stdout.strip() or 'no commit'}"
 
 
 def shares(crew: Any, contender: Contender, rate: float, requests: int, seeds: int) -> list[float]:
@@ -90,28 +89,34 @@ def shares(crew: Any, contender: Contender, rate: float, requests: int, seeds: i
     return [t.attainment for t in crew.attain_all(tasks)]
 
 
-def tuned(sc: Scene, instances: int, effort: Effort, seeds: int, processes: int | None) -> Json:
-    """Every family tuned on seed 0, then judged on the others; and Orca's whole prompts."""
+def tuned(sc: Scene, instances: int, effort: Effort, processes: int | None) -> Json:
+    """Every family tuned, and judged on seeds that the tuning has not seen; on the same seeds Orca's whole
+    prompts, and the hybrid's sliders with Algorithm 2 as it stands."""
     top = bound(sc.machine, sc.workload, sc.slo.tpot, instances)
-    found = search(sc, instances, 0, tuple(FAMILIES), effort, processes)
-    firsts: dict[str, Found] = best(found)
+    made = plan(sc, top, effort, 0)
+    firsts = best(search(sc, instances, 0, tuple(FAMILIES), effort, processes))
     longest = min(8192, sc.machine.max_model_len)
     orca = Contender(f"whole prompts ({longest})", Sliders(0, instances, 0, longest), Policy(ttft_margin=1.0))
     hybrid = firsts["hybrid"].contender
     literal = replace(hybrid, policy=replace(hybrid.policy, ttft_margin=1.0, tpot_margin=10.0))
     literal = replace(literal, name=f"literal (no margins): {hybrid.name}")
-    cases = [(f.contender, f.rate) for f in firsts.values()]
-    cases += [(orca, top * 0.6), (literal, firsts["hybrid"].rate)]
+    others = ((orca, firsts["aggregation"].rate), (literal, firsts["hybrid"].rate))
     with workers(sc, processes) as crew:
-        rates = seeded(crew, cases, effort.requests(top), seeds, top, effort.tolerance)
-    names = [*firsts, "whole prompts", "literal"]
-    rows: dict[str, Json] = {
-        name: {"contender": case[0].name, "goodput": spread(mine), "rates": mine}
-        for name, case, mine in zip(names, cases, rates, strict=True)
-    }
+        reached = climb(crew, others, made.requests, made.judging, effort.tolerance, FAR * top)
+    judged = {name: (f.contender, f.judged) for name, f in firsts.items()}
+    names = ("whole prompts", "literal")
+    judged |= {name: (c, r.curve) for name, (c, _), r in zip(names, others, reached, strict=True)}
+    rows: dict[str, Json] = {}
+    for name, (contender, curve) in judged.items():
+        assert curve is not None
+        found = spread_of(curve)
+        goodput = [found.mean, found.half]
+        rows[name] = {"contender": contender.name, "goodput": goodput, "curve": curve_row(curve)}
     tally = firsts["hybrid"].tally
     rows["hybrid"] |= {"end": end_of(hybrid), "moves": tally.moves if tally else {}}
-    return {"bound": top, "requests": effort.requests(top), "rows": rows}
+    rows |= {name: rows[name] | {"tuned": f.tuned} for name, f in firsts.items()}
+    seeds = {"requests": made.requests, "tuning": len(made.tuning), "judging": len(made.judging)}
+    return {"bound": top, "error": made.error, "cut": made.cut, "made": origin(), **seeds, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -135,13 +140,13 @@ def table2(args: argparse.Namespace) -> Json:
 
 def table2_tuned(args: argparse.Namespace) -> Json:
     """The same cluster with every family tuned for each SLO."""
-    effort = Effort(seconds=args.seconds, least=600)
+    effort = Effort(seconds=args.seconds)
     rows = []
     for ttft, tpot, *_ in reversed(TABLE_2):
         part = KEPT / f"table2-{ttft:g}.part.json"
         if not part.exists():
             sc = scene("llama-2-70b-tp4-a100", args.trace, SLO(ttft, tpot))
-            result = tuned(sc, 8, effort, args.seeds, args.processes)
+            result = tuned(sc, 8, effort, args.processes)
             part.write_text(json.dumps({"slo": [ttft, tpot], **result}))
         rows.append(json.loads(part.read_text()))
     return {"rows": rows}
@@ -165,8 +170,8 @@ def _settings(args: argparse.Namespace, wanted: str) -> Json:
         part = KEPT / f"{profile}-{load}-{slo.ttft:g}.part.json"
         if not part.exists():
             began = time.perf_counter()
-            effort = Effort(seconds=args.seconds, least=500, most=20_000)
-            result = tuned(scene(profile, load, slo), instances, effort, args.seeds, args.processes)
+            effort = Effort(seconds=args.seconds)
+            result = tuned(scene(profile, load, slo), instances, effort, args.processes)
             part.write_text(json.dumps({"workload": load, "slo": [slo.ttft, slo.tpot], **result}))
             print(f"  {profile} {load} {slo} {time.perf_counter() - began:.0f} s", flush=True)
         rows.append(json.loads(part.read_text()))

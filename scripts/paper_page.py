@@ -4,12 +4,11 @@ them."""
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from taichi_serve.search.curve import Curve, lead
 from taichi_serve.search.report import draw_curves
 
 ROOT = Path(__file__).parent.parent
@@ -27,11 +26,27 @@ def rate(pair: Sequence[float]) -> str:
     return f"{pair[0]:.2f} ± {pair[1]:.2f}"
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """How far ours lead, seed by seed: the same requests for both, so the interval is free of their luck."""
-    leads = [mine / other - 1 if other else math.nan for mine, other in zip(ours, theirs, strict=True)]
-    half = 2.776 * statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) == 5 else math.nan
-    return f"{statistics.fmean(leads):+.1%} ± {half:.1%}"
+def paired(ours: Json, theirs: Json) -> str:
+    """How far ours lead: the same requests for both, so the interval is free of their luck."""
+    found = lead(curve(ours), curve(theirs))
+    return f"{found.mean:+.1%} ± {found.half:.1%}" if found else "-"
+
+
+def curve(row: Json) -> Curve:
+    """The shares of good requests that were kept."""
+    kept = row["curve"]
+    return Curve(tuple(kept["rates"]), tuple(tuple(shares) for shares in kept["shares"]))
+
+
+def stood_on(kept: Json) -> str:
+    """How many seeds of how many requests judged the settings, and of which day and commit that is."""
+    rows = kept["rows"]
+    runs = sorted({f"{r['judging']} x {r['requests']}" for r in rows})
+    error, made = max(r["error"] for r in rows), sorted({r["made"] for r in rows})
+    text = (
+        f"Judged on (seeds x requests): {', '.join(runs)}; standard error of their work at most {error:.1%}. "
+    )
+    return f"{text}Run on {'; '.join(made)}."
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -80,7 +95,7 @@ def page_goodput(kept: Json) -> str:
         for name in ("aggregation", "whole prompts", "disaggregation", "literal", "hybrid"):
             note = f" ({noted(mine[name])})" if name not in ("literal", "whole prompts") else ""
             cells.append(rate(mine[name]["goodput"]) + note)
-        lead = paired(mine["hybrid"]["rates"], mine[base]["rates"])
+        lead = paired(mine["hybrid"], mine[base])
         slo = f"{r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms"
         head = f"{r['workload']} {slo}" if "workload" in r else slo
         share = mine["hybrid"]["goodput"][0] / r["bound"]
@@ -95,7 +110,7 @@ def page_goodput(kept: Json) -> str:
         "bound",
         "hybrid of bound",
     )
-    return table((*head, "hybrid against best baseline"), rows)
+    return table((*head, "hybrid against best baseline"), rows) + "\n\n" + stood_on(kept)
 
 
 def page_leads(kept: Path) -> str:
@@ -104,7 +119,7 @@ def page_leads(kept: Path) -> str:
     for name in ("goodput_14b", "goodput_32b"):
         path = kept / f"{name}.json"
         for r in json.loads(path.read_text())["rows"] if path.exists() else ():
-            mine = {family: row["rates"] for family, row in r["rows"].items()}
+            mine = r["rows"]
             leads = [paired(mine["hybrid"], mine[base]) for base in ("aggregation", "disaggregation")]
             size = name.removeprefix("goodput_").upper()
             rows.append([f"{size} {r['workload']} {r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms", *leads])

@@ -27,7 +27,7 @@ main()
 """
 GOAL = "--workload 100/10 --ttft-slo 1 --tpot-slo 1"
 ONE = f"simulate {GOAL} --p-heavy 0 --d-heavy 1 --p-chunk 0 --d-chunk 128 --rate 1 --requests 5 --json"
-SMALL = "--instances 2 --seconds 1 --most 40 --processes 1 --family aggregation"
+SMALL = "--instances 2 --seconds 1 --most 40 --judging 80 --processes 1 --family aggregation"
 NOT_INSTALLED = "vLLM is not installed: pip install 'taichi-serve[cuda]', or 'taichi-serve[cpu]'"
 
 

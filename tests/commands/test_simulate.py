@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from functools import partial
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from taichi_serve.commands import search, simulate
 from taichi_serve.latency import shipped
 from taichi_serve.latency.profile import Fit, Profile, save
-from taichi_serve.search.sliders import Effort
+from taichi_serve.search.effort import Effort
 
 BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07 --seed 1"
 ONE = f"{BASE} --p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 128 --rate 4 --requests 60"
@@ -129,16 +130,21 @@ def test_rows_over_the_models_limit_are_counted_and_said_where_they_are_not_refu
 
 
 def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "Effort", lambda seconds, most, knobs: Effort(seconds, 60, most, 0.2))
+    monkeypatch.setattr(search, "Effort", partial(Effort, least=60, tolerance=0.2))
     out = tmp_path / "best.yaml"
-    words = f"{BASE} --instances 2 --seconds 1 --most 60 --processes 1"
+    words = f"{BASE} --instances 2 --seconds 1 --most 60 --judging 120 --processes 1"
     words += f" --family aggregation --family disaggregation --tuned {tmp_path}/tuned"
     assert search.main(parsed(search, f"{words} --json --out {out} --plot {tmp_path}")) == 0
     told = json.loads(capsys.readouterr().out)
-    rates = [row["goodput"] for row in told["ranked"]]
+    judged = [row for row in told["ranked"] if row["judged"]]
+    rates = [row["goodput"] for row in judged]
     assert rates == sorted(rates, reverse=True)
-    assert {row["family"] for row in told["ranked"]} == {"aggregation", "disaggregation"}
-    assert max(rates) <= told["bound"]
+    assert {row["family"] for row in judged} == {"aggregation", "disaggregation"}
+    assert all(row["interval"][0] <= row["goodput"] <= row["interval"][1] for row in judged)
+    assert told["ranked"][: len(judged)] == judged
+    assert len(told["judging_seeds"]) == len(judged[0]["judged"]["shares"][0]) == 2
+    assert not set(told["judging_seeds"]) & set(told["tuning_seeds"])
+    assert told["cut"] is True
     assert yaml.safe_load(out.read_text()) == told["config"]
     tuned = {p.stem: yaml.safe_load(p.read_text()) for p in (tmp_path / "tuned").iterdir()}
     assert set(tuned) == {"aggregation", "disaggregation"}
@@ -146,6 +152,29 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     assert tuned["aggregation"]["p_heavy"] == 0
     assert (tmp_path / "pareto.svg").exists()
     assert (tmp_path / "attainment.svg").exists()
+
+
+def test_search_prints_intervals_seeds_and_that_its_effort_was_cut(capsys, monkeypatch):
+    monkeypatch.setattr(search, "Effort", partial(Effort, least=60, tolerance=0.2))
+    words = "--instances 2 --seconds 1 --most 60 --judging 120 --processes 1 --family aggregation"
+    assert search.main(parsed(search, f"{BASE} {words}")) == 0
+    out = capsys.readouterr().out
+    assert "of 2 seeds, 60 each" in out
+    assert "CUT SHORT" in out
+    assert re.search(r"\d ± [\d.]+ ", out)
+    assert "(tuning)" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--error 0", "--error: must be above 0, not 0.0"),
+        ("--judging -1", "--judging: must be at least 0, not -1"),
+    ],
+)
+def test_an_effort_that_makes_no_sense_is_refused(words, line, capsys):
+    assert search.main(parsed(search, f"{BASE} {words}")) == 2
+    assert line in capsys.readouterr().err
 
 
 def test_search_with_no_request_in_a_run_is_refused(capsys):

@@ -20,8 +20,11 @@ class Bracket:
     tolerance: float = 0.1  # the search is over when `high` is at most this share above `low`
     low: float = 0.0
     high: float = math.inf
+    step: float = 2.0  # from `start` to the next rate, and squared with every further one, up to 2
 
     def __post_init__(self) -> None:
+        if not 1 < self.step <= 2:
+            raise ValueError(f"step must be above 1 and at most 2, not {self.step!r}")
         for name in ("start", "tolerance"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -33,13 +36,14 @@ class Bracket:
             near = self.high <= self.low * (1 + self.tolerance)
             return None if near else math.sqrt(self.low * self.high)
         if self.low:
-            return self.low * 2 if self.low < self.start * REACH else None
+            return self.low * self.step if self.low < self.start * REACH else None
         if self.high < math.inf:
-            return self.high / 2 if self.high > self.start / REACH else None
+            return self.high / self.step if self.high > self.start / REACH else None
         return self.start
 
     def after(self, rate: float, kept: bool) -> Bracket:
         """What is known when this rate has been tried."""
+        known = self if rate == self.start else replace(self, step=min(2.0, self.step**2))
         if kept:
-            return replace(self, low=max(self.low, rate))
-        return replace(self, high=min(self.high, rate))
+            return replace(known, low=max(self.low, rate))
+        return replace(known, high=min(self.high, rate))

@@ -11,15 +11,16 @@ import math
 from dataclasses import dataclass, replace
 
 from taichi_serve.latency.model import prompt_attention
+from taichi_serve.search.effort import Effort
 from taichi_serve.search.goodput import Scene
-from taichi_serve.search.sliders import Effort, Tell, best, search
+from taichi_serve.search.sliders import Tell, best, search
 from taichi_serve.slo import SLO
 
 BASELINES = ("aggregation", "disaggregation")
 LEAST, MOST = 4.0, 128.0  # the TTFT SLO lies between these, in times that the mean prompt takes alone
 NEAR = 1.05  # and found to this ratio
 LEVEL = 0.97  # of aggregation's goodput: differences below 3 % are within the error of step times
-ROUGH = Effort(seconds=120.0, least=800, most=2000, tolerance=0.02)
+ROUGH = Effort(seconds=120.0, least=800, most=2000, tuners=(2, 2), judging=0)
 
 
 @dataclass(frozen=True)

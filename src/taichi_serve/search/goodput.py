@@ -1,7 +1,7 @@
-"""Goodput of one contender: the highest request rate at which 90 % of all requests sent are good.
+"""One run of one contender: how many of the requests sent are good.
 
-Bisection over the rate, with the same requests at every rate (bench/workload.py). A run ends as soon as the
-target is reached or out of reach: waiting for the last long output decides nothing.
+Goodput is the highest request rate at which 90 % of all requests sent are good (search/climb.py). A run with
+that target ends as soon as it is reached or out of reach: waiting for the last long output decides nothing.
 """
 
 from __future__ import annotations
@@ -83,14 +83,6 @@ class Contender:
     policy: Policy = field(default_factory=Policy)
 
 
-@dataclass(frozen=True)
-class Goodput:
-    """The rate found (requests/s), and the tally of the run there."""
-
-    rate: float
-    tally: Tally | None
-
-
 def attain(
     scene: Scene, contender: Contender, rate: float, requests: int, seed: int, target: float | None = None
 ) -> Tally:
@@ -110,30 +102,3 @@ def attain(
             cluster.close()
     # Of those never sent none is good: the share is of all that were to be sent.
     return replace(meter.tally, sent=requests)
-
-
-def goodput(
-    scene: Scene,
-    contender: Contender,
-    requests: int,
-    seed: int,
-    most: float,
-    tolerance: float = 0.01,
-    guess: float | None = None,
-) -> Goodput:
-    """The highest rate in (0, `most`] at which TARGET of the requests are good, to `tolerance` of itself.
-
-    `guess` narrows the first bracket; a guess that is wrong costs two runs and nothing else.
-    """
-    low, high = 0.0, most
-    rate = guess if guess is not None and guess < most else most * 0.75
-    step = 0.04 if guess is not None else 0.25
-    while high - low > tolerance * high and high > most * 0.01:
-        if attain(scene, contender, rate, requests, seed, TARGET).attainment >= TARGET:
-            low = rate
-            rate = (low + high) / 2 if high < most else min(low * (1 + step), (low + most) / 2)
-        else:
-            high = rate
-            rate = (low + high) / 2 if low > 0 else high * (1 - step)
-        step *= 2 if step < 0.3 else 1
-    return Goodput(low, attain(scene, contender, low, requests, seed) if low else None)

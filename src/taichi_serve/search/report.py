@@ -10,7 +10,10 @@ import yaml
 
 from taichi_serve.bench.figure import COLOURS, figure, save
 from taichi_serve.bench.goodput import Tally
+from taichi_serve.search.curve import Curve, lead
+from taichi_serve.search.effort import RUN_ERROR, Plan
 from taichi_serve.search.goodput import Contender, Scene
+from taichi_serve.search.interval import Interval
 from taichi_serve.search.sliders import Found
 
 
@@ -79,19 +82,53 @@ def config_text(scene: Scene, contender: Contender) -> str:
     return "\n".join([*lines, yaml.safe_dump(config(scene, contender), sort_keys=False)])
 
 
-def found_row(found: Found) -> dict[str, Any]:
-    """One line of the ranked table."""
+def found_row(found: Found, first: Found) -> dict[str, Any]:
+    """One line of the ranked table that `first` is the first of."""
     tally = found.tally
+    spread, ahead = found.interval, against(found, first)
     return {
         "family": found.family,
         "contender": found.contender.name,
         "end": found.end,
         "goodput": found.rate,
+        "interval": [spread.low, spread.high] if spread else None,
+        "judged": curve_row(found.judged) if found.judged else None,
+        "tuned": found.tuned,
+        "against_first": [ahead.mean, ahead.low, ahead.high] if ahead else None,
         "share_of_bound": found.share,
         "ttft_p90": tally.ttft.quantile(0.9) if tally else None,
         "tpot_p90": tally.tpot.quantile(0.9) if tally else None,
         "moves_per_request": sum(tally.moves.values()) / tally.sent if tally and tally.sent else 0.0,
     }
+
+
+def curve_row(curve: Curve) -> dict[str, Any]:
+    """Rates (requests/s), and for each of them the share of good requests of every seed."""
+    return {"rates": list(curve.rates), "shares": [list(shares) for shares in curve.shares]}
+
+
+def against(found: Found, first: Found) -> Interval | None:
+    """How far it is from the first, as a share; None where either was not judged or the first held
+    nothing."""
+    if found is first or not (found.judged and first.judged):
+        return None
+    return lead(found.judged, first.judged)
+
+
+def promise(plan: Plan) -> str:
+    """What the goodput of a table stands on."""
+    if not plan.judging:
+        return f"not judged; tuned on {len(plan.tuning)} seeds of {plan.requests} requests"
+    text = (
+        f"goodput: 90 % good of the requests of {len(plan.judging)} seeds, {plan.requests} each; tuned on "
+        f"{len(plan.tuning)} other seeds; standard error of the work judged with {plan.error:.1%}"
+    )
+    if plan.rows is not None:
+        text += f"; all from the {plan.rows} rows of the trace in their order, tuning and judging alike"
+    if not plan.cut:
+        return text
+    asked = f"{plan.asked:.1%} and {RUN_ERROR:.0%} of a run ({plan.run_error:.0%} here)"
+    return f"{text}. CUT SHORT: this workload needs more requests for {asked}; raise --judging and --most"
 
 
 def draw_pareto(found: Sequence[Found], scene: Scene, path: Path) -> None:

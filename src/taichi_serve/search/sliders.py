@@ -1,48 +1,50 @@
 """The best sliders and policy knobs for an SLO: aggregation, disaggregation and hybrid, each tuned for
-itself.
+itself, and then judged on requests that the tuning has not seen.
 
-A race in the manner of successive halving: every contender of a family (search/families.py) runs the same
-requests at one rate; whoever misses the target is out, and the next heat is faster and longer. The last few
-get a full bisection. Nothing in it is random but the workload's seed, so the same call gives the same table.
+Every family (search/families.py) is raced (search/race.py). The last few get a bisection over several seeds
+(search/climb.py), and the best of each family the same again over others: that is the goodput that is told,
+for the highest of many tuned figures is high by luck as well. How long a run is and how many seeds there are
+follows from the workload (search/effort.py). Nothing is random but the workload's seeds, so the same call
+gives the same table.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
 
 from taichi_serve.bench.goodput import Tally
 from taichi_serve.search.bound import bound
-from taichi_serve.search.families import FAMILIES, end_of, nearby
-from taichi_serve.search.goodput import TARGET, Contender, Goodput, Scene, attain, goodput
-from taichi_serve.slo import SLO
+from taichi_serve.search.climb import climb
+from taichi_serve.search.crew import Workers, workers
+from taichi_serve.search.curve import Curve, spread
+from taichi_serve.search.effort import Effort, Plan, plan
+from taichi_serve.search.families import FAMILIES, end_of
+from taichi_serve.search.goodput import Contender, Scene
+from taichi_serve.search.interval import Interval
+from taichi_serve.search.race import race, second
 
-FINALISTS = {"aggregation": 2, "disaggregation": 2, "hybrid": 4}  # get a bisection
-LADDER = (0.5, 0.6, 0.7, 0.77, 0.83, 0.88, 0.92, 0.95, 0.98)  # of the bound: the rates of the heats
+FINALISTS = {"aggregation": 2, "disaggregation": 2, "hybrid": 4}  # get bisections
 FIRST_HEAT = 0.25  # share of a full run that the first heat has
 NEAR_HEAT = 0.5  # the same among neighbours: they differ little
-LONGER = 0.25  # how much more each later heat has
-FULL_RUNS = 4  # a small field has longer heats: about so many full runs together
-CUT = 3  # of a large field at most one in so many goes on from a heat
-SMALL = 12  # a field of so many is not cut
-RATIOS = 3  # of the best hybrid of each of so many ratios the neighbours are tried
+FAR = 4.0  # times the bound: nothing is tried beyond, and whoever keeps even that has so much "at least"
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A contender with what it reached: requests/s, its share of the bound, and the run at that rate."""
+    """A contender with what it reached: requests/s, its share of the bound, and the runs it held there.
+
+    The rate is of the seeds that judged it, with the shares of good requests in `judged`; of one that was
+    only tuned it is of the seeds that tuned, as `tuned` always is."""
 
     family: str
     contender: Contender
     rate: float
     share: float
     tally: Tally | None
+    judged: Curve | None = None
+    tuned: float | None = None
 
     @property
     def end(self) -> str | None:
@@ -55,139 +57,62 @@ class Found:
         name = self.contender.name.removeprefix("aggregation ")
         return f"{self.family} = {self.end}: {name}" if self.end else f"{self.family}: {name}"
 
+    @property
+    def interval(self) -> Interval | None:
+        """Of the rate, over the seeds that judged it; None where none did."""
+        return spread(self.judged) if self.judged else None
+
 
 @dataclass(frozen=True)
-class Effort:
-    """How long to look: requests of a full run (from seconds of traffic) and the rate's tolerance; with
-    `knobs` also at those of the policy that seldom matter."""
+class Hunt:
+    """A search under way: who runs, what is planned, the bound (requests/s), and who hears of it."""
 
-    seconds: float = 120.0
-    least: int = 800
-    most: int = 4000
-    tolerance: float = 0.01
-    knobs: bool = False
+    crew: Workers
+    plan: Plan
+    top: float
+    effort: Effort
+    tell: Tell
 
-    def requests(self, rate: float) -> int:
-        """Requests of a full run around this rate."""
-        return int(min(self.most, max(self.least, rate * self.seconds)))
+    @property
+    def most(self) -> float:
+        """Requests/s beyond which nothing is tried."""
+        return FAR * self.top
 
+    def tuned(self, family: str, field: list[Contender]) -> list[Found]:
+        """The finalists of a family, each with its goodput over the seeds that tune."""
+        self.tell(f"{family}: {len(field)} contenders")
+        keep, made = FINALISTS[family], self.plan
+        most = 2 * keep if family == "hybrid" else keep
+        last = race(self.crew, field, self.top, made.requests, made.tuning, most, FIRST_HEAT)
+        if family == "hybrid":
+            more = second(last, self.effort.knobs)
+            self.tell(f"{family}: {len(more)} that held, and neighbours of the best")
+            above = last[0][1] * 0.9
+            last = race(self.crew, more, self.top, made.requests, made.tuning, keep, NEAR_HEAT, above)
+        last = last[:keep]
+        self.tell(f"{family}: {len(last)} finalists around {last[0][1]:.3g} requests/s")
+        reached = climb(self.crew, last, made.requests, made.tuning, self.effort.tolerance, self.most)
+        return [
+            Found(family, c, one.rate, one.rate / self.top, one.tally, tuned=one.rate)
+            for (c, _), one in zip(last, reached, strict=True)
+        ]
 
-# --------------------------------------------------------------------------------------------- on all cores
+    def judged(self, found: list[Found]) -> list[Found]:
+        """The same with the best of every family judged, on the same seeds: no other has seen them."""
+        chosen = list(best(found).values())
+        guesses = {entry.contender: entry.rate or self.top / 2 for entry in chosen}
+        seeds = self.plan.judging
+        self.tell(f"the best of each family is judged: {len(guesses)} on {len(seeds)} seeds")
+        field, requests = list(guesses.items()), self.plan.requests
+        results = climb(self.crew, field, requests, seeds, self.effort.tolerance, self.most)
+        reached = dict(zip(guesses, results, strict=True))
 
-_scene: Scene | None = None
+        def told(entry: Found) -> Found:
+            mine = reached[entry.contender]
+            share = mine.rate / self.top
+            return replace(entry, rate=mine.rate, share=share, tally=mine.tally, judged=mine.curve)
 
-
-def _start(scene: Scene) -> None:
-    global _scene  # noqa: PLW0603  # a worker process has one scene, sent once and not with every task
-    _scene = scene
-
-
-def _attain(task: tuple[Contender, float, int, int]) -> Tally:
-    assert _scene is not None
-    return attain(_scene, *task, target=TARGET)
-
-
-def _whole(task: tuple[Contender, float, int, int]) -> Tally:
-    assert _scene is not None
-    return attain(_scene, *task)
-
-
-def _goodput(task: tuple[Contender, int, int, float, float, float | None]) -> Goodput:
-    assert _scene is not None
-    return goodput(_scene, *task)
-
-
-class Workers:
-    """Runs on several processes, or in this one; results come in the order of the tasks."""
-
-    def __init__(self, scene: Scene, pool: ProcessPoolExecutor | None) -> None:
-        self.scene = scene
-        self.pool = pool
-
-    def attain(self, tasks: Iterable[tuple[Contender, float, int, int]]) -> list[Tally]:
-        """One run for each task."""
-        return list(self.pool.map(_attain, tasks, chunksize=2) if self.pool else map(_attain, tasks))
-
-    def attain_all(self, tasks: Iterable[tuple[Contender, float, int, int]]) -> list[Tally]:
-        """One run to its end for each task."""
-        return list(self.pool.map(_whole, tasks) if self.pool else map(_whole, tasks))
-
-    def goodput(
-        self, tasks: Iterable[tuple[Contender, int, int, float, float, float | None]]
-    ) -> list[Goodput]:
-        """One bisection for each task."""
-        return list(self.pool.map(_goodput, tasks) if self.pool else map(_goodput, tasks))
-
-
-@contextmanager
-def workers(scene: Scene, processes: int | None = None) -> Iterator[Workers]:
-    """As many processes as there are cores, or as asked for; with one, everything runs here."""
-    processes = processes or os.cpu_count() or 1
-    if processes == 1:
-        _start(scene)
-        yield Workers(scene, None)
-        return
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(processes, context, initializer=partial(_start, scene)) as pool:
-        yield Workers(scene, pool)
-
-
-# ------------------------------------------------------------------------------------------------- the race
-
-
-def race(
-    crew: Workers,
-    field: list[Contender],
-    top: float,
-    requests: int,
-    seed: int,
-    keep: int,
-    first: float,
-    above: float = 0.0,
-) -> list[tuple[Contender, float]]:
-    """The `keep` that hold the target at the highest rates, best first, each with the highest rate it held.
-
-    Bisection over the rungs: where more than `keep` hold, the others are out and the race goes on above;
-    where fewer do, it goes on below. One that held nowhere has the last rate that was run. Up to the rate
-    `above` nothing is run.
-    """
-    rate = top * LADDER[0]
-    held: dict[Contender, float] = {}
-    low, high, heat = sum(top * rung <= above for rung in LADDER), len(LADDER), 0
-    while len(field) > keep and low < high:
-        rung = (low + high) // 2
-        rate = top * LADDER[rung]
-        share = min(1.0, max(first + heat * LONGER, FULL_RUNS / len(field)))
-        length = max(200, int(requests * share))
-        tallies = crew.attain([(c, rate, length, seed) for c in field])
-        order = sorted(range(len(field)), key=lambda i: (*_standing(tallies[i], crew.scene.slo), i))
-        passed = [field[i] for i in order if tallies[i].attainment >= TARGET]
-        held.update((c, max(rate, held.get(c, 0.0))) for c in passed)
-        most = max(SMALL, len(field) // CUT)
-        if len(passed) >= keep:
-            field, low = passed[:most], rung + 1
-        else:
-            # Past the cliff attainment says little: only of a large field some are out.
-            field, high = [field[i] for i in order][: max(most, len(field) // 2)], rung
-        heat += 1
-    return [(c, held.get(c, rate)) for c in field[:keep]]
-
-
-def _parents(last: list[tuple[Contender, float]]) -> list[Contender]:
-    """The best of every ratio: what one heat takes for the best ratio may be the luck of its requests."""
-    firsts: dict[int, Contender] = {}
-    for contender, _ in last:
-        firsts.setdefault(contender.sliders.p_heavy, contender)
-    return list(firsts.values())[:RATIOS]
-
-
-def _standing(tally: Tally, slo: SLO) -> tuple[float, float, float]:
-    """The lowest stands best. A run ends when 90 % are good, so those that hold differ in how many were bad
-    by then, and if nobody was in how near their 90th percentiles came to the SLO."""
-    if tally.attainment < TARGET:
-        return 1.0, -tally.attainment, 0.0
-    used = max(tally.ttft.quantile(TARGET) / slo.ttft, tally.tpot.quantile(TARGET) / slo.tpot)
-    return 0.0, tally.bad / tally.sent, used
+        return [told(entry) if entry in chosen else entry for entry in found]
 
 
 def search(
@@ -199,43 +124,32 @@ def search(
     processes: int | None = None,
     tell: Tell = lambda _: None,
 ) -> list[Found]:
-    """The best of every family, best first; `tell` hears what is going on."""
+    """The best of every family, judged, best first; then what else came to a bisection. `tell` hears what is
+    going on."""
     effort = effort or Effort()
     top = bound(scene.machine, scene.workload, scene.slo.tpot, instances, scene.max_running)
     longest = min(8192, scene.machine.max_model_len)
-    requests = effort.requests(top)
-    found: list[Found] = []
     with workers(scene, processes) as crew:
+        hunt = Hunt(crew, plan(scene, top, effort, seed), top, effort, tell)
+        found: list[Found] = []
         for family in families:
-            field = FAMILIES[family](instances, longest)
-            tell(f"{family}: {len(field)} contenders")
-            keep = FINALISTS[family]
-            most = 2 * keep if family == "hybrid" else keep
-            last = race(crew, field, top, requests, seed, most, FIRST_HEAT)
-            if family == "hybrid":
-                more = list(
-                    dict.fromkeys(other for one in _parents(last) for other in nearby(one, effort.knobs))
-                )
-                tell(f"{family}: {len(more)} neighbours of the best")
-                last = race(crew, more, top, requests, seed, keep, NEAR_HEAT, last[0][1] * 0.9)
-            tell(f"{family}: {len(last)} finalists around {last[0][1]:.3g} requests/s")
-            tasks = [(c, requests, seed, top, effort.tolerance, guess) for c, guess in last]
-            for (contender, _), result in zip(last, crew.goodput(tasks), strict=True):
-                found.append(Found(family, contender, result.rate, result.rate / top, result.tally))
-    return _ranked(with_ends(found))
+            found += hunt.tuned(family, FAMILIES[family](instances, longest))
+        found = ranked(with_ends(found))
+        return ranked(hunt.judged(found)) if hunt.plan.judging else found
 
 
 def with_ends(found: list[Found]) -> list[Found]:
     """A baseline that beats every hybrid between is the best hybrid: the ends of the sliders are members."""
-    first = best(_ranked(found))
+    first = best(ranked(found))
     if "hybrid" not in first:
         return found
     ends = [replace(f, family="hybrid") for name, f in first.items() if name != "hybrid"]
     return found + [f for f in ends if f.rate > first["hybrid"].rate]
 
 
-def _ranked(found: list[Found]) -> list[Found]:
-    return sorted(found, key=lambda f: (-f.rate, f.family, f.contender.name))
+def ranked(found: list[Found]) -> list[Found]:
+    """Those that were judged first, each part by its rate."""
+    return sorted(found, key=lambda f: (not f.judged, -f.rate, f.family, f.contender.name))
 
 
 def best(found: list[Found]) -> dict[str, Found]:
