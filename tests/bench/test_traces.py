@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from taichi_serve.bench.trace import TraceError
 from taichi_serve.bench.traces import read_trace
@@ -95,6 +97,39 @@ def test_what_cannot_be_right_is_one_line(written, text, line):
 
 def test_a_folder_is_no_trace(tmp_path):
     assert refused(tmp_path).startswith("cannot be read: ")
+
+
+WORDS = st.one_of(
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["2024-05-10 00:00:00", "2024-05-10T00:00:01Z", '"', "", "1e3", "5"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    header=st.sampled_from([LENGTHS, TIMED, AZURE]),
+    rows=st.lists(st.lists(WORDS, max_size=4).map(",".join), max_size=4),
+)
+def test_hostile_rows_are_read_or_refused_in_one_line(tmp_path_factory, header, rows):
+    path = tmp_path_factory.getbasetemp() / "hostile.csv"
+    path.write_bytes((header + "\n".join(rows)).encode(errors="surrogatepass"))
+    trace, said = read_or_said(path)
+    if trace is None:
+        assert said.startswith(f"{path}: ")
+        assert "\n" not in said
+    else:
+        assert len(trace) == len(trace.outputs) > 0
+        assert len(trace.times) == (0 if header == LENGTHS else len(trace))
+
+
+def read_or_said(path):
+    """The trace, or what is wrong with it."""
+    try:
+        return read_trace(path), ""
+    except TraceError as error:
+        return None, str(error)
 
 
 LONG = LENGTHS + "90,10\n91,10\n50,200\n3,99\n"
