@@ -305,3 +305,21 @@ def test_what_is_copied_ahead_and_finds_no_room_when_its_grammar_is_there_holds_
     engine.add_request(plain_request("b", instance.streams["b"].tokens[:64], 4))
     grammar.set_result(SimpleNamespace())
     assert instance.plan().num_scheduled_tokens == {"b": 32}
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_who_was_copied_ahead_arrives_only_if_its_grammar_takes_what_was_made_since(
+    instance: Instance, takes: bool
+) -> None:
+    engine = instance.scheduler
+    request, grammar = arriving(instance, "a", 4, room=8)
+    assert instance.plan().num_scheduled_tokens == {}
+    assert not engine.arrive("a", [5]), "it has no blocks yet"
+    grammar.set_result(SimpleNamespace())
+    assert instance.plan().num_scheduled_tokens == {}
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    fed: list[list[int]] = []
+    manager: Any = engine.structured_output_manager
+    manager.accept_tokens = lambda request, tokens: fed.append(list(request.all_token_ids[65:])) or takes
+    assert engine.arrive("a", [5, 6]) == takes
+    assert fed == ([[5], [5, 6]] if takes else [[5]])
