@@ -20,10 +20,10 @@ from servers import SOURCE, Server, eventually, processes, until
 
 from taichi_serve.bench.client import Answer, stream
 
-BLOCK = 16
+BLOCK = 128  # of a CPU instance
 FETCHES = Path(__file__).parent / "fetches"
 CHANCE = random.Random(17)
-KV_TOKENS = 16384  # of each instance
+KV_TOKENS = 32768  # of each instance
 NAMES = ("i0", "i1", "i2")
 
 
@@ -84,7 +84,7 @@ async def seed(client: httpx.AsyncClient, server: Server, name: str, known: list
 async def test_what_is_fetched_is_the_same_to_the_last_token_and_is_there_for_the_next(
     server: Server, single: Server
 ) -> None:
-    known = prompts(20, (100, 600))
+    known = prompts(20, (150, 900))
     wishes = [Wish([*prompt, *more], 40) for prompt, more in zip(known, prompts(20, (5, 60)), strict=True)]
     reference = await said(single, wishes)
     async with server.client() as client:
@@ -116,7 +116,7 @@ async def test_what_is_fetched_is_the_same_to_the_last_token_and_is_there_for_th
 async def test_a_request_that_is_bound_to_its_instance_fetches_its_prompt_all_the_same(
     server: Server, single: Server, bound: dict[str, Any]
 ) -> None:
-    known = prompts(4, (100, 600))
+    known = prompts(4, (150, 900))
     wishes = [Wish([*prompt, 7, 8, 9], 40) for prompt in known]
     async with single.client() as client:
         reference = await streamed(client, wishes, **bound)
@@ -150,15 +150,15 @@ async def test_a_prefill_that_is_handed_over_fetches_and_moves_only_what_its_tar
             log = (await view(client, answer.id))["log"]
             flowed = next(row for row in log if row["type"] == "Flowed")
             assert flowed["instance"] == "i1"
-            assert flowed["kv_tokens"] < 60 + BLOCK, "what i1 had was copied again"
-            assert flowed["reused"] > len(prompt)
+            assert flowed["kv_tokens"] <= 60 + BLOCK, "what i1 had was copied again"
+            assert flowed["reused"] >= len(prompt)
         together = {"p_heavy": 0, "d_heavy": 3, "p_chunk": 256, "d_chunk": 256}
         (await client.patch("/taichi/sliders", json=together)).raise_for_status()
     server.quiet(10)
 
 
 async def test_what_the_holder_has_lost_is_computed(server: Server, single: Server) -> None:
-    known = prompts(40, (500, 600))  # more than it has room for
+    known = prompts(40, (900, 1000))  # more than it has room for
     wishes = [Wish([*prompt, 7, 8, 9], 20) for prompt in known]
     reference = await said(single, wishes)
     async with server.client() as client:

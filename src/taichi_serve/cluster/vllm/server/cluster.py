@@ -100,8 +100,8 @@ class VllmCluster:
     def _prefix(self, journey: Journey, command: Prefill) -> Prefix | None:
         """What is to be fetched for a prompt; its last token is computed in any case."""
         request, source = journey.request, self._known.get(command.prefix_from or "")
-        looks_up = figures.looks_up(request, self._caching) and request.prompt_embeds is None
-        if source is None or not looks_up:
+        whole = request.prompt_embeds is None and not request.resumable
+        if source is None or not whole or not figures.looks_up(request, self._caching):
             return None
         tokens = min(command.prefix_tokens, journey.prompt_tokens - 1)
         blocks = tokens // int(source.client.vllm_config.cache_config.block_size)
