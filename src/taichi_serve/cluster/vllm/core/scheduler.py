@@ -176,8 +176,7 @@ class FlowScheduler(AsyncScheduler):
         return self._pins.pin(request, reader)
 
     def leave(self, request_ids: Sequence[str]) -> None:
-        """These requests stop after the token they are on; ids that are not here are dropped, and so is all
-        of it where nothing moves."""
+        """These requests stop after the token they are on, those that are here and can move."""
         if not self.stays:
             self._leaving.update(i for i in request_ids if self._runs(i))
 

@@ -14,10 +14,10 @@ from taichi_serve.cluster.vllm.server import facts, figures
 from taichi_serve.cluster.vllm.server.acts import Seat
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.exact import bound_by
-from taichi_serve.cluster.vllm.server.fetching import Prefix
 from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.itinerary import Going, Road
 from taichi_serve.cluster.vllm.server.journey import Journey
+from taichi_serve.cluster.vllm.server.prefix import to_fetch
 from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed, Gone, direct
 from taichi_serve.messages import (
     Abort,
@@ -87,7 +87,8 @@ class VllmCluster:
         take, known = self.hands.take, self._known
         match command:
             case Prefill(on=on, leg=leg, hand_over=hand_over):
-                take(journey, journey.prefill, leg, known[on], hand_over, self._prefix(journey, command))
+                prefix = to_fetch(journey.request, command, known)
+                take(journey, journey.prefill, leg, known[on], hand_over, prefix)
             case Ahead(to=to):
                 take(journey, journey.hint, known[to])
             case Decode(on=on, leg=leg):
@@ -96,16 +97,6 @@ class VllmCluster:
                 take(journey, journey.flow, leg, known[to])
             case Abort(outcome=outcome):
                 take(journey, journey.end, outcome)
-
-    def _prefix(self, journey: Journey, command: Prefill) -> Prefix | None:
-        """What is to be fetched for a prompt; its last token is computed in any case."""
-        request, source = journey.request, self._known.get(command.prefix_from or "")
-        whole = request.prompt_embeds is None and not request.resumable
-        if source is None or not whole or not figures.looks_up(request, self._caching):
-            return None
-        tokens = min(command.prefix_tokens, journey.prompt_tokens - 1)
-        blocks = tokens // int(source.client.vllm_config.cache_config.block_size)
-        return Prefix(source, blocks) if blocks > 0 else None
 
     def open(self) -> None:
         """From here on facts count; those of the rehearsals before are forgotten."""

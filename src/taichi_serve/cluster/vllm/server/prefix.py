@@ -1,13 +1,14 @@
-"""The hashes of the blocks of a prompt that are to be fetched, as every engine makes them.
+"""What is to be fetched of a prompt, and the hashes of its blocks, as every engine makes them.
 
-They are whole: an instance finds in its prefix cache what has this very hash, and nobody can make up another
+The hashes are whole: an instance finds in its prefix cache what has this very hash, and nobody can make up another
 prompt that has it, too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.config import CacheConfig
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -15,7 +16,26 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.engine import EngineCoreRequest
 
+from taichi_serve.cluster.vllm.server.fetching import Prefix
+from taichi_serve.cluster.vllm.server.figures import looks_up
+
+if TYPE_CHECKING:
+    from taichi_serve.cluster.vllm.server.engine import Engine
+    from taichi_serve.messages import Prefill
+
 AT_ONCE = 128  # blocks that are hashed before others have their turn
+
+
+def to_fetch(request: EngineCoreRequest, command: Prefill, known: Mapping[str, Engine]) -> Prefix | None:
+    """What a decision has a prompt fetch, in whole blocks. Its last token is computed in any case."""
+    tokens, holder = request.prompt_token_ids, known.get(command.prefix_from or "")
+    if holder is None or tokens is None or request.prompt_embeds is not None or request.resumable:
+        return None
+    cache = holder.client.vllm_config.cache_config
+    blocks = min(command.prefix_tokens, len(tokens) - 1) // int(cache.block_size)
+    if blocks < 1 or not looks_up(request, cache.enable_prefix_caching):
+        return None
+    return Prefix(holder, blocks)
 
 
 async def prefix_hashes(request: EngineCoreRequest, blocks: int, cache: CacheConfig) -> list[bytes]:
