@@ -1,7 +1,7 @@
 """What is to be fetched of a prompt, and the hashes of its blocks, as every engine makes them.
 
-The hashes are whole: an instance finds in its prefix cache what has this very hash, and nobody can make up another
-prompt that has it, too.
+The hashes are whole: an instance finds in its prefix cache what has this very hash, and nobody can make up
+another prompt that has it, too.
 """
 
 from __future__ import annotations
