@@ -36,8 +36,8 @@ def test_longest_prefix_of_every_instance() -> None:
 def test_block_without_the_one_before_it_is_no_prefix() -> None:
     known = residency()
     known.learn(stored("i0", 12, 13, 14))
-    known.learn(stored("i1", 11, 13, 14))
-    assert known.match(FOUR, 100) == {"i1": Prefix(16, 16)}
+    known.learn(stored("i1", 11, 12))
+    assert known.match(FOUR, 100) == {"i1": Prefix(32, 32)}
 
 
 def test_last_token_is_always_computed() -> None:

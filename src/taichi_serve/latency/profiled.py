@@ -56,6 +56,9 @@ class Profiled:
         self.usual = Average()  # seconds observed over predicted, of all steps of all instances
         self.now = 0.0  # when the last step of any instance ended
         self.gaps: dict[tuple[Kind, Kind], Average] = {}
+        # Seconds that copying takes and seconds for each token of it, by whether either end is P-heavy: asked
+        # for every instance at every arrival, and changed once a move.
+        self._copying: dict[tuple[bool, bool], tuple[float, float]] = {}
 
     @classmethod
     def of(cls, profile: Profile) -> Profiled:
@@ -130,9 +133,14 @@ class Profiled:
 
     def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """KV over the link (s), as the moves of late took."""
-        pair = source.kind, target.kind
-        link = self.transfers.get(pair, UNMEASURED)
-        return link.seconds(kv_tokens * self.bytes_per_token) * self._gap_bias(pair)
+        ends = source.kind is Kind.P_HEAVY, target.kind is Kind.P_HEAVY
+        known = self._copying.get(ends)
+        if known is None:
+            pair = source.kind, target.kind
+            link, bias = self.transfers.get(pair, UNMEASURED), self._gap_bias(pair)
+            per_token = (link.seconds(self.bytes_per_token) - link.latency) * bias
+            known = self._copying[ends] = link.latency * bias, per_token
+        return known[0] + known[1] * kv_tokens
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Compare a step with its prediction; `instance` is as it was before the step."""
@@ -166,6 +174,7 @@ class Profiled:
         on_the_way = max(0.0, move.gap - self.tpot(target, 0))
         predicted = link.seconds(move.kv_tokens * self.bytes_per_token)
         self.gaps.setdefault(pair, Average()).add(on_the_way, predicted, KEEP)
+        self._copying.clear()
 
     def _gap_bias(self, pair: tuple[Kind, Kind]) -> float:
         gaps = self.gaps.get(pair)

@@ -37,11 +37,12 @@ def choose_target(
     for instance in instances:
         if instance.decodes + instance.arriving >= instance.max_decodes:
             continue
-        here = prefixes.get(instance.name, NONE)
-        load = load_after(instance, kv_tokens - here.claimed, policy)
+        here = prefixes.get(instance.name)
+        load = load_after(instance, kv_tokens - (here.claimed if here else 0), policy)
         if load > mark:
             continue
-        load -= max(0, here.held - here.claimed) / instance.kv_capacity
+        if here:
+            load -= max(0, here.held - here.claimed) / instance.kv_capacity
         if best is None or load < best_load:
             best, best_load = instance, load
     return best

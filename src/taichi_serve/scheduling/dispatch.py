@@ -115,9 +115,11 @@ class Dispatcher:
             return UNKNOWN
         if not self.policy.fetch:
             return Known(prefixes)
-        answering = [i for name in prefixes if (i := self.ledger.instances[name]).answers]
-        lender = max(answering, key=lambda i: prefixes[i.name][:2][::-1], default=None)
-        return Known(prefixes, lender, prefixes[lender.name].held if lender else 0)
+        lender, lent = None, 0
+        for name, prefix in prefixes.items():
+            if prefix.held > lent and self.ledger.instances[name].answers:
+                lender, lent = self.ledger.instances[name], prefix.held
+        return Known(prefixes, lender, lent)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""

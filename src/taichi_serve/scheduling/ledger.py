@@ -71,7 +71,8 @@ class Ledger:
         instance.queued_requests += 1
         instance.queued_attention += prompt_attention(request.prompt_tokens, cached)
         instance.queued_unused += request.unused
-        self.residency.claim(instance.name, request.blocks)
+        if request.blocks:
+            self.residency.claim(instance.name, request.blocks)
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
         """The prompt is through; `cached` tokens of it did not have to be computed."""
@@ -113,7 +114,7 @@ class Ledger:
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
         """The request is resident here, with so many tokens out as of the instance's last step."""
         request.enter(State.DECODING)
-        if request.instance != instance.name:
+        if request.blocks and request.instance != instance.name:
             self._unclaim(request)
             self.residency.claim(instance.name, request.blocks)
         request.instance, request.target, request.why = instance.name, None, None

@@ -77,7 +77,8 @@ def choose_prefill(
         _forecast(request, i, late if i.kind is Kind.P_HEAVY else waited, limits, predictor, policy, known)
         for i in instances
     ]
-    best = min(range(len(instances)), key=lambda n: _key(instances[n], forecasts[n]))
+    keys = [*map(_key, instances, forecasts)]
+    best = keys.index(min(keys))
     chosen, forecast = instances[best], forecasts[best]
     here = known.prefixes.get(chosen.name, NONE)
     lender = known.lender if forecast.cached > here.cached else None
@@ -114,15 +115,15 @@ def _forecast(
     stay within theirs.
     """
     prompt = request.prompt_tokens
-    here = known.prefixes.get(instance.name, NONE)
-    cached = here.cached
+    here = known.prefixes.get(instance.name)
+    cached, used = (0, 0) if here is None else (here.cached, here.claimed)
     ttft = predictor.ttft(instance, prompt, cached)
     if known.lent > cached and instance is not known.lender:
-        fetched = _fetched(prompt, instance, cached, predictor, known)
+        fetched = _fetched(prompt, instance, cached, ttft, predictor, known)
         if fetched < ttft:
             ttft, cached = fetched, known.lent
     ttft += to_come
-    fits = load_after(instance, prompt - here.claimed, policy) <= policy.full_mark
+    fits = load_after(instance, prompt - used, policy) <= policy.full_mark
     feasible = fits and ttft <= limits[0]
     calm = True
     if feasible and instance.kind is Kind.D_HEAVY:
@@ -130,12 +131,17 @@ def _forecast(
     return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm, cached)
 
 
-def _fetched(prompt: int, instance: Instance, cached: int, predictor: Predictor, known: Known) -> float:
+def _fetched(
+    prompt: int, instance: Instance, cached: int, computed: float, predictor: Predictor, known: Known
+) -> float:
     """TTFT (seconds from now) if what the instance lacks of the prefix is copied while the prompt waits in
-    its queue; what is left of the copying then delays it."""
+    its queue, which is a part of the time it takes `computed`; what is left of the copying delays it."""
     assert known.lender is not None
     copied = predictor.fetch(known.lender, instance, known.lent - cached)
-    queue = predictor.ttft(instance, 0) if instance.queued_requests else 0.0
+    if copied >= computed:
+        return copied
+    queued = instance.queued_prefill_tokens
+    queue = computed * queued / (queued + prompt - cached)
     return max(0.0, copied - queue) + predictor.ttft(instance, prompt, known.lent)
 
 

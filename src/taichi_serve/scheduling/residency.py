@@ -19,7 +19,7 @@ from typing import NamedTuple
 from taichi_serve.messages import Cached, Tier
 
 MOST = 4_000_000  # blocks: 600 MB
-LOOK = 16  # blocks that are looked at one by one only where somebody has not all of them
+LOOK = 8  # blocks that are looked at one by one only where somebody has not all of them
 CLAIMED = 128  # tokens: what live requests have is counted in pieces of so many, or of a block
 
 
@@ -33,7 +33,7 @@ class Prefix(NamedTuple):
     @property
     def cached(self) -> int:
         """Tokens that will not have to be computed there."""
-        return max(self.held, self.claimed)
+        return max(self.claimed, self.held)
 
 
 NONE = Prefix()
@@ -129,39 +129,41 @@ class Residency:
         size = self.block_size
         if not size or not blocks:
             return NOTHING
-        blocks = blocks[: (tokens - 1) // size]
-        if not blocks:
-            return NOTHING
+        if len(blocks) * size >= tokens:
+            blocks = blocks[: (tokens - 1) // size]
+            if not blocks:
+                return NOTHING
         lengths, count = self._runs(blocks), len(self._names)
         pieces, piece = self._pieces(blocks), self._stride * size
         found: dict[str, Prefix] = {}
         for number, (name, claims) in enumerate(self._claims.items()):
             held = lengths.get(number + count, 0)
-            claimed = _run(claims, pieces) if pieces and pieces[0] in claims else 0
+            claimed = _run(claims, pieces) if claims and pieces and pieces[0] in claims else 0
             if held or claimed:
                 found[name] = Prefix(lengths.get(number, 0) * size, held * size, claimed * piece)
         return found
 
     def _runs(self, blocks: Sequence[int]) -> dict[int, int]:
         """Blocks of the longest prefix by number of the bit: those of a host count what the device has."""
-        count, get = len(self._names), self._where.get
-        left = (1 << 2 * count) - 1
+        count, most, get = len(self._names), len(blocks), self._where.get
+        mask = same = get(blocks[0], 0)
+        left = (mask | mask << count) & ((1 << 2 * count) - 1)
         lengths: dict[int, int] = {}
-        for start in range(0, len(blocks), LOOK):
-            window = blocks[start : start + LOOK]
-            mask = get(window[-1], 0)
+        end = 1
+        while left and end < most:
+            start, end = end, min(end + LOOK, most)
+            mask = get(blocks[end - 1], 0)
             # Caches drop a prefix from its end: who has the last of these blocks has them all.
-            if left & (mask | mask << count) == left:
+            if mask == same or left & (mask | mask << count) == left:
+                same = mask
                 continue
-            for length, block in enumerate(window, start):
-                mask = get(block, 0)
+            for length in range(start, end):
+                mask = get(blocks[length], 0)
                 now = left & (mask | mask << count)
                 if now != left:
                     _note(lengths, left ^ now, length)
                     left = now
-                    if not left:
-                        return lengths
-        _note(lengths, left, len(blocks))
+        _note(lengths, left, most)
         return lengths
 
     def holds(self, name: str, tier: Tier) -> set[int]:

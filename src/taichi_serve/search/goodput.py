@@ -39,7 +39,6 @@ class Scene:
     max_running: int = 256
     kv_capacity: int | None = None  # tokens, where instances are to have less than the machine
     slower: float = 1.0  # the truth's seconds over what the predictor believes
-    block_size: int = 16  # tokens of a block, and of each hash in a call of the workload
     host_kv: int = 0  # tokens of KV that an instance keeps in the memory of its host
     host_bandwidth: float = 20e9  # bytes/s at which it reads them
     blind: bool = False  # whether the scheduler is not told of prefixes
@@ -54,7 +53,11 @@ class Scene:
             sliders,
             [truth],
             EngineShape(
-                machine.kv_capacity, self.max_running, self.block_size, self.host_kv, self.host_bandwidth
+                machine.kv_capacity,
+                self.max_running,
+                self.workload.block_size,
+                self.host_kv,
+                self.host_bandwidth,
             ),
             Link(machine.kv_bytes_per_token, self.bandwidth, self.latency),
             self.workload.calls(rate, requests, seed),
@@ -64,7 +67,7 @@ class Scene:
 
     def scheduler(self, sliders: Sliders, policy: Policy, capacities: Mapping[str, int]) -> GlobalScheduler:
         """The scheduler that serves, for such a cluster."""
-        known = 0 if self.blind else self.block_size
+        known = 0 if self.blind else self.workload.block_size
         return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
 
     def predictor(self) -> Predictor:

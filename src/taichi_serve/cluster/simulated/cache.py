@@ -79,6 +79,7 @@ class PrefixCache:
     """The findable blocks of one engine, by hash. It counts no free blocks: who takes and gives them does."""
 
     def __init__(self, host_blocks: int = 0) -> None:
+        self.used = False  # whether anything ever was in it
         self.users: dict[int, int] = {}  # of findable blocks in use: how many jobs have them
         self.idle: OrderedDict[int, None] = OrderedDict()  # free and findable, longest unused first
         self.changes = Changes(Tier.DEVICE)
@@ -126,6 +127,7 @@ class PrefixCache:
         if block in self:
             return False
         self.users[block] = 1
+        self.used = True
         self.changes.note(block, there=True)
         self.host.put(block)
         return True

@@ -98,6 +98,8 @@ class Roster:
 
     def tell(self, now: float) -> list[Cached]:
         """What its prefix cache stored and removed since it last told."""
+        if not self.cache.used:
+            return []
         self.cache.trim(self.residents.free)
         return self.cache.tell(now, self.name)
 
