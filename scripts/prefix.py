@@ -21,7 +21,7 @@ from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.workload import Workload, workload
 from taichi_serve.latency.shipped import machine
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.search.goodput import Contender, Scene, attain
+from taichi_serve.search.goodput import PREFIXES, Contender, Scene, attain
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -33,22 +33,18 @@ CELLS = {
     "a100": ("qwen2.5-14b-tp1-a100", 10.0, (0, 1_000_000, 2_000_000)),
     "h200": ("qwen2.5-14b-tp1-h200", 4.0, (0, 1_000_000, 2_000_000)),
 }
-KNOWING = {
-    "blind": (True, Policy(ttft_margin=1.0)),
-    "prediction": (False, Policy(ttft_margin=1.0)),
-    "fetch": (False, Policy(ttft_margin=1.0, fetch=True)),
-}
+POLICY = Policy(ttft_margin=1.0)
 
 
-def scene(profile: str, ttft: float, host_kv: int, work: Workload, blind: bool) -> Scene:
+def scene(profile: str, ttft: float, host_kv: int, work: Workload, prefixes: str) -> Scene:
     """Eight of these machines."""
     found = replace(machine(profile), max_model_len=LIMIT)
-    return Scene(found, work, SLO(ttft, ANY_TPOT), host_kv=host_kv, blind=blind)
+    return Scene(found, work, SLO(ttft, ANY_TPOT), host_kv=host_kv, prefixes=prefixes)
 
 
-def highest(made: Scene, policy: Policy, requests: int, guess: float) -> dict[str, float]:
+def highest(made: Scene, requests: int, guess: float) -> dict[str, float]:
     """The highest rate at which 90 % are good, to 1 %, and what share of prompt tokens was cached there."""
-    contender = Contender("alike", Sliders(0, INSTANCES, 0, CHUNK), policy)
+    contender = Contender("alike", Sliders(0, INSTANCES, 0, CHUNK), POLICY)
     low, high, rate, step = 0.0, 0.0, guess, 1.15
     while not (low and high and high - low <= 0.01 * high):
         tally = attain(made, contender, rate, requests, 0)
@@ -105,9 +101,9 @@ def main() -> None:
             kv = max(machine(profile).kv_capacity, host)
             ideal = one_cache(work, args.requests, INSTANCES * kv)
             guess = 3.0 if name == "a100" else 10.0
-            for knowing, (blind, policy) in KNOWING.items():
+            for knowing in PREFIXES:
                 began = time.perf_counter()
-                row = highest(scene(profile, ttft, host, work, blind), policy, args.requests, guess)
+                row = highest(scene(profile, ttft, host, work, knowing), args.requests, guess)
                 guess = row["goodput"]
                 rows.append({"machine": name, "host": host, "ideal": ideal, "knowing": knowing, **row})
                 print(

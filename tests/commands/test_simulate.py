@@ -51,6 +51,20 @@ def test_simulate_says_the_same_in_json_every_time_and_draws(capsys, tmp_path):
     assert (tmp_path / "times.svg").stat().st_size > 1000
 
 
+def test_who_knows_of_prefixes_finds_more_of_them(capsys):
+    many = "--p-heavy 0 --d-heavy 4 --p-chunk 0 --d-chunk 512 --rate 8 --requests 100 --kv-capacity 8192"
+    talk = "--workload conversations:share=0.9,turns=4,think=5"
+    cached = {}
+    for words in ("--prefixes blind", "", "--prefixes fetch", "--prefixes blind --host-kv 400000"):
+        assert simulate.main(parsed(simulate, f"{BASE} {talk} {many} {words} --json")) == 0
+        figures = json.loads(capsys.readouterr().out)
+        cached[words] = figures["cached"]
+        assert figures["cached"] <= figures["shared"] + 0.02  # turns come in another order with each of them
+        assert (figures["fetched"] > 0) == ("fetch" in words)
+    assert cached["--prefixes blind"] < cached["--prefixes blind --host-kv 400000"]
+    assert cached["--prefixes blind"] < cached[""] <= cached["--prefixes fetch"]
+
+
 BAD = [
     ("--rate 0", "rate must be a positive number of requests/s, not 0.0"),
     ("--requests 0", "--requests: must be at least 1, not 0"),
@@ -71,6 +85,7 @@ BAD = [
     ("--model other/model", "profile qwen2.5-14b-tp1-a100 is for Qwen/Qwen2.5-14B, not for other/model"),
     ("--watermark 0", "watermark must be a positive number, not 0.0"),
     ("--kv-capacity 100", "--kv-capacity: must be at least 1024, not 100"),
+    ("--host-kv -1", "--host-kv: must be at least 0, not -1"),
     ("--cv -1", "the coefficient of variation must be at least 0, not -1.0"),
 ]
 

@@ -14,7 +14,8 @@ from taichi_serve.messages import Flowed, Stepped
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.decode import choose_backflow, choose_degrade
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.prefill import choose_prefill
+from taichi_serve.scheduling.prefill import Known, choose_prefill
+from taichi_serve.scheduling.residency import Prefix
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO, tpot
@@ -39,7 +40,7 @@ def tables() -> list[list[Row]]:
     return found
 
 
-SHORT, LONG, LATE, DEGRADING, BACKFLOW = tables()
+SHORT, LONG, LATE, TURN, DEGRADING, BACKFLOW = tables()
 
 
 @dataclass
@@ -69,8 +70,8 @@ class ByHand:
 
 @pytest.mark.parametrize(
     ("rows", "prompt", "margin"),
-    [(SHORT, 500, 0.5), (LONG, 6000, 0.5), (LATE, 6000, 0.5)],
-    ids=["short", "long", "late"],
+    [(SHORT, 500, 0.5), (LONG, 6000, 0.5), (LATE, 6000, 0.5), (TURN, 6000, 0.5)],
+    ids=["short", "long", "late", "turn"],
 )
 def test_algorithm_2_as_in_the_document(rows: list[Row], prompt: int, margin: float) -> None:
     instances = [
@@ -78,10 +79,13 @@ def test_algorithm_2_as_in_the_document(rows: list[Row], prompt: int, margin: fl
         for r in rows
     ]
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
+    cached = {r["instance"]: int(r.get("cached", 0)) for r in rows}
+    known = Known({name: Prefix(tokens, tokens) for name, tokens in cached.items() if tokens})
     placed = choose_prefill(
         Request("r", 0.0, prompt, 100), 0.0, instances, decoders, ByHand(0.1, {}), SLO(4.0, 0.1),
-        Policy(ttft_margin=margin),
+        Policy(ttft_margin=margin), known,
     )  # fmt: skip
+    assert [f.cached for f in placed.forecasts] == [*cached.values()]
     for row, forecast in zip(rows, placed.forecasts, strict=True):
         assert forecast.ttft == pytest.approx(float(row["TTFT (s)"]))
         assert forecast.feasible == (row["feasible"] == "yes")

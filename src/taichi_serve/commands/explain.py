@@ -160,6 +160,8 @@ def _prefill(entry: Record) -> Words:
         elif not forecast.get("calm", True):
             verdict = "its decodes are at their TPOT margin"
         queue = f"{forecast['queued_prefill_tokens']} prompt tokens queued"
+        if cached := forecast.get("cached", 0):
+            queue += f", {cached} of its own cached"
         why = f"TTFT {forecast['ttft'] * 1000:.0f} ms, {queue}: {verdict}"
         rows.append((_mark(forecast["instance"], entry["on"]), why))
     return rows

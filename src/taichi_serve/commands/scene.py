@@ -10,7 +10,7 @@ from taichi_serve.bench.arrivals import ARRIVALS, Arrivals
 from taichi_serve.bench.trace import OVER_LIMIT
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
-from taichi_serve.search.goodput import Scene
+from taichi_serve.search.goodput import KNOWN, PREFIXES, Scene
 from taichi_serve.slo import SLO
 
 
@@ -45,6 +45,13 @@ def add_scene(
         default=0,
         metavar="TOKENS",
         help="of KV that an instance keeps in the memory of its host beside its own (default: none)",
+    )
+    parser.add_argument(
+        "--prefixes",
+        choices=PREFIXES,
+        default=KNOWN,
+        help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
+        "prefixes fetched from one instance to another, too (default: known)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -110,4 +117,5 @@ def scene_of(args: argparse.Namespace) -> Scene:
         running,
         args.kv_capacity,
         host_kv=args.host_kv,
+        prefixes=args.prefixes,
     )

@@ -105,7 +105,10 @@ def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> N
         f"moves {figures['moves'] or 'none'}"
     )
     if "shared" in figures:
-        console.print(f"of the prompt tokens an infinite cache would have had {figures['shared']:.1%}")
+        console.print(
+            f"of the prompt tokens an infinite cache would have had {figures['shared']:.1%}; "
+            f"{figures['cached']:.1%} were cached, {figures['fetched']:.1%} fetched"
+        )
     busy = ", ".join(f"{name} {share:.0%}" for name, share in figures["busy"].items())
     console.print(f"busy: {busy}", highlight=False)
     console.print(f"{tally.sent / took:,.0f} requests simulated a second", style="dim", highlight=False)

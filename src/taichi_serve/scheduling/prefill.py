@@ -118,12 +118,13 @@ def _forecast(
     here = known.prefixes.get(instance.name)
     cached, used = (0, 0) if here is None else (here.cached, here.claimed)
     ttft = predictor.ttft(instance, prompt, cached)
-    if known.lent > cached and instance is not known.lender:
+    fits = load_after(instance, prompt - used, policy) <= policy.full_mark
+    # What is fetched takes its room while the prompt still waits: only where it will not wait for long.
+    if fits and known.lent > cached and instance is not known.lender:
         fetched = _fetched(prompt, instance, cached, ttft, predictor, known)
-        if fetched < ttft:
+        if fetched < ttft and to_come + fetched <= limits[0]:
             ttft, cached = fetched, known.lent
     ttft += to_come
-    fits = load_after(instance, prompt - used, policy) <= policy.full_mark
     feasible = fits and ttft <= limits[0]
     calm = True
     if feasible and instance.kind is Kind.D_HEAVY:

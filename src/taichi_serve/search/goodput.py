@@ -25,6 +25,8 @@ from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
 TARGET = 0.9
+BLIND, KNOWN, FETCH = "blind", "known", "fetch"
+PREFIXES = (BLIND, KNOWN, FETCH)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Scene:
     slower: float = 1.0  # the truth's seconds over what the predictor believes
     host_kv: int = 0  # tokens of KV that an instance keeps in the memory of its host
     host_bandwidth: float = 20e9  # bytes/s at which it reads them
-    blind: bool = False  # whether the scheduler is not told of prefixes
+    prefixes: str = KNOWN  # whether the scheduler is told of prefixes, and may have them fetched
+
+    def __post_init__(self) -> None:
+        if self.prefixes not in PREFIXES:
+            raise ValueError(f"prefixes {self.prefixes!r} are none of {', '.join(PREFIXES)}")
 
     def cluster(
         self, sliders: Sliders, rate: float, requests: int, seed: int, happenings: tuple[Event, ...] = ()
@@ -67,7 +73,8 @@ class Scene:
 
     def scheduler(self, sliders: Sliders, policy: Policy, capacities: Mapping[str, int]) -> GlobalScheduler:
         """The scheduler that serves, for such a cluster."""
-        known = 0 if self.blind else self.workload.block_size
+        known = 0 if self.prefixes == BLIND else self.workload.block_size
+        policy = replace(policy, fetch=True) if self.prefixes == FETCH else policy
         return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
 
     def predictor(self) -> Predictor:

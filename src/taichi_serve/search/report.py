@@ -30,6 +30,8 @@ def summary(tally: Tally) -> dict[str, Any]:
         "attainment_high": high,
         "ttft": {"mean": tally.ttft.mean, **_quantiles(tally.ttft)},
         "tpot": {"mean": tally.tpot.mean, **_quantiles(tally.tpot)},
+        "cached": tally.hit_ratio,
+        "fetched": tally.fetched_tokens / max(1, tally.prompt_tokens),
         "moves": dict(sorted(tally.moves.items())),
         "steps": tally.steps,
         "seconds": span,
