@@ -119,7 +119,8 @@ def report(
                 pairs = enumerate(zip(x.tokens, a.tokens, strict=False))
                 at = next((k for k, (p, q) in pairs if p != q), min(len(x.tokens), len(a.tokens)))
                 print(f"  {document.kind}: parts at token {at} of {len(a.tokens)}, {x.error or x.finish}")
-    for kind, found in [*rows.items(), (what, [row for one in rows.values() for row in one])]:
+    every = (what, [row for one in rows.values() for row in one])
+    for kind, found in [*(rows.items() if len(rows) > 1 else ()), every]:
         right, twice = sum(row[0] for row in found), sum(row[1] for row in found)
         each = [row[2] for row in found]
         print(

@@ -37,7 +37,8 @@ SCHEMA = {
     "additionalProperties": False,
 }
 # xgrammar does not know multiples, and guidance no patterns of names: vLLM gives these to another backend.
-MULTIPLES = {"type": "array", "items": {"type": "integer", "multipleOf": 7}, "minItems": 90, "maxItems": 99}
+SEVENS = {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 9999}
+MULTIPLES = {"type": "array", "items": SEVENS, "minItems": 30, "maxItems": 40}
 WORD = {"type": "string", "pattern": "^[a-z]{60,70}$"}
 PATTERNS = {
     "type": "object",
@@ -46,6 +47,9 @@ PATTERNS = {
     "required": ["words"],
 }
 EBNF = 'root ::= item{30,60} "."\nitem ::= "<" [a-z]{2,9} ">" | "[" item "]"'
+# Single tokens of the tiny model: white space, of which JSON may have any amount, and what ends an object.
+DENSE = {"logit_bias": dict.fromkeys(("197", "198", "201", "220"), -100)}
+OPEN = {"logit_bias": {**DENSE["logit_bias"], "92": -100}}
 LARK = 'start: item~30..60 "."\nitem: "<" WORD ">" | "[" item "]"\nWORD: /[a-z]{2,9}/'
 # They part late, and each is longer than three moves take.
 CHOICE = [" ".join(["good"] * 40 + ["day"] * n + ["to", "you"] * (9 - n) + ["all"] * 20) for n in range(9)]
@@ -60,22 +64,29 @@ def _formed(kind: str, form: dict[str, Any]) -> dict[str, Any]:
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "json": (COMPLETIONS, {"structured_outputs": {"json": SCHEMA}}),
-    "json_object": (COMPLETIONS, {"structured_outputs": {"json_object": True}}),
+    "json": (COMPLETIONS, {"structured_outputs": {"json": SCHEMA}, **DENSE}),
+    "json_object": (COMPLETIONS, {"structured_outputs": {"json_object": True}, **OPEN}),
     "regex": (COMPLETIONS, {"structured_outputs": {"regex": "([a-z]{3,9} ){30,60}[0-9]{9}"}}),
     "choice": (COMPLETIONS, {"structured_outputs": {"choice": CHOICE}}),
     "ebnf": (COMPLETIONS, {"structured_outputs": {"grammar": EBNF}}),
     "lark": (COMPLETIONS, {"structured_outputs": {"grammar": LARK}}),
-    "guidance": (COMPLETIONS, {"structured_outputs": {"json": MULTIPLES}}),
+    "guidance": (COMPLETIONS, {"structured_outputs": {"json": MULTIPLES}, **DENSE}),
     "outlines": (COMPLETIONS, {"structured_outputs": {"json": PATTERNS}}),
     "response_format": (
         CHAT,
-        {"response_format": _formed("json_schema", {"name": "poem", "strict": True, "schema": SCHEMA})},
+        {
+            "response_format": _formed("json_schema", {"name": "poem", "strict": True, "schema": SCHEMA}),
+            **DENSE,
+        },
     ),
-    "required": (CHAT, {"tools": [_tool("write"), _tool("print")], "tool_choice": "required"}),
+    "required": (CHAT, {"tools": [_tool("write"), _tool("print")], "tool_choice": "required", **DENSE}),
     "named": (
         CHAT,
-        {"tools": [_tool("write"), _tool("print")], "tool_choice": _formed("function", {"name": "print"})},
+        {
+            "tools": [_tool("write"), _tool("print")],
+            "tool_choice": _formed("function", {"name": "print"}),
+            **DENSE,
+        },
     ),
 }
 
