@@ -12,7 +12,8 @@ pytest.importorskip("vllm")
 
 import msgspec
 import torch
-from flowbench import BLOCK, Instance, Stream, abort, first_hash, request, told
+from flowbench import BLOCK, Instance, Stream, abort, first_hash, request, scheduler, told
+from vllm.v1.core.block_pool import BlockHashToBlockMap
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -85,10 +86,10 @@ def test_what_came_and_went_between_two_records_is_not_told() -> None:
 
 
 def test_nothing_is_noted_before_somebody_asks() -> None:
-    here = Here("a")
-    here.instance.scheduler.cached = CachedBlocks(here.scheduler)
-    here.compute("a")
-    assert here.told() == []
+    made = scheduler()
+    assert type(made.kv_cache_manager.block_pool.cached_block_hash_to_block) is BlockHashToBlockMap
+    assert made.cached.take() is None
+    assert not made.has_requests()
 
 
 def test_who_asks_again_hears_everything_from_the_beginning() -> None:
@@ -150,11 +151,11 @@ def test_a_cache_whose_blocks_say_little_is_not_told(specs: list[Any], caching: 
         hash_block_size=BLOCK,
         enable_caching=caching,
     )
-    scheduler: Any = SimpleNamespace(kv_cache_manager=manager, has_requests=lambda: False)
-    cached = CachedBlocks(scheduler)
+    made: Any = SimpleNamespace(kv_cache_manager=manager, has_requests=lambda: False)
+    cached = CachedBlocks(made)
     assert why in str(cached.follow(first_hash()))
     assert cached.take() is None
-    assert not scheduler.has_requests()
+    assert not made.has_requests()
 
 
 def test_a_record_crosses_the_wire_as_it_is() -> None:

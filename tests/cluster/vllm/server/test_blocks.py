@@ -112,7 +112,7 @@ async def test_a_long_prompt_lets_others_have_their_turn(monkeypatch: pytest.Mon
     while not hashing.done():
         turns += 1
         await asyncio.sleep(0)
-    assert turns == 4  # two blocks, two blocks, one block; and one to hear that it is done
+    assert turns == 3  # two blocks, two blocks, one block
     assert list(hashing.result()) == of_an_engine(engine_request(), "sha256")
 
 

@@ -68,6 +68,7 @@ class Told:
         model_config = SimpleNamespace(max_model_len=100)
 
     dead = False
+    kv_capacity = 1000
 
     def __init__(self) -> None:
         self.added: list[EngineCoreRequest] = []
