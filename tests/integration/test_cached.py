@@ -118,6 +118,17 @@ def cached(server: Server) -> list[int]:
     return [instance["cached_blocks"] for instance in server.state()["instances"]]
 
 
+async def tokens_of_prefixes(client: httpx.AsyncClient) -> dict[str, float]:
+    """What /metrics says of both instances: predicted and actual."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    sums = {"predicted": 0.0, "actual": 0.0}
+    for line in lines:
+        if line.startswith("taichi_prefix_tokens_total{"):
+            of = line.split('of="')[1].split('"')[0]
+            sums[of] += float(line.rsplit(" ", 1)[1])
+    return sums
+
+
 def is_back(server: Server) -> bool:
     """Whether i1 serves again."""
     instance = server.instance("i1")
@@ -148,6 +159,7 @@ async def test_what_is_told_of_prefix_caches_is_what_prompts_find(small: tuple[S
         eventually(lambda: is_back(server), BACK_SECONDS, "i1 is back")
         for _ in range(10):
             usage.append(await ask(client, server, prompts.next()))
+        counted = await tokens_of_prefixes(client)
     server.stop(logs_stay=True)
 
     here = played(log)
@@ -155,6 +167,7 @@ async def test_what_is_told_of_prefix_caches_is_what_prompts_find(small: tuple[S
     assert [one for one in usage if one >= 0] == [
         one for one, asked in zip(here.found, usage, strict=True) if asked >= 0
     ]
+    assert counted == {"predicted": sum(here.known), "actual": sum(here.found)}
     assert sum(here.found) > 3000, "prompts found much"
     assert here.removed > 100, "and much was evicted"
     assert here.resets == 5  # two at the start, two by hand, one that came back
