@@ -26,12 +26,17 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from taichi_serve.cluster.vllm.core.cached import CachedBlocks
+from taichi_serve.cluster.vllm.server import facts
 from taichi_serve.cluster.vllm.server.blocks import Hasher
 from taichi_serve.cluster.vllm.server.warm import own_request
+from taichi_serve.cluster.vllm.wire import HASH_BYTES, KEY, Caching, Record
 
 BLOCK = 16
 PROMPT = [(7919 * k + 11) % 150_000 for k in range(100_000)]
@@ -126,3 +131,22 @@ def test_a_step_that_changed_nothing_has_nothing_to_tell_and_pays_next_to_nothin
     took = measured(lambda: [cache.cached.take() for _ in range(10_000)]) / 10_000 * 1e6
     say(f"a step without a change: {took:.3f} us\n")
     assert took <= 1.0
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 64, 512])
+def test_the_record_of_a_step_grows_with_the_blocks_that_came(blocks: int) -> None:
+    caching = Caching(bytes(range(HASH_BYTES)) * blocks) if blocks else None
+    record = Record(1.0, 0.01, 1024, 16, 50_000, {}, {}, caching)
+    sent = MsgpackEncoder().encode(record)
+    raw = MsgpackDecoder().decode(sent)
+    engine: Any = SimpleNamespace(name="i0", residents={}, cached_blocks=0, holds=lambda *_: None)
+
+    def heard() -> None:
+        stats = SchedulerStats(kv_connector_stats={KEY: raw})
+        facts.told(engine, EngineCoreOutputs(scheduler_stats=stats), 1.0)
+
+    times = 2000
+    put = measured(lambda: [MsgpackEncoder().encode(record) for _ in range(times)]) / times * 1e6
+    took = measured(lambda: [heard() for _ in range(times)]) / times * 1e6
+    say(f"{blocks} blocks: {sum(map(len, sent))} bytes, {put:.1f} us to send, {took:.1f} us to hear\n")
+    assert took <= 30 + 0.5 * blocks
