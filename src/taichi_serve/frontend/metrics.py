@@ -14,7 +14,6 @@ from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import PrefixTokens
 
 if TYPE_CHECKING:
-    from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.frontend.record import Recorder
     from taichi_serve.frontend.server import System
     from taichi_serve.latency.accuracy import Accuracy
@@ -38,7 +37,7 @@ class TaichiCollector(Collector):
             (_predictions, scheduler.accuracy),
             (_backflow, scheduler.counters),
             (_prefixes, scheduler),
-            (_cached, self._system.cluster.engines),
+            (_cached, self._system),
         )
         trouble = recorder.trouble
         for part, of in parts:
@@ -120,10 +119,10 @@ def _prefixes(scheduler: GlobalScheduler) -> Iterator[Metric]:
     yield found
 
 
-def _cached(engines: Iterable[Engine]) -> Iterator[Metric]:
+def _cached(system: System) -> Iterator[Metric]:
     """What the prefix caches hold."""
     blocks = GaugeMetricFamily("taichi_cached_blocks", "Blocks in the prefix cache", labels=["engine"])
-    for engine in engines:
+    for engine in system.cluster.engines:
         blocks.add_metric([str(engine.index)], engine.cached_blocks)
     yield blocks
 
