@@ -94,9 +94,11 @@ def _run(blocks: tuple[int, ...], held: set[int]) -> int:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
-    log = tmp_path / "events.jsonl"
-    server = Server(tmp_path / "small", *FLAGS, "--event-log", str(log), env={"VLLM_SERVER_DEV_MODE": "1"})
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    log = tmp_path_factory.mktemp("log") / "events.jsonl"
+    server = Server(
+        tmp_path_factory.mktemp("small"), *FLAGS, "--event-log", str(log), env={"VLLM_SERVER_DEV_MODE": "1"}
+    )
     try:
         yield server.wait_ready(), log
     finally:
