@@ -22,7 +22,7 @@ from taichi_serve.bench.client import stream
 from taichi_serve.messages import Arrived, Cached, Lost, Prefilled
 
 BLOCK = 16
-KV_BYTES = 5 << 20  # about 2,500 tokens
+KV_BYTES = 3 << 20  # about 1,500 tokens
 FLAGS = (
     *("--p-heavy", "1", "--d-heavy", "1", "--p-chunk", "256", "--d-chunk", "64", "--block-size", str(BLOCK)),
     *("--max-model-len", "1024", "--kv-cache-memory-bytes", str(KV_BYTES), "--enable-prompt-tokens-details"),
@@ -170,6 +170,6 @@ async def test_what_is_told_of_prefix_caches_is_what_prompts_find(small: tuple[S
         one for one, asked in zip(here.found, usage, strict=True) if asked >= 0
     ]
     assert counted == {"predicted": sum(here.known), "actual": sum(here.found)}
-    assert sum(here.found) > 3000, "prompts found much"
+    assert sum(here.found) > 2000, "prompts found much"
     assert here.removed > 100, "and much was evicted"
     assert here.resets == 5  # two at the start, two by hand, one that came back
