@@ -7,7 +7,7 @@ pictures) does so here too. An instance tells the same hashes of what it caches 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -47,20 +47,29 @@ class Hasher:
             return ()
         if len(tokens) < self.block_size or not looks_up(request, caching=True):
             return ()
-        parent: BlockHash | None = None
-        extra: tuple[Any, ...] | None = None
-        size, picture = self.block_size, 0
-        at_once = max(1, AT_ONCE // size)
-        packed: list[bytes] = []
-        for number in range(len(tokens) // size):
-            if number and number % at_once == 0:
-                await asyncio.sleep(0)
-            begin, end = number * size, (number + 1) * size
-            if number < 2 or request.mm_features:  # nothing else sets a later block apart from the second
-                extra, picture = generate_block_hash_extra_keys(cast(Any, request), begin, end, picture)
-            parent = hash_block_tokens(self._function, parent, tokens[begin:end], extra)
-            packed.append(parent[:HASH_BYTES])
-        return hashes(b"".join(packed))
+        found = await block_hashes(request, len(tokens) // self.block_size, self.block_size, self._function)
+        return hashes(b"".join([one[:HASH_BYTES] for one in found]))
+
+
+async def block_hashes(
+    request: EngineCoreRequest, count: int, size: int, function: Callable[[Any], bytes]
+) -> list[BlockHash]:
+    """Of the first `count` blocks of `size` tokens of its prompt; fewer where it has not as many."""
+    tokens = request.prompt_token_ids or []
+    at_once = max(1, AT_ONCE // size)
+    found: list[BlockHash] = []
+    parent: BlockHash | None = None
+    extra: tuple[Any, ...] | None = None
+    picture = 0
+    for number in range(min(count, len(tokens) // size)):
+        if number and number % at_once == 0:
+            await asyncio.sleep(0)
+        begin, end = number * size, (number + 1) * size
+        if number < 2 or request.mm_features:  # nothing else sets a later block apart from the second
+            extra, picture = generate_block_hash_extra_keys(cast(Any, request), begin, end, picture)
+        parent = hash_block_tokens(function, parent, tokens[begin:end], extra)
+        found.append(parent)
+    return found
 
 
 async def agreed(engines: Sequence[Engine], say: Say) -> Hasher | None:
