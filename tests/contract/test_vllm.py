@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
@@ -484,6 +485,70 @@ def test_blocks_can_be_taken_out_of_the_prefix_cache() -> None:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     assert names(KVCacheManager.evict_blocks) == ["block_ids"]
+
+
+def test_whatever_enters_the_prefix_cache_or_leaves_it_passes_insert_and_pop_of_one_map() -> None:
+    from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+
+    assert names(BlockHashToBlockMap.insert) == ["key", "block"]
+    assert names(BlockHashToBlockMap.pop) == ["key", "block_id"]
+    assert BlockHashToBlockMap()._cache == {}
+    source = inspect.getsource(BlockPool)
+    used = re.findall(r"self\.cached_block_hash_to_block\b(\.\w+| = \w+|: \w+ = \w+)", source)
+    assert sorted(set(used)) == [
+        " = BlockHashToBlockMap",  # a reset
+        ".contain",
+        ".get_one_block",
+        ".insert",
+        ".pop",
+        ": BlockHashToBlockMap = BlockHashToBlockMap",  # the constructor
+    ]
+    assert len(used) == source.count("self.cached_block_hash_to_block")
+
+
+def test_a_core_steps_as_long_as_its_scheduler_has_requests(scheduler: Any) -> None:
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    assert names(scheduler.has_requests) == []
+    assert not mentions(EngineCoreProc.has_work, "self.scheduler.has_requests()")
+    assert not mentions(EngineCore.step, "if not self.scheduler.has_requests():")
+    assert not mentions(EngineCore.step_with_batch_queue, "if self.scheduler.has_requests():")
+
+
+def test_only_full_attention_finds_all_blocks_of_a_prompt_from_its_first_one_on() -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    found = inspect.getsource(FullAttentionManager.find_longest_cache_hit)
+    assert "break" in found
+
+
+def test_blocks_are_hashed_by_functions_that_take_what_a_request_has() -> None:
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
+
+    assert names(kv_cache_utils.hash_block_tokens) == [
+        "hash_function",
+        "parent_block_hash",
+        "curr_block_token_ids",
+        "extra_keys",
+    ]
+    assert names(kv_cache_utils.generate_block_hash_extra_keys) == [
+        "request",
+        "start_token_idx",
+        "end_token_idx",
+        "start_mm_idx",
+    ]
+    # Only pictures and embeddings set one block behind the first apart from the next.
+    assert "if (start_token_idx == 0 and request.cache_salt)" in inspect.getsource(
+        kv_cache_utils.generate_block_hash_extra_keys
+    )
+    for name in ("sha256", "sha256_cbor"):
+        kv_cache_utils.init_none_hash(get_hash_fn_by_name(name))
+        one = kv_cache_utils.NONE_HASH
+        kv_cache_utils.init_none_hash(get_hash_fn_by_name(name))
+        assert one == kv_cache_utils.NONE_HASH  # with a seed that is the same in every process
+    assert not mentions(EngineCore.__init__, "init_none_hash(caching_hash_fn)")
 
 
 def test_nixl_makes_its_agents_from_a_configuration_whose_progress_delay_can_be_set() -> None:

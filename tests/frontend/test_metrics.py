@@ -24,7 +24,9 @@ def system() -> Any:
     scheduler = GlobalScheduler(
         Sliders(1, 1, 1024, 256), SLO(4.0, 0.07), Learned(), Policy(), {"i0": 100_000, "i1": 100_000}
     )
-    return SimpleNamespace(scheduler=scheduler, recorder=Recorder(scheduler, 2048))
+    engines = [SimpleNamespace(index=0, cached_blocks=3), SimpleNamespace(index=1, cached_blocks=0)]
+    cluster = SimpleNamespace(engines=engines)
+    return SimpleNamespace(scheduler=scheduler, recorder=Recorder(scheduler, 2048), cluster=cluster)
 
 
 def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:
@@ -61,3 +63,18 @@ def test_backflow_rate_comes_with_its_reading() -> None:
     assert scraped(here, "taichi_backflow_rate") == {(): 1.0}
     (reading,) = scraped(here, "taichi_backflow_reading")
     assert reading[0].startswith("too few D-heavy instances")
+
+
+def test_tokens_of_prefixes_are_summed_as_predicted_and_as_they_were() -> None:
+    here = system()
+    here.scheduler.counters.through("i1", prompt_tokens=200, predicted=160, actual=144)
+    assert scraped(here, "taichi_prefix_tokens_total") == {
+        ("0", "predicted"): 0,
+        ("0", "actual"): 0,
+        ("1", "predicted"): 160,
+        ("1", "actual"): 144,
+    }
+
+
+def test_blocks_of_the_prefix_caches_are_shown_for_each_instance() -> None:
+    assert scraped(system(), "taichi_cached_blocks") == {("0",): 3, ("1",): 0}

@@ -138,3 +138,13 @@ def test_every_fact_with_its_decisions_can_be_written_down() -> None:
 
 def test_a_request_that_never_began_has_no_legs() -> None:
     assert legs([Arrived(0.0, "a", 10, 5), Finished(1.0, "a", 0, Outcome.CANCELLED)]) == []
+
+
+def test_hashes_of_a_prompt_go_to_the_log_and_not_into_the_memory() -> None:
+    written: list[Event] = []
+    here = recorder()
+    here._write = lambda event, commands: written.append(event)
+    arrived = Arrived(0.0, "a", 100, 5, blocks=(5, 6))
+    here.on(arrived)
+    assert here.histories["a"][0] == Arrived(0.0, "a", 100, 5)
+    assert written == [arrived]

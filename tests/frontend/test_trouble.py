@@ -121,7 +121,9 @@ def test_a_memory_that_fails_changes_no_decision(monkeypatch: pytest.MonkeyPatch
 
 def scraped(here: Recorder) -> str:
     registry = CollectorRegistry()
-    registry.register(TaichiCollector(SimpleNamespace(scheduler=here.scheduler, recorder=here)))  # type: ignore[arg-type]
+    cluster = SimpleNamespace(engines=[])
+    system: Any = SimpleNamespace(scheduler=here.scheduler, recorder=here, cluster=cluster)
+    registry.register(TaichiCollector(system))
     return generate_latest(registry).decode()
 
 

@@ -50,6 +50,7 @@ class ClusterClient(Everywhere):
         self.engine_ranks_managed = [engine.index for engine in cluster.engines]
         self.outputs = outputs
         self.names = Names()
+        self.coming: set[str] = set()  # requests whose prompts are being hashed
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The users' outputs of one step of one instance."""
@@ -57,12 +58,20 @@ class ClusterClient(Everywhere):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Give a request to the cluster; the scheduler decides where it goes."""
-        self.names.note(request.request_id, request.external_req_id or request.request_id)
-        self.cluster.accept(request)
+        request_id = request.request_id
+        self.names.note(request_id, request.external_req_id or request_id)
+        self.coming.add(request_id)
+        try:
+            blocks = await self.cluster.blocks(request)
+            if request_id in self.coming:  # else it was ended while a long prompt was hashed
+                self.cluster.accept(request, blocks)
+        finally:
+            self.coming.discard(request_id)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """End requests wherever they are: because the client left, or because a stop string was found."""
         for request_id in request_ids:
+            self.coming.discard(request_id)
             self.cluster.abandon(request_id, cancelled=_cancelling.get())
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -129,13 +138,11 @@ class ClusterLLM(async_llm.AsyncLLM):
     def reject_rest(self) -> None:
         """End every request that is still open, with what it has got."""
         core: ClusterClient = self.engine_core
-        for journey in list(core.cluster.journeys.values()):
-            core.outputs.put_nowait(
-                EngineCoreOutputs(
-                    outputs=[EngineCoreOutput(journey.id, [], finish_reason=FinishReason.ABORT)]
-                )
-            )
-            core.cluster.abandon(journey.id, cancelled=True)
+        for request_id in [*core.cluster.journeys, *core.coming]:
+            end = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ABORT)
+            core.outputs.put_nowait(EngineCoreOutputs(outputs=[end]))
+            core.coming.discard(request_id)
+            core.cluster.abandon(request_id, cancelled=True)
 
     async def drained(self, timeout: float) -> bool:
         """Wait until nothing is open, at most `timeout` seconds; says whether that came true."""

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from taichi_serve.messages import Move, Outcome
+from taichi_serve.scheduling.counters import PrefixTokens
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.record import Recorder
@@ -35,6 +36,8 @@ class TaichiCollector(Collector):
             (_instances, scheduler),
             (_predictions, scheduler.accuracy),
             (_backflow, scheduler.counters),
+            (_prefixes, scheduler),
+            (_cached, self._system),
         )
         trouble = recorder.trouble
         for part, of in parts:
@@ -102,6 +105,26 @@ def _backflow(counters: Counters) -> Iterator[Metric]:
     reading = GaugeMetricFamily("taichi_backflow_reading", "1 for what the rate says", labels=["reading"])
     reading.add_metric([counters.reading], 1.0)
     yield reading
+
+
+def _prefixes(scheduler: GlobalScheduler) -> Iterator[Metric]:
+    """Prompt tokens that were believed to be cached where their prompt was placed, and those that were."""
+    found = CounterMetricFamily(
+        "taichi_prefix_tokens", "Prompt tokens found in prefix caches", labels=["engine", "of"]
+    )
+    for number, name in enumerate(scheduler.instances):
+        tokens = scheduler.counters.prefixes.get(name, PrefixTokens())
+        found.add_metric([str(number), "predicted"], tokens.predicted)
+        found.add_metric([str(number), "actual"], tokens.actual)
+    yield found
+
+
+def _cached(system: System) -> Iterator[Metric]:
+    """What the prefix caches hold."""
+    blocks = GaugeMetricFamily("taichi_cached_blocks", "Blocks in the prefix cache", labels=["engine"])
+    for engine in system.cluster.engines:
+        blocks.add_metric([str(engine.index)], engine.cached_blocks)
+    yield blocks
 
 
 @contextlib.contextmanager

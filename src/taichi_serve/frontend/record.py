@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -77,6 +78,8 @@ class Recorder:
             self.prefill_tokens[event.instance] += event.prefill_tokens
         else:
             self._count(event)
+        if type(event) is Arrived and event.blocks:  # thousands of numbers that say nothing to a reader
+            event = replace(event, blocks=())
         for request, part in parts(event, commands):
             self._history(request).append(part)
             if isinstance(part, Decode | Flow):

@@ -100,8 +100,9 @@ def _system(
 ) -> System:
     cluster, keeper = instances.cluster, instances.keeper
     capacities = {engine.name: engine.kv_capacity for engine in cluster.engines}
+    block_size = cluster.hasher.block_size if cluster.hasher is not None else 0
     scheduler = GlobalScheduler(
-        flags.sliders(args), flags.slo(args), predictor, flags.policy(args), capacities
+        flags.sliders(args), flags.slo(args), predictor, flags.policy(args), capacities, block_size
     )
     config = cluster.engines[0].client.vllm_config
     written = _event_log(args.event_log)

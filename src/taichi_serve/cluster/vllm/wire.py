@@ -27,12 +27,10 @@ from typing import Any, NamedTuple, TypedDict
 
 import msgspec
 
-# Key of our entry in SamplingParams.extra_args, and in SchedulerStats.kv_connector_stats.
-KEY = "taichi"
-# The stop reason of a leg that ended because the request goes on elsewhere. Users never see it.
-LEFT = "taichi:left"
-# The stop reason of a leg whose KV could not be read within its first step.
-UNREAD = "taichi:unread"
+KEY = "taichi"  # of our entry in SamplingParams.extra_args, and in SchedulerStats.kv_connector_stats
+LEFT = "taichi:left"  # stop reason of a leg that ended because the request goes on elsewhere: no user sees it
+UNREAD = "taichi:unread"  # stop reason of a leg whose KV could not be read within its first step
+HASH_BYTES = 8  # of each hash of a block its first are told: an unsigned little-endian number
 
 # ------------------------------------------------------------------------------------------ server to core
 
@@ -90,6 +88,7 @@ class Call(StrEnum):
     are those of legs; one that is not there is no error."""
 
     ARRIVE = "taichi_arrive"  # (leg, tokens since) -> bool: copied ahead, it left; False: not to be had
+    CACHED = "taichi_cached"  # (how hashes begin) -> tokens of a block, whose hashes are told; or why not
     CHUNK = "taichi_chunk"  # (tokens)
     DROP = "taichi_drop"  # (leg) -> True, once nothing is read for it here any more, however long that takes
     FETCHED = "taichi_fetched"  # (leg, blocks): so many from the first one on are here, and no more will come
@@ -125,6 +124,14 @@ class News(NamedTuple):
     blocks: list[int]
 
 
+class Caching(NamedTuple):
+    """Hashes that the prefix cache stored and removed since the last record; `reset`: no others are there."""
+
+    stored: bytes
+    removed: bytes = b""
+    reset: bool = False
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """One step of an engine. `moved_in` and `news` are by the ids of legs."""
 
@@ -135,6 +142,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     kv_tokens: int  # blocks in use times block size
     moved_in: dict[str, MovedIn] = {}
     news: dict[str, News] = {}
+    cached: Caching | None = None
 
 
 # --------------------------------------------------------------------------------------- core and its workers

@@ -478,6 +478,8 @@ class World:
             self._patience_ends(job)
         elif what < 0.1604:
             self.lose(index)
+        elif what < 0.17 and not one.dead and one.scheduler.reset_prefix_cache():
+            self.seen["reset"] += 1
 
     def _patience_ends(self, job: Job) -> None:
         move = job.move
@@ -503,6 +505,8 @@ class World:
             if one.used() or one.scheduler.requests:
                 names = {n: r.status.name for n, r in one.scheduler.requests.items()}
                 found.append(f"i{one.index} still has {one.used()} blocks, {names}, {one.held}")
+            if one.believed != one.cached():
+                found.append(f"i{one.index} is idle and has not told what its cache holds")
             books = {"reads": len(one.scheduler._reads), "pins": len(one.scheduler._pins._blocks)}
             books |= {"arrivals": len(one.scheduler._arrivals), "pulled": len(one.scheduler._side.pulled)}
             books |= {"asked": len(one.scheduler.prefixes._asked), "to fetch": len(one.scheduler.fetches)}

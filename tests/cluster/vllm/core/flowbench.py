@@ -27,9 +27,10 @@ pytest.importorskip("vllm")
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -37,7 +38,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from taichi_serve.cluster.vllm.args import engine_config
 from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
-from taichi_serve.cluster.vllm.wire import Given, Marks, Return, direct_marker
+from taichi_serve.cluster.vllm.server.facts import hashes
+from taichi_serve.cluster.vllm.wire import KEY, Caching, Given, Marks, Return, direct_marker
 from taichi_serve.tiny import cached_tiny_model
 
 BLOCK = 16
@@ -121,6 +123,16 @@ def scheduler(
     made.chunk = chunk
     made.use_v2_model_runner = v2
     return made
+
+
+def first_hash() -> str:
+    """What hashes begin with here."""
+    return kv_cache_utils.NONE_HASH.hex()
+
+
+def told(block_hash: bytes) -> int:
+    """A hash as it is told."""
+    return int.from_bytes(block_hash[:8], "little")
 
 
 def reads_directly(reader: int, source: int, yes: bool) -> None:
@@ -294,6 +306,9 @@ class Instance:
     ) -> None:
         self.index, self.chance, self.streams, self.overlap = index, chance, streams, overlap
         self.scheduler = scheduler(index, overlap=overlap, **shape)
+        assert self.scheduler.cached.follow(first_hash()) == BLOCK
+        self.told: list[Caching] = []
+        self.believed: set[int] = set()  # to be in its cache, by all that it told
         self.peers: dict[int, Instance] = {}
         self.dead = False
         self.stuck = False  # reads beside the steps do not end
@@ -349,7 +364,31 @@ class Instance:
             self.worked = output, self._work(output, sights)
         (output, made), self.worked = self.worked, None
         found = self.scheduler.update_from_output(output, made)
+        self._hear(found)
         return [one for outputs in found.values() for one in outputs.outputs]
+
+    def _hear(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """What the record says of the cache is what the cache holds."""
+        records = [one.scheduler_stats.kv_connector_stats for one in outputs.values() if one.scheduler_stats]
+        caching = next((stats[KEY].cached for stats in records if stats and KEY in stats), None)
+        if caching is not None:
+            self.told.append(caching)
+            stored, removed = hashes(caching.stored), hashes(caching.removed)
+            if (
+                twice := (set(stored) & (set() if caching.reset else self.believed))
+                | set(removed) - self.believed
+            ):
+                self.faults.append(f"told once too often: {twice}")
+            if removed:
+                self._count("evicted")
+            self.believed = ((set() if caching.reset else self.believed) | set(stored)) - set(removed)
+        if self.believed != self.cached():
+            self.faults.append(f"believed and cached differ in {self.believed ^ self.cached()}")
+
+    def cached(self) -> set[int]:
+        """Hashes that a request would find."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return {told(key) for key in pool.cached_block_hash_to_block._cache}
 
     def _sight(self, leg: str, tokens: int) -> tuple[int, int, list[int], bool]:
         """How the step sees it: tokens with KV, tokens to compute, blocks, whether more prompt follows."""

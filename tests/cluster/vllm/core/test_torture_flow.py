@@ -1,5 +1,6 @@
 """Whatever is read, fails, is late, dropped, aborted or preempted, in any order: no wrong token, nobody waits
-for ever, no block is lost, and none is given away while it is written into."""
+for ever, no block is lost, none is given away while it is written into, and every step tells what is cached.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ def test_nothing_that_can_happen_between_instances_makes_a_wrong_token(batch: in
         "found later",
         "fetch begun anew",
         "went without",
+        "reset",
+        "evicted",
     ):
         assert seen[what] > 0, what
 

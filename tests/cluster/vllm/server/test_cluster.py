@@ -29,12 +29,14 @@ from taichi_serve.messages import (
     Abort,
     Ahead,
     Arrived,
+    Cached,
     Cancelled,
     Decode,
     Event,
     Finished,
     Flow,
     Flowed,
+    Joined,
     Lost,
     Move,
     Outcome,
@@ -42,6 +44,7 @@ from taichi_serve.messages import (
     Prefilled,
     Refused,
     SetChunk,
+    Stepped,
 )
 from taichi_serve.sliders import Kind
 
@@ -65,6 +68,7 @@ class Told:
         model_config = SimpleNamespace(max_model_len=100)
 
     dead = False
+    kv_capacity = 1000
 
     def __init__(self) -> None:
         self.added: list[EngineCoreRequest] = []
@@ -140,12 +144,12 @@ class Two:
             self.engines, lambda outputs: self.got.extend(outputs.outputs), move_timeout
         )
 
-    def ask(self, **params: Any) -> None:
+    def ask(self, *blocks: int, **params: Any) -> None:
         """Request `a`: 3 prompt tokens, at most 10 out."""
-        self.cluster.accept(self.request(**params))
+        self.cluster.accept(self.request(**params), blocks)
 
     def request(self, **params: Any) -> EngineCoreRequest:
-        """As the front end makes it."""
+        """It, as the front end gives it."""
         return EngineCoreRequest(
             request_id="a",
             prompt_token_ids=[1, 2, 3],
@@ -760,3 +764,76 @@ async def test_a_token_on_its_way_to_its_user_enters_each_file_at_most_twice(two
     assert two.tokens == [50, 51]
     assert entered
     assert max(Counter(entered).values()) <= 2
+
+
+# -------------------------------------------------------------------------------------- what instances cache
+
+
+def of_hashes(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(8, "little") for number in numbers)
+
+
+def knowing(two: Two) -> str:
+    """The cluster can hash prompts; what its hashes begin with."""
+    two.cluster.hasher = SimpleNamespace(first="f1")  # type: ignore[assignment]
+    return "f1"
+
+
+async def test_what_a_step_cached_is_told_before_the_step(two: Two) -> None:
+    two.stepped(0, [1.0, 0.1, 16, 0, 16, {}, {}, [of_hashes(5, 2**64 - 1), of_hashes(3), False]])
+    cached, stepped = two.facts()
+    assert cached == Cached(cached.at, "i0", (5, 2**64 - 1), (3,))
+    assert isinstance(stepped, Stepped)
+    assert stepped.at == cached.at
+
+
+async def test_a_step_in_which_nothing_was_computed_may_tell_of_the_cache_all_the_same(two: Two) -> None:
+    two.stepped(0, [1.0, 0.1, 0, 0, 0, {}, {}, [b"", b"", True]])
+    (fact,) = two.facts()
+    assert fact == Cached(fact.at, "i0", reset=True)
+
+
+async def test_blocks_are_counted(two: Two) -> None:
+    for cached, count in (
+        ([of_hashes(1, 2, 3), b"", False], 3),
+        ([of_hashes(4), of_hashes(1, 2), False], 2),
+        ([of_hashes(7), b"", True], 1),
+        (None, 1),
+    ):
+        two.stepped(0, [1.0, 0.1, 16, 0, 16, {}, {}, cached])
+        assert two.engines[0].cached_blocks == count
+    assert two.engines[1].cached_blocks == 0
+
+
+async def test_facts_begin_with_all_that_is_cached(two: Two) -> None:
+    first = knowing(two)
+    two.cluster.open()
+    assert [client.told for client in two.clients] == [[("taichi_cached", first)]] * 2
+
+
+async def test_one_that_comes_back_tells_all_that_it_cached_while_it_was_warmed(two: Two) -> None:
+    first = knowing(two)
+    old = two.engines[1]
+    two.cluster.lose(old, "killed")
+    new = Engine(1, "i1", old.process, Told(), old.copiers, Kind.D_HEAVY, 256)  # type: ignore[arg-type]
+    record = [1.0, 0.1, 16, 0, 16, {}, {}, [of_hashes(1), b"", True]]
+    two.cluster.receive(
+        new, EngineCoreOutputs(scheduler_stats=SchedulerStats(kv_connector_stats={KEY: record}))
+    )
+    assert new.client.told == []  # type: ignore[attr-defined]
+    two.cluster.join(new)
+    assert new.client.told == [("taichi_cached", first)]  # type: ignore[attr-defined]
+    assert [type(fact) for fact in two.facts()] == [Lost, Joined]
+
+
+async def test_nobody_is_asked_where_hashes_would_say_nothing(two: Two) -> None:
+    two.cluster.open()
+    assert two.clients[0].told == []
+    assert await two.cluster.blocks(two.request()) == ()
+
+
+async def test_hashes_of_a_prompt_arrive_with_it(two: Two) -> None:
+    two.ask(5, 6)
+    (arrived,) = two.facts()
+    assert isinstance(arrived, Arrived)
+    assert arrived.blocks == (5, 6)

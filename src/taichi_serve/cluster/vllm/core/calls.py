@@ -70,6 +70,11 @@ def taichi_arrive(core: EngineCore, request_id: str, tokens: list[int]) -> bool:
     return _scheduler(core).arrive(request_id, tokens)
 
 
+def taichi_cached(core: EngineCore, first: str) -> int | str:
+    """Utility call: see CachedBlocks.follow."""
+    return _scheduler(core).cached.follow(first)
+
+
 def taichi_chunk(core: EngineCore, chunk: int) -> None:
     """Utility call: at most `chunk` prompt tokens in each step from the next one on."""
     _scheduler(core).chunk = chunk
@@ -82,6 +87,7 @@ def taichi_settle(core: EngineCore) -> None:
 
 CALLS = {
     Call.ARRIVE: taichi_arrive,
+    Call.CACHED: taichi_cached,
     Call.CHUNK: taichi_chunk,
     Call.DROP: taichi_drop,
     Call.FETCHED: taichi_fetched,

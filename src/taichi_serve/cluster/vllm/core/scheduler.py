@@ -22,6 +22,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
+from taichi_serve.cluster.vllm.core.cached import CachedBlocks
 from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
 from taichi_serve.cluster.vllm.core.fetches import Fetches
 from taichi_serve.cluster.vllm.core.flight import Flight
@@ -77,6 +78,7 @@ class FlowScheduler(AsyncScheduler):
         self._grammars = Grammars(self.structured_output_manager)
         self.fetches = Fetches(self, self._reads)
         self.prefixes = Prefixes(self.kv_cache_manager, self._pins, self._steps, self.stays)
+        self.cached = CachedBlocks(self)
         directory = self._side.directory
         self._flight = Flight(flight_file(directory, self._side.engine_id)) if directory else None
 
@@ -287,7 +289,7 @@ class FlowScheduler(AsyncScheduler):
             return stats
         here = (self.requests[i] for i in self._in_step if i in self.requests)  # looked at for prompts only
         news = self._pins.news(r for r in here if not r.is_finished()) if step.prefill_tokens else {}
-        record = step.told(self._stepped_at, self._held_tokens(), news)
+        record = step.told(self._stepped_at, self._held_tokens(), news, self.cached.take())
         if step.prefill_tokens or step.decodes:
             self._stepped_at = record.made
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}

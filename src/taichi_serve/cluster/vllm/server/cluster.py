@@ -12,6 +12,7 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from taichi_serve.cluster.vllm.server import facts, figures
 from taichi_serve.cluster.vllm.server.acts import Seat
+from taichi_serve.cluster.vllm.server.blocks import Hasher
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.exact import bound_by
 from taichi_serve.cluster.vllm.server.hands import Hands
@@ -62,6 +63,7 @@ class VllmCluster:
         self._caching = bool(engines and engines[0].client.vllm_config.cache_config.enable_prefix_caching)
         self._prefilled: list[PrefillStats] = []  # of requests whose first tokens came with these outputs
         self.stays: str | None = None  # why no request of this model can move
+        self.hasher: Hasher | None = None  # None: nobody knows what is cached
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.hands = Hands(self.tell, self._fail, move_timeout, later)
         self.journeys = self.hands.journeys
@@ -103,6 +105,7 @@ class VllmCluster:
         self._events = asyncio.Queue()
         for engine in self.engines:
             engine.recomputed_late = 0
+            engine.follow(self.hasher)
 
     def close(self) -> None:
         """No more facts."""
@@ -114,7 +117,11 @@ class VllmCluster:
 
     # ------------------------------------------------------------------------------ from the front end
 
-    def accept(self, request: EngineCoreRequest) -> None:
+    async def blocks(self, request: EngineCoreRequest) -> tuple[int, ...]:
+        """Hashes of the full blocks of a prompt, as instances tell them; none where nobody would."""
+        return () if self.hasher is None else await self.hasher.of(request)
+
+    def accept(self, request: EngineCoreRequest, blocks: tuple[int, ...] = ()) -> None:
         """A new request of a user."""
         why = bound_by(request, self._v2) or self.stays
         journey = self._set_out(request, why is None)
@@ -127,6 +134,7 @@ class VllmCluster:
                 max_tokens=(params.max_tokens if params is not None else 1) or 1,
                 movable=why is None,
                 bound_by=why,
+                blocks=blocks,
             )
         )
 
@@ -184,9 +192,10 @@ class VllmCluster:
             return
         now = time.monotonic()
         engine.heard_at = now
-        if (step := facts.stepped(engine, outputs, now)) is not None:
+        if told := facts.told(engine, outputs, now):
             if self._joined[engine.name] is engine:
-                self.tell(step)
+                for fact in told:
+                    self.tell(fact)
             self._take_news(engine)
         outputs.outputs = [output for output in outputs.outputs if self._kept(engine, output, now)]
         outputs.engine_index = engine.index
@@ -279,6 +288,7 @@ class VllmCluster:
         """A new incarnation, warm and empty, takes the place of one that was lost."""
         self.engines[engine.index] = self._joined[engine.name] = engine
         self.tell(Joined(time.monotonic(), engine.name, engine.kv_capacity))
+        engine.follow(self.hasher)  # what it cached while it was warmed has been told to nobody
 
     def silence(self, engine: Engine, on: bool) -> None:
         """An instance does not answer, or answers again."""

@@ -17,6 +17,7 @@ from taichi_serve.sliders import Kind
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
+    from taichi_serve.cluster.vllm.server.blocks import Hasher
     from taichi_serve.cluster.vllm.server.journey import Journey
 
 
@@ -42,6 +43,7 @@ class Engine:
     made_at: float = 0.0  # when its last step was done, by its own word
     moved_in: dict[str, MovedIn] = field(default_factory=dict)  # of its last step
     news: dict[str, News] = field(default_factory=dict)  # of its last step
+    cached_blocks: int = 0  # of its prefix cache, by what it told
     recomputed_late: int = 0  # legs whose KV did not come in time
 
     @property
@@ -69,6 +71,11 @@ class Engine:
         """Prompt tokens per step from now on."""
         self.kind, self.chunk = command.kind, command.chunk
         self.client.tell(Call.CHUNK, command.chunk)
+
+    def follow(self, hasher: Hasher | None) -> None:
+        """Have it tell what is in its prefix cache, from the beginning; nobody asks where hashes differ."""
+        if hasher is not None:
+            self.client.tell(Call.CACHED, hasher.first)
 
     # ---------------------------------------------------------------------------------------- its legs
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from taichi_serve.cluster.vllm.server.passage import Times
-from taichi_serve.cluster.vllm.wire import KEY, MovedIn, Record
-from taichi_serve.messages import Flowed, Prefilled, Stepped, Timeline
+from taichi_serve.cluster.vllm.wire import HASH_BYTES, KEY, Caching, MovedIn, Record
+from taichi_serve.messages import Cached, Flowed, Prefilled, Stepped, Timeline
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -17,31 +18,48 @@ if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.journey import Journey
 
 
-def stepped(engine: Engine, outputs: EngineCoreOutputs, now: float) -> Stepped | None:
-    """The step that these outputs are of; None where nothing was computed in it. Takes our record out of
-    them."""
+def told(engine: Engine, outputs: EngineCoreOutputs, now: float) -> list[Cached | Stepped]:
+    """What the record of a step says, if these outputs have one: what its prefix cache holds since, and the
+    step, if anything was computed in it. Takes the record out of them."""
     stats = outputs.scheduler_stats
     record = stats.kv_connector_stats.pop(KEY, None) if stats and stats.kv_connector_stats else None
     if record is None or stats is None:
-        return None
+        return []
     stats.kv_connector_stats = stats.kv_connector_stats or None
     step = msgspec.convert(record, Record)
     engine.made_at, engine.moved_in, engine.news = step.made, step.moved_in, step.news
     engine.holds(step.kv_tokens, step.made)
     engine.running, engine.waiting = stats.num_running_reqs, stats.num_waiting_reqs
-    if not (step.prefill_tokens or step.decodes):
-        return None
-    missed = engine.residents.keys() - {output.request_id for output in outputs.outputs}
-    return Stepped(
-        at=now,
-        instance=engine.name,
-        seconds=step.seconds,
-        prefill_tokens=step.prefill_tokens,
-        decodes=step.decodes,
-        kv_tokens=step.kv_tokens,
-        waiting=engine.waiting,
-        missed=tuple(engine.residents[i] for i in missed),
-    )
+    found: list[Cached | Stepped] = []
+    if step.cached is not None:
+        found.append(_cached(engine, step.cached, now))
+    if step.prefill_tokens or step.decodes:
+        missed = engine.residents.keys() - {output.request_id for output in outputs.outputs}
+        found.append(
+            Stepped(
+                at=now,
+                instance=engine.name,
+                seconds=step.seconds,
+                prefill_tokens=step.prefill_tokens,
+                decodes=step.decodes,
+                kv_tokens=step.kv_tokens,
+                waiting=engine.waiting,
+                missed=tuple(engine.residents[i] for i in missed),
+            )
+        )
+    return found
+
+
+def _cached(engine: Engine, caching: Caching, now: float) -> Cached:
+    fact = Cached(now, engine.name, hashes(caching.stored), hashes(caching.removed), caching.reset)
+    before = 0 if fact.reset else engine.cached_blocks
+    engine.cached_blocks = before + len(fact.stored) - len(fact.removed)
+    return fact
+
+
+def hashes(packed: bytes) -> tuple[int, ...]:
+    """Hashes of blocks, out of the bytes that are told of them."""
+    return struct.unpack(f"<{len(packed) // HASH_BYTES}Q", packed)
 
 
 def began(

@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.server.blocks import agreed
 from taichi_serve.cluster.vllm.server.clock import Patience
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.devices import environments
@@ -72,6 +73,7 @@ async def fleet(
         engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], say)
         cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
         cluster.stays = await _stays(engines[0], say)
+        cluster.hasher = await agreed(engines, say)
         supervisor = Supervisor([engine.name for engine in engines], args.restarts)
         keeper = Keeper(cluster, launcher, supervisor, Quarantine(), Told(say, deliver))
         watch = Watch(lambda: cluster.engines, patience, args.stall_timeout, keeper)

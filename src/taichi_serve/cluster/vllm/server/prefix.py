@@ -6,24 +6,21 @@ another prompt that has it, too.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from vllm.config import CacheConfig
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.engine import EngineCoreRequest
 
+from taichi_serve.cluster.vllm.server.blocks import block_hashes
 from taichi_serve.cluster.vllm.server.fetching import Prefix
 from taichi_serve.cluster.vllm.server.figures import looks_up
 
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.messages import Prefill
-
-AT_ONCE = 128  # blocks that are hashed before others have their turn
 
 
 def to_fetch(request: EngineCoreRequest, command: Prefill, known: Mapping[str, Engine]) -> Prefix | None:
@@ -43,13 +40,4 @@ async def prefix_hashes(request: EngineCoreRequest, blocks: int, cache: CacheCon
     function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
     if not hasattr(kv_cache_utils, "NONE_HASH"):
         kv_cache_utils.init_none_hash(function)
-    tokens, size = request.prompt_token_ids or [], cache.block_size
-    found: list[BlockHash] = []
-    picture = 0
-    for number in range(min(blocks, len(tokens) // size)):
-        if number and number % AT_ONCE == 0:
-            await asyncio.sleep(0)
-        begin, end = number * size, (number + 1) * size
-        extra, picture = generate_block_hash_extra_keys(cast(Any, request), begin, end, picture)
-        found.append(hash_block_tokens(function, found[-1] if found else None, tokens[begin:end], extra))
-    return cast(list[bytes], found)
+    return cast(list[bytes], await block_hashes(request, blocks, cache.block_size, function))

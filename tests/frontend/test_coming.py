@@ -1,0 +1,72 @@
+"""A request whose long prompt is still being hashed can be ended like any other."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from taichi_serve.frontend.client import ClusterClient
+
+
+class Cluster:
+    """One that hashes as long as it is told to."""
+
+    engines: tuple[Any, ...] = ()
+
+    def __init__(self) -> None:
+        self.hashing, self.hashed = asyncio.Event(), asyncio.Event()
+        self.accepted: list[tuple[str, tuple[int, ...]]] = []
+        self.abandoned: list[str] = []
+
+    async def blocks(self, request: Any) -> tuple[int, ...]:
+        self.hashing.set()
+        await self.hashed.wait()
+        return (5, 6)
+
+    def accept(self, request: Any, blocks: tuple[int, ...]) -> None:
+        self.accepted.append((request.request_id, blocks))
+
+    def abandon(self, request_id: str, cancelled: bool) -> None:
+        self.abandoned.append(request_id)
+
+
+REQUEST: Any = SimpleNamespace(request_id="a", external_req_id="a")
+
+
+async def coming() -> tuple[Cluster, ClusterClient, asyncio.Task[None]]:
+    """Request `a` is being hashed."""
+    cluster: Any = Cluster()
+    client = ClusterClient(cluster, asyncio.Queue())
+    adding = asyncio.create_task(client.add_request_async(REQUEST))
+    await cluster.hashing.wait()
+    return cluster, client, adding
+
+
+async def test_it_is_accepted_with_its_hashes() -> None:
+    cluster, client, adding = await coming()
+    assert cluster.accepted == []
+    cluster.hashed.set()
+    await adding
+    assert cluster.accepted == [("a", (5, 6))]
+    assert client.coming == set()
+
+
+async def test_it_is_never_accepted_when_it_was_ended_meanwhile() -> None:
+    cluster, client, adding = await coming()
+    await client.abort_requests_async(["a"])
+    cluster.hashed.set()
+    await adding
+    assert cluster.accepted == []
+
+
+async def test_it_is_forgotten_when_its_client_leaves() -> None:
+    cluster, client, adding = await coming()
+    adding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    assert (cluster.accepted, client.coming) == ([], set())
