@@ -97,6 +97,7 @@ def test_runs_of_several_seeds_are_one_tally():
     assert (whole.sent, whole.good, whole.steps) == tuple(
         sum(getattr(run, name) for run in runs) for name in ("sent", "good", "steps")
     )
+    assert whole.prompt_tokens == 100 * 1000
     assert whole.ttft.count == 100
     assert whole.ttft.mean == pytest.approx((runs[0].ttft.mean + runs[1].ttft.mean) / 2)
     assert whole.ttft.quantile(1.0) == max(run.ttft.quantile(1.0) for run in runs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from taichi_serve.bench.bracket import Bracket
@@ -20,6 +20,7 @@ from taichi_serve.search.goodput import TARGET, Contender
 
 STEP = 1.04  # from a guess to the rate after it; further steps are larger
 WIDEST = 1.5  # no rate is tried beyond so many times the bracket for the sake of single seeds
+TIMES = "first_at", "last_at"  # of a tally: no counts
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,17 @@ def climb(
 
 
 def together(runs: Sequence[Tally]) -> Tally:
-    """Several runs as if they had followed each other."""
+    """Several runs as if they had followed each other: whatever they count is added."""
     whole = Tally()
     for run in runs:
-        for name in ("sent", "done", "good", "bad", "steps"):
-            setattr(whole, name, getattr(whole, name) + getattr(run, name))
-        _add(whole.moves, run.moves)
-        _add(whole.busy, run.busy)
-        for ours, theirs in ((whole.ttft, run.ttft), (whole.tpot, run.tpot), (whole.gap, run.gap)):
-            _join(ours, theirs)
+        for name in (one.name for one in fields(Tally) if one.name not in TIMES):
+            ours, theirs = getattr(whole, name), getattr(run, name)
+            if isinstance(ours, Histogram):
+                _join(ours, theirs)
+            elif isinstance(ours, dict):
+                _add(ours, theirs)
+            else:
+                setattr(whole, name, ours + theirs)
         whole.last_at += run.last_at - run.first_at
     return whole
 
