@@ -118,7 +118,7 @@ def documents(count: int, seed: int, model: str = "tiny", kinds: tuple[str, ...]
 
 def _json(text: str) -> bool:
     try:
-        json.loads(text)
+        json.loads(text, strict=False)  # xgrammar lets control characters into a text
     except ValueError:
         return False
     return True
