@@ -184,7 +184,7 @@ async def test_documents_of_a_killed_instance_are_finished_elsewhere_as_they_wou
         answers = await asyncio.gather(*tasks)
     assert wrong(answers, reference) == []
     assert settled(three)["moves"]["rescue"] > 0
-    await until(lambda: is_up(three, "i2", restarts + 1), BACK_SECONDS, "i2 is back")
+    await until(lambda: is_up(three, "i2", restarts + 1), 2 * BACK_SECONDS, "i2 is back")
 
 
 async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_the_server_fails(
