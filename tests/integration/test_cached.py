@@ -21,7 +21,7 @@ from taichi_serve import eventlog
 from taichi_serve.bench.client import stream
 from taichi_serve.messages import Arrived, Cached, Lost, Prefilled
 
-BLOCK = 16
+BLOCK = 32  # a CPU instance takes multiples of it
 KV_BYTES = 3 << 20  # about 1,500 tokens
 FLAGS = (
     *("--p-heavy", "1", "--d-heavy", "1", "--p-chunk", "256", "--d-chunk", "64", "--block-size", str(BLOCK)),
@@ -171,5 +171,5 @@ async def test_what_is_told_of_prefix_caches_is_what_prompts_find(small: tuple[S
     ]
     assert counted == {"predicted": sum(here.known), "actual": sum(here.found)}
     assert sum(here.found) > 2000, "prompts found much"
-    assert here.removed > 100, "and much was evicted"
+    assert here.removed > 40, "and much was evicted"
     assert here.resets == 5  # two at the start, two by hand, one that came back
