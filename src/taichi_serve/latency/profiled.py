@@ -56,9 +56,9 @@ class Profiled:
         self.usual = Average()  # seconds observed over predicted, of all steps of all instances
         self.now = 0.0  # when the last step of any instance ended
         self.gaps: dict[tuple[Kind, Kind], Average] = {}
-        # Seconds that copying takes and seconds for each token of it, by whether either end is P-heavy: asked
-        # for every instance at every arrival, and changed once a move.
-        self._copying: dict[tuple[bool, bool], tuple[float, float]] = {}
+        # The link and how much slower it was of late, by whether either end is P-heavy: asked for every
+        # instance at every arrival, and changed once a move.
+        self._copying: dict[tuple[bool, bool], tuple[Transfer, float]] = {}
 
     @classmethod
     def of(cls, profile: Profile) -> Profiled:
@@ -137,10 +137,9 @@ class Profiled:
         known = self._copying.get(ends)
         if known is None:
             pair = source.kind, target.kind
-            link, bias = self.transfers.get(pair, UNMEASURED), self._gap_bias(pair)
-            per_token = (link.seconds(self.bytes_per_token) - link.latency) * bias
-            known = self._copying[ends] = link.latency * bias, per_token
-        return known[0] + known[1] * kv_tokens
+            known = self._copying[ends] = self.transfers.get(pair, UNMEASURED), self._gap_bias(pair)
+        link, bias = known
+        return link.seconds(kv_tokens * self.bytes_per_token) * bias
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Compare a step with its prediction; `instance` is as it was before the step."""
