@@ -5,7 +5,7 @@
 Stages, each with a server of its own and a file of its own (prefix-STAGE.json):
 
     link     TTFT of prompts whose first 4,000 and 16,000 tokens another instance has, against prompts of that
-             length that nobody has, and those that the instance itself has; on the P-heavy and on a D-heavy one
+             length that nobody has, and those that the instance itself has; on the P-heavy and a D-heavy one
     fetch, known, blind
              conversations at a fixed rate with `--prefixes` so
     stock    the same on four servers of vLLM's own, one after the other in turn
