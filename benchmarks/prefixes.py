@@ -1,6 +1,6 @@
 """What knowing prefix caches is worth: conversations on three real instances, and on stock vLLM, in turn.
 
-    python benchmarks/prefixes.py [--pairs 5] [--requests 200] [--rate 3] [--kinds blind,known,fetch,stock,one]
+    python benchmarks/prefixes.py [--pairs 5] [--requests 200] [--rate 3] [--kinds blind,known,...]
 
 `blind`, `known` and `fetch` are `taichi serve --d-heavy 3 --prefixes ...`, `stock` is vLLM's own server with
 `--data-parallel-size 3`, and `one` is one instance with three times the KV: what caches could have at most.
@@ -138,9 +138,8 @@ def report(rounds: Sequence[dict[str, Row]]) -> list[str]:
         predicted, actual = (sum(row[of] for row in rows) for of in ("predicted", "actual"))
         if predicted and actual:
             off = abs(predicted - actual) / actual
-            said[-1] += (
-                f", predicted {predicted:.0f} of {actual:.0f} cached tokens: {off:.2%} off{verdict(off, EXACT)}"
-            )
+            found = f"{predicted:.0f} of {actual:.0f} cached tokens"
+            said[-1] += f", predicted {found}: {off:.2%} off{verdict(off, EXACT)}"
     for over, under, most in COMPARED:
         if over in kinds and under in kinds:
             ratios = [each[over]["ttft_p50"] / each[under]["ttft_p50"] for each in rounds]
