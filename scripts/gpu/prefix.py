@@ -65,7 +65,7 @@ RATE = float(os.environ.get("TAICHI_RATE", "1" if REHEARSAL else "8"))  # reques
 TRAFFIC = Traffic(
     "conversations:share=0.8,think=5,system=200,message=60,answer=12,result=100,call=8"
     if REHEARSAL
-    else "conversations:share=0.8",
+    else "conversations:share=0.85",
     RATE,
     counted=12 if REHEARSAL else 540,
     warm_up=4 if REHEARSAL else 60,

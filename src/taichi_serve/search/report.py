@@ -60,7 +60,6 @@ def config(scene: Scene, contender: Contender) -> dict[str, Any]:
         "tpot_margin": policy.tpot_margin,
         "watermark": policy.watermark,
         "alpha": policy.alpha,
-        "prefixes": scene.prefixes,
     }
 
 
