@@ -57,7 +57,7 @@ from taichi_serve.tiny import cached_tiny_model
 REHEARSAL = bool(os.environ.get("TAICHI_REHEARSAL"))
 ENOUGH = 540.0  # seconds for all stages of one call
 SIZES = (512, 2048) if REHEARSAL else (4000, 16000)
-ROUNDS = 2 if REHEARSAL else 8
+ROUNDS = 2 if REHEARSAL else 6
 MORE = 64  # prompt tokens behind the prefix
 LIMIT = 4096 if REHEARSAL else 20480
 INSTANCES = 2 if REHEARSAL else 4
@@ -245,11 +245,11 @@ async def compiled(url: str) -> None:
 # Stages in the order of their worth, with the seconds that one takes at most, about.
 LOAD = (TRAFFIC.counted + TRAFFIC.warm_up) / RATE + 40
 STAGES = {
-    "link": (linked, 150.0),
-    "fetch": (lambda out: conversed("fetch", out), 60.0 + LOAD),
-    "blind": (lambda out: conversed("blind", out), 60.0 + LOAD),
-    "known": (lambda out: conversed("known", out), 60.0 + LOAD),
-    "stock": (stock, 80.0 + LOAD),
+    "link": (linked, 220.0),
+    "fetch": (lambda out: conversed("fetch", out), 80.0 + LOAD),
+    "blind": (lambda out: conversed("blind", out), 80.0 + LOAD),
+    "known": (lambda out: conversed("known", out), 80.0 + LOAD),
+    "stock": (stock, 100.0 + LOAD),
 }
 
 
