@@ -20,8 +20,8 @@ from pathlib import Path
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.workload import Workload, workload
 from taichi_serve.latency.shipped import machine
-from taichi_serve.scheduling.policy import Policy
-from taichi_serve.search.goodput import PREFIXES, Contender, Scene, attain
+from taichi_serve.scheduling.policy import PREFIXES, Policy
+from taichi_serve.search.goodput import Contender, Scene, attain
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 

@@ -104,6 +104,38 @@ def server(model: Path, port: int, log: Path, *flags: str) -> Iterator[str]:
         keep_logs(log.parent)
 
 
+@contextlib.contextmanager
+def vllm(
+    model: Path, port: int, log: Path, flags: list[str]
+) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """One of vLLM's own servers, starting."""
+    module = "vllm.entrypoints.launchers.api_server.entry"
+    command = [sys.executable, "-m", module, "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--disable-uvicorn-access-log", *flags]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        yield process, f"http://127.0.0.1:{port}", log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+
+
+def ready(process: subprocess.Popen[bytes], url: str, log: Path) -> str:
+    """Wait until it answers; its URL."""
+    until = time.monotonic() + 300
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return url
+        if process.poll() is not None or time.monotonic() > until:
+            tail(log)
+            raise SystemExit(f"vLLM's own server did not start (exit code {process.poll()})")
+        time.sleep(0.2)
+
+
 def tail(log: Path, lines: int = 25) -> None:
     """The last lines of a server's log and of its instances' logs."""
     for path in [log, *sorted(Path("/tmp").glob("taichi-*/*.log"))]:

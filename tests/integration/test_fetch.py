@@ -35,6 +35,7 @@ def prompts(count: int, length: tuple[int, int]) -> list[list[int]]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     env = {"PYTHONPATH": f"{FETCHES}{os.pathsep}{SOURCE}"}
     flags = ("--d-heavy", "3", "--d-chunk", "256", "--move-timeout", "2", "--restarts", "0")
+    flags += ("--prefixes", "known")  # nothing is fetched but what is said by hand
     little = ("--kv-cache-memory-bytes", str(KV_TOKENS * 2048))
     made = Server(tmp_path_factory.mktemp("fetch"), *flags, *little, env=env)
     try:

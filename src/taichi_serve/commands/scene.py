@@ -10,7 +10,8 @@ from taichi_serve.bench.arrivals import ARRIVALS, Arrivals
 from taichi_serve.bench.trace import OVER_LIMIT
 from taichi_serve.bench.workload import workload
 from taichi_serve.latency.shipped import machine, names
-from taichi_serve.search.goodput import KNOWN, PREFIXES, Scene
+from taichi_serve.scheduling.policy import KNOWN, PREFIXES
+from taichi_serve.search.goodput import Scene
 from taichi_serve.slo import SLO
 
 

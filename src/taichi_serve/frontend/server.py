@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -101,8 +101,11 @@ def _system(
     cluster, keeper = instances.cluster, instances.keeper
     capacities = {engine.name: engine.kv_capacity for engine in cluster.engines}
     block_size = cluster.hasher.block_size if cluster.hasher is not None else 0
+    policy = flags.policy(args)
+    if cluster.stays is not None:  # KV that cannot move cannot be fetched
+        policy = replace(policy, fetch=False)
     scheduler = GlobalScheduler(
-        flags.sliders(args), flags.slo(args), predictor, flags.policy(args), capacities, block_size
+        flags.sliders(args), flags.slo(args), predictor, policy, capacities, block_size
     )
     config = cluster.engines[0].client.vllm_config
     written = _event_log(args.event_log)

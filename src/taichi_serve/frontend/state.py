@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.messages import Move, Outcome
+from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN
 from taichi_serve.stage import Stage
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def state(system: System) -> dict[str, Any]:
         "sliders": asdict(system.scheduler.sliders),
         "slo": asdict(system.scheduler.slo),
         "policy": asdict(system.scheduler.policy),
+        "prefixes": _prefixes(system),
         "instances": [_instance(system, engine, places) for engine in system.cluster.engines],
         "requests": {
             "accepted": recorder.accepted,
@@ -45,6 +47,14 @@ def state(system: System) -> dict[str, Any]:
         "bound": dict(recorder.bound),
         "kv_paths": _kv_paths(system.cluster.engines),
     }
+
+
+def _prefixes(system: System) -> str:
+    """What is done about prefix caches; less than was asked for where instances cannot tell, or KV cannot
+    move."""
+    if system.cluster.hasher is None:
+        return BLIND
+    return FETCH if system.scheduler.policy.fetch else KNOWN
 
 
 def _kv_paths(engines: list[Engine]) -> dict[str, str]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# What the scheduler does about prefix caches, in the words of command lines: it is not told of them, reckons
+# with them, or has prefixes fetched, too.
+BLIND, KNOWN, FETCH = "blind", "known", "fetch"
+PREFIXES = (BLIND, KNOWN, FETCH)
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

@@ -19,14 +19,12 @@ from taichi_serve.latency.profile import Transfer
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.latency.shipped import Machine
 from taichi_serve.messages import Event
-from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN, PREFIXES, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
 TARGET = 0.9
-BLIND, KNOWN, FETCH = "blind", "known", "fetch"
-PREFIXES = (BLIND, KNOWN, FETCH)
 
 
 @dataclass(frozen=True)

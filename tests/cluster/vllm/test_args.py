@@ -48,6 +48,15 @@ def test_our_flags_set_sliders_slos_and_policy() -> None:
     assert policy.tpot_margin == 0.9
 
 
+def test_prefixes_are_fetched_unless_the_command_line_says_less() -> None:
+    assert flags.policy(flags.parse([MODEL])).fetch
+    for word, fetch in (("blind", False), ("known", False), ("fetch", True)):
+        args = flags.parse([MODEL, "--prefixes", word])
+        assert (args.prefixes, flags.policy(args).fetch) == (word, fetch)
+    with pytest.raises(SystemExit):
+        flags.parse([MODEL, "--prefixes", "all"])
+
+
 def test_our_watermark_does_not_reach_vllms_flag_of_that_name() -> None:
     assert flags.parse([MODEL, "--watermark", "0.9"]).watermark == 0.0
 

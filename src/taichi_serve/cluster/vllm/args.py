@@ -26,7 +26,7 @@ from taichi_serve.cluster.vllm.refused import refusal
 from taichi_serve.cluster.vllm.transfer import transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
-from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.policy import FETCH, PREFIXES, Policy
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
@@ -134,6 +134,13 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         "over NIXL (default: auto)",
     )
     group.add_argument(
+        "--prefixes",
+        choices=PREFIXES,
+        default=FETCH,
+        help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
+        "prefixes fetched from one instance to another, too (default: fetch)",
+    )
+    group.add_argument(
         "--metrics-without-key",
         action="store_true",
         help="let /metrics be read without the key of --api-key, for scrapers that have none",
@@ -221,7 +228,7 @@ def policy(args: argparse.Namespace) -> Policy:
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
     margins = args.ttft_margin, args.tpot_margin
-    return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True)
+    return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True, fetch=args.prefixes == FETCH)
 
 
 def patience(args: argparse.Namespace) -> Patience:

@@ -29,6 +29,7 @@ from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
 from taichi_serve.cluster.vllm.wire import Call, Word
+from taichi_serve.scheduling.policy import BLIND
 
 __all__ = ["Fleet", "Scratch", "fleet", "prepare", "scratch"]
 
@@ -73,7 +74,7 @@ async def fleet(
         engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], say)
         cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
         cluster.stays = await _stays(engines[0], say)
-        cluster.hasher = await agreed(engines, say)
+        cluster.hasher = None if args.prefixes == BLIND else await agreed(engines, say)
         supervisor = Supervisor([engine.name for engine in engines], args.restarts)
         keeper = Keeper(cluster, launcher, supervisor, Quarantine(), Told(say, deliver))
         watch = Watch(lambda: cluster.engines, patience, args.stall_timeout, keeper)
