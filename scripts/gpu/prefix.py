@@ -72,11 +72,12 @@ TRAFFIC = Traffic(
     limit=LIMIT,
     slo=SLO(2.0, 0.06),
 )
+PATIENT = SLO(60.0, 1.0)  # for what is measured one by one: no fetch is too late
 SEED = 12
 PATH = "/v1/completions"
 FLAGS = ["--max-model-len", str(LIMIT), "--enable-prompt-tokens-details"]
 MPS = [] if REHEARSAL else [*fast_start(), *NO_WEIGHTS]
-OURS = ["--p-chunk", "2048", "--d-chunk", "256", "--ttft-slo", "2", "--tpot-slo", "0.06"]
+OURS = ["--p-chunk", "2048", "--d-chunk", "256"]
 Rows = dict[str, Any]
 
 
@@ -87,10 +88,11 @@ def engine_flags() -> list[str]:
     return [*FLAGS, *MPS, "--kv-cache-memory-bytes", kv_of_each()]
 
 
-def our_flags(prefixes: str) -> list[str]:
+def our_flags(prefixes: str, slo: SLO) -> list[str]:
     """Four instances that do this about prefixes."""
     instances = ["--p-heavy", "1", "--d-heavy", "1"] if REHEARSAL else FOUR
-    return [*instances, *OURS, *engine_flags(), "--prefixes", prefixes]
+    goal = ["--ttft-slo", f"{slo.ttft:g}", "--tpot-slo", f"{slo.tpot:g}"]
+    return [*instances, *OURS, *goal, *engine_flags(), "--prefixes", prefixes]
 
 
 # ------------------------------------------------------------------------------------- fetched or computed
@@ -175,7 +177,7 @@ async def link(url: str) -> Rows:
 async def moved(client: httpx.AsyncClient) -> None:
     """The server learns what moving KV takes from moves; what is compiled once is compiled."""
     names = [i["name"] for i in (await client.get("/taichi/state")).json()["instances"]]
-    size = SIZES[0] // 2
+    size = SIZES[0]
     for number in range(4 if REHEARSAL else 8):
         job = bodies(1, size, 2 * size, (100, 100), seed=number)[0]
         await stream(client, PATH, job, Mover(client, [20, 50], names, number))
@@ -183,7 +185,7 @@ async def moved(client: httpx.AsyncClient) -> None:
 
 def linked(out: Path) -> Rows:
     """The stage `link`."""
-    with ours("fetch", out) as url:
+    with ours("fetch", out, "link", PATIENT) as url:
         return asyncio.run(link(url))
 
 
@@ -191,11 +193,11 @@ def linked(out: Path) -> Rows:
 
 
 @contextlib.contextmanager
-def ours(prefixes: str, out: Path, name: str = "link") -> Iterator[str]:
+def ours(prefixes: str, out: Path, name: str, slo: SLO = TRAFFIC.slo) -> Iterator[str]:
     """Our server; what it logged is shown where a measurement fails."""
     log = out / f"prefix-{name}.log"
     model = cached_tiny_model() if REHEARSAL else shape(cached_tiny_model(), QWEN_7B, Path("/tmp/taichi-7b"))
-    with serving(model, 8204, log, *our_flags(prefixes)) as url:
+    with serving(model, 8204, log, *our_flags(prefixes, slo)) as url:
         try:
             assert state(url)["prefixes"] == prefixes, state(url)["prefixes"]
             yield url
