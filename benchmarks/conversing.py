@@ -118,7 +118,7 @@ def words(row: dict[str, Any]) -> str:
     said = f"cached {of('cached', 100)} %, TTFT p50 {of('ttft_p50', 1e3)} p90 {of('ttft_p90', 1e3)} ms, "
     said += f"TPOT p50 {of('tpot_p50', 1e3)} p90 {of('tpot_p90', 1e3)} ms, good {of('attainment', 100)} %, "
     said += f"{row['sent']} sent, {row['failed']} failed"
-    if row["predicted"] or row["actual"]:
+    if row["predicted"]:
         error = abs(row["predicted"] - row["actual"]) / max(row["actual"], 1.0)
         said += (
             f", cached tokens predicted {row['predicted']:.0f} actual {row['actual']:.0f} ({error:.1%} off)"
