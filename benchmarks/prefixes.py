@@ -182,9 +182,8 @@ def main() -> None:
                 print(f"round {number + 1}  {kind:6} {words(row)}", flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rounds))
-        print(
-            f"\n{args.pairs} rounds of {args.requests} requests at {args.rate:g}/s, {args.kv} tokens of KV each"
-        )
+        sent = f"{args.requests} requests at {args.rate:g}/s, {args.kv} tokens of KV each"
+        print(f"\n{args.pairs} rounds of {sent}")
         print("\n".join(report(rounds)))
 
 
