@@ -9,7 +9,7 @@ READY := .venv/.ready
 
 # Wall-clock limits in seconds, far above what a run takes: they end a run that hangs.
 CHECK_LIMIT := 600
-ENGINE_LIMIT := 2700
+ENGINE_LIMIT := 4200
 ENGINE_TEST_LIMIT := 600
 
 help: ## this list

@@ -50,9 +50,9 @@ class Load:
     live: dict[str, Answer] = field(default_factory=dict)
     stopping: bool = False
 
-    async def lane(self, numbers: itertools.cycle[int]) -> None:
-        """One stream after the other, until told to stop."""
-        while not self.stopping:
+    async def lane(self, place: int, numbers: itertools.cycle[int]) -> None:
+        """One stream after the other, until told to stop, or there are to be fewer."""
+        while not self.stopping and place < self.at_once:
             number = next(numbers)
             answer = await stream(self.client, PATH, self.wishes[number].body(), self._note)
             self.live.pop(answer.id, None)
@@ -82,7 +82,7 @@ async def loaded(
     async with server.client() as client:
         load = Load(server, client, wishes, reference)
         numbers = itertools.cycle(range(len(wishes)))
-        lanes = asyncio.gather(*(load.lane(numbers) for _ in range(load.at_once)))
+        lanes = asyncio.gather(*(load.lane(place, numbers) for place in range(load.at_once)))
         try:
             yield load
         finally:
@@ -106,6 +106,7 @@ async def kill(load: Load, name: str, phase: str) -> float:
     else:
         raise AssertionError(f"{name} was not seen {phase} in {TRIES} tries")
     began, steps = time.monotonic(), server.instance(name)["steps"]
+    load.at_once = 2  # those that run go on; an engine starts on the cores that they are computed on
 
     async def back() -> bool:
         row = server.instance(name)
