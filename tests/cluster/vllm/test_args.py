@@ -77,7 +77,8 @@ def test_serve_takes_the_config_that_a_search_writes(contender: Contender, tmp_p
     args = flags.parse(["--config", str(path)])
     sliders = flags.sliders(args)
     assert (sliders.kinds(), sliders.d_chunk) == (contender.sliders.kinds(), contender.sliders.d_chunk)
-    assert flags.policy(args) == replace(contender.policy, ahead=True)  # real links copy ahead
+    # Real links copy ahead, and prefixes are fetched.
+    assert flags.policy(args) == replace(contender.policy, ahead=True, fetch=True)
     assert (args.model, flags.slo(args)) == (found.model, scene.slo)
 
 
