@@ -728,6 +728,16 @@ def test_async_llm_makes_its_client_by_a_name_in_its_module() -> None:
     assert async_llm.EngineCoreClient.__module__ == "vllm.v1.engine.core_client"
 
 
+def test_a_request_is_noted_for_its_user_before_its_client_is_asked_to_take_it() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert names(AsyncLLM._add_request)[0] == "request"
+    source = inspect.getsource(AsyncLLM._add_request)
+    noted = source.index("self.output_processor.add_request(request")
+    assert noted < source.index("await self.engine_core.add_request_async(request)")
+    assert names(AsyncLLM.abort) == ["request_id", "internal"]
+
+
 def test_async_llm_asks_its_client_for_nothing_that_ours_does_not_have() -> None:
     import re
 

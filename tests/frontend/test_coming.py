@@ -10,7 +10,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from taichi_serve.frontend.client import ClusterClient
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+from taichi_serve.frontend.client import ClusterClient, ClusterLLM
 
 
 class Cluster:
@@ -70,3 +75,23 @@ async def test_it_is_forgotten_when_its_client_leaves() -> None:
     with pytest.raises(asyncio.CancelledError):
         await adding
     assert (cluster.accepted, client.coming) == ([], set())
+
+
+async def test_vllms_output_processing_forgets_it_too() -> None:
+    cluster: Any = Cluster()
+    llm: Any = object.__new__(ClusterLLM)
+    llm.engine_core = ClusterClient(cluster, asyncio.Queue())
+    llm.output_processor = OutputProcessor(None, log_stats=False)
+    llm.log_requests, llm.check_admission = False, lambda **_: None
+    params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA)
+    request = EngineCoreRequest("a", [1, 2, 3], None, params, None, 0.0, None, None, None)
+    request.external_req_id = "a"
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+    adding = asyncio.create_task(llm._add_request(request, None, None, 0, queue))
+    await cluster.hashing.wait()
+    assert llm.output_processor.has_unfinished_requests()
+    adding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    assert not llm.output_processor.has_unfinished_requests()
+    assert cluster.accepted == []

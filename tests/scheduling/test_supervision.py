@@ -117,11 +117,22 @@ def test_when_nothing_will_come_back_those_who_wait_are_failed() -> None:
     assert_empty(s)
 
 
+def test_who_comes_when_nothing_will_come_back_does_not_wait_for_it() -> None:
+    s = alone_with_a_prompt_and_a_decode()
+    s.on(Lost(0.2, "i0", "killed"))
+    s.on(Hopeless(60.0, "it died five times"))
+    assert s.on(Arrived(61.0, "a", 100, 100)) == [Abort("a", Outcome.FAILED, "it died five times")]
+    assert_empty(s)
+    s.on(Joined(70.0, "i0", 8_000))  # somebody brought it back all the same
+    assert placed(s.on(Arrived(71.0, "b", 100, 100))) == [("b", 0, "i0")]
+
+
 def test_hopeless_while_somebody_lives_fails_nobody() -> None:
     s = scheduler(TWINS)
     s.on(Arrived(0.0, "a", 100, 100))
     s.on(Lost(0.1, "i1", "killed"))
     assert s.on(Hopeless(60.0, "i1 died five times in an hour")) == []
+    assert placed(s.on(Arrived(61.0, "b", 100, 100))) == [("b", 0, "i0")]
 
 
 def test_a_client_may_leave_while_its_request_waits() -> None:

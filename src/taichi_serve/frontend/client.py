@@ -106,6 +106,15 @@ class ClusterLLM(async_llm.AsyncLLM):
             raise VLLMValidationError("a data-parallel rank cannot be chosen by a client")
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's own, which notes the request before it waits here: one whose client leaves meanwhile is
+        forgotten."""
+        try:
+            await super()._add_request(request, *args, **kwargs)
+        except BaseException:
+            await self.abort(request.request_id, internal=True)
+            raise
+
     @property
     def dead_error(self) -> BaseException:
         """What vLLM's routes say where no instance lives: they ask before they begin a stream."""

@@ -72,6 +72,7 @@ class GlobalScheduler:
         self.requests = self.ledger.requests
         self.instances = self.ledger.instances
         self.counters = Counters()
+        self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
         self._match = self.ledger.prefixes
         self._dispatcher = Dispatcher(self.ledger, predictor, slo, policy)
@@ -106,6 +107,8 @@ class GlobalScheduler:
         if self.ledger.residency.block_size:
             request.blocks = event.blocks
         self.requests[request.id] = request
+        if self._despaired is not None and not any(i.alive for i in self.instances.values()):
+            return self._count([self._dispatcher.fail(request, self._despaired)])
         return self._dispatcher.prefill(request, event.at, self.sliders)
 
     def _prefilled(self, event: Prefilled) -> list[Command]:
@@ -248,9 +251,11 @@ class GlobalScheduler:
         return self._count(lose(self._dispatcher, event, self.sliders))
 
     def _joined(self, event: Joined) -> list[Command]:
+        self._despaired = None
         return join(self._dispatcher, event, self.sliders)
 
     def _hopeless(self, event: Hopeless) -> list[Command]:
+        self._despaired = event.why
         return self._count(despair(self._dispatcher, event))
 
     # ------------------------------------------------------------------------------------------ small things

@@ -104,6 +104,14 @@ def test_when_the_holder_does_not_answer_in_time_the_prompt_goes_without() -> No
     assert fetch.journey.found(fetch.passage, [7, 9]) == []  # its answer comes after all
 
 
+def test_a_holder_that_falls_silent_before_it_answers_is_not_waited_for() -> None:
+    fetch = Fetch()
+    assert fetch.journey.silent(fetch.here) == []
+    fetch.goes_without(fetch.journey.silent(fetch.holder))
+    copying = Fetch().copying()
+    assert copying.journey.silent(copying.holder) == []  # its memory is read without it
+
+
 def test_when_the_holder_dies_before_it_answers_the_prompt_goes_without() -> None:
     fetch = Fetch()
     fetch.holder.alive = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
@@ -168,8 +168,7 @@ class VllmCluster:
         self.hands.take(journey, journey.prefill, 0, source, target is not None)
         if target is not None:
             journey.going = Going(1, target)
-        future: asyncio.Future[int] = journey.warm
-        return future
+        return cast("asyncio.Future[int]", journey.warm)
 
     def _fail(self, journey: Journey) -> None:
         if journey.tokens:
@@ -294,6 +293,7 @@ class VllmCluster:
         """An instance does not answer, or answers again."""
         if engine.alive and self.engines[engine.index] is engine:
             self.tell(Silent(time.monotonic(), engine.name, on))
+            self.hands.silent(engine, on)
 
     def hopeless(self, why: str) -> None:
         """No instance is left, and none will come back."""

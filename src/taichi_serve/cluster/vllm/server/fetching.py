@@ -70,6 +70,13 @@ class Fetching(Itinerary):
         self.fetch = None
         return [Fetched(passage, passage.found), *passage.close()]
 
+    def silent(self, seat: Seat) -> Acts:
+        """An instance does not answer: what it was asked about a prefix is not waited for."""
+        fetch = self.fetch
+        if fetch is None or fetch.source is not seat or fetch.passing is not Passing.ASKED:
+            return []
+        return self._go_without()
+
     def _go_without(self) -> Acts:
         """It is late, its holder is lost, or it cannot be read."""
         passage = self.fetch

@@ -24,7 +24,7 @@ from taichi_serve.cluster.vllm.server.engine_client import Outputs
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
-from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread
+from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
@@ -127,8 +127,8 @@ def _launcher(
     def exited(engine: Engine, code: int) -> None:
         if fleets:
             fleets[0].keeper.exited(engine, code)
-        else:  # others still load: whoever warms them will see it
-            engine.alive = False
+        else:  # others still load: whoever asks it something will see it
+            vanish(engine)
 
     settings = environments(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
     return Launcher(config, argv, settings, here.path, receive, hear, exited, patience)

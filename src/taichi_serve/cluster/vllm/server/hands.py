@@ -103,6 +103,11 @@ class Hands:
             case Dropped():
                 pass  # the engine's own answer comes, too, and it knows of all its workers
 
+    def silent(self, engine: Engine, on: bool) -> None:
+        """An instance does not answer, or answers again."""
+        for journey in list(self.journeys.values()) if on else ():
+            self.take(journey, journey.silent, engine)
+
     def lost(self, engine: Engine) -> None:
         """An instance is gone: that is an answer to everything it was asked."""
         for journey in list(self.journeys.values()):
