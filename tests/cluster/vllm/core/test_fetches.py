@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from math import ceil
 from random import Random
 
 import pytest
@@ -14,6 +15,7 @@ from flowbench import BLOCK, Instance, Stream, abort, reads_directly, request
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import RequestStatus
 
+from taichi_serve.cluster.vllm.core.prefixes import SPARE
 from taichi_serve.cluster.vllm.wire import Marks
 
 PREFIX = list(range(100, 100 + 3 * BLOCK))
@@ -211,6 +213,20 @@ def test_what_a_reader_was_shown_stays_until_it_is_let_go() -> None:
     assert (len(found), pair.source.used()) == (3, 3)
     pair.source.scheduler.release([], ["a"])
     assert pair.source.used() == 0
+
+
+def test_nothing_is_pinned_where_those_who_run_need_the_room() -> None:
+    pair = Pair()
+    pool = pair.source.scheduler.kv_cache_manager.block_pool
+    # Three blocks are cached and unused; one in twenty of all is to stay free beside them.
+    keep = 3 + ceil(SPARE * pool.num_gpu_blocks)
+    in_use = pool.get_new_blocks(pool.get_num_free_blocks() - keep)
+    assert pair.ask() != []
+    pair.source.scheduler.release([], ["a"])
+    (one,) = pool.get_new_blocks(1)
+    assert pair.ask() == []
+    pool.free_blocks([*in_use, one])
+    assert pair.ask() != []
 
 
 def test_a_gap_ends_what_is_found() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.core.pins import Pins
 
 GROUP = 0  # what moves has one group of KV (groups.py)
+SPARE = 0.05  # of all blocks, so many stay free for those who run here: a fetch is worth no preemption
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class Prefixes:
 
     def ask(self, reader: str, hashes: list[bytes]) -> Future[list[int]] | list[int]:
         """The blocks with these hashes that are here, from the first one on and without a gap. They stay
-        until the reader's pins are released."""
+        until the reader's pins are released. None, where those who run here would need their room."""
         if self._stays:
             return []
         found = []
@@ -55,7 +56,7 @@ class Prefixes:
             if blocks is None:
                 break
             found.append((one, blocks[0]))
-        if not found:
+        if not found or not self._room(found):
             return []
         self._pins.hold(reader, [block for _, block in found])
         asked = Asked(reader, found, len(self._under_way))
@@ -63,6 +64,13 @@ class Prefixes:
             return self._still_here(asked)
         self._asked.append(asked)
         return asked.answer
+
+    def _room(self, found: list[tuple[BlockHash, KVCacheBlock]]) -> bool:
+        unused = sum(
+            not block.ref_cnt for _, block in found
+        )  # those leave the free ones when they are pinned
+        left = self._pool.get_num_free_blocks() - unused
+        return bool(not unused or left >= SPARE * self._pool.num_gpu_blocks)
 
     def step_over(self) -> None:
         """The oldest step under way was taken in."""
