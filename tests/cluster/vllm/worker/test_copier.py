@@ -262,6 +262,7 @@ def test_a_prefix_is_copied_in_pieces_whole_and_its_source_is_told_nothing(bench
     bench.copier.order(Given("a", here, 1))
     assert blocks_of(bench.hear()) == ("a", long, True, long - 1)
     assert [(len(remote), note) for _, remote, _, note in bench.blocks.reads] == [(PIECE, ""), (3, "")]
+    bench.catch_up()
     assert bench.copier._legs == {}
     bench.copier.order(Return("a"))  # its request was aborted before it heard of that
     bench.catch_up()
