@@ -23,7 +23,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integration"))
 
 from footprint import SLACK, of_process, shared_memory
-from kills import PHASES, THREE, kill, loaded
+from kills import THREE, VICTIMS, kill, loaded
 from load import PATH, wishes
 from servers import Server, eventually
 
@@ -55,7 +55,8 @@ async def soak(server: Server, reference: list[list[int]], args: argparse.Namesp
     wrong: list[str] = []
     streams, before, after = 0, {}, {}
     end = time.monotonic() + args.minutes * 60
-    for phase, name in itertools.cycle(itertools.product(PHASES, ("i1", "i0", "i2"))):
+    victims = [(phase, names[turn]) for turn in range(3) for phase, names in VICTIMS.items()]
+    for phase, name in itertools.cycle(victims):
         started = time.monotonic()
         if started > end:
             break

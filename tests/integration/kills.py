@@ -35,6 +35,15 @@ PHASES: dict[str, Callable[[Row], bool]] = {
     "decoding": lambda row: row["stages"]["decoding"] > 0,
 }
 
+# Who dies in which phase: P-heavy i0 is where prompts are computed and what KV comes from.
+VICTIMS = {
+    "prefilling": ("i0", "i0", "i0"),
+    "copying ahead": ("i0", "i1", "i2"),
+    "leaving": ("i1", "i2", "i1"),
+    "landing": ("i2", "i1", "i2"),
+    "decoding": ("i1", "i2", "i1"),
+}
+
 
 @dataclass
 class Load:

@@ -6,20 +6,12 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from kills import THREE, kill, loaded
+from kills import THREE, VICTIMS, kill, loaded
 from load import streamed, wishes
 from servers import Server
 
 # Prompts of several chunks, so that KV travels ahead.
 WISHES = wishes(16, seed=5, prompt=(100, 1500), output=(60, 200))
-# Who dies in which phase: P-heavy i0 is where prompts are computed and what KV comes from.
-VICTIMS = {
-    "prefilling": ("i0", "i0", "i0"),
-    "copying ahead": ("i0", "i1", "i2"),
-    "leaving": ("i1", "i2", "i1"),
-    "landing": ("i2", "i1", "i2"),
-    "decoding": ("i1", "i2", "i1"),
-}
 
 
 @pytest.fixture(scope="module")
