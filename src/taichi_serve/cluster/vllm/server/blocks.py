@@ -42,13 +42,18 @@ class Hasher:
     async def of(self, request: EngineCoreRequest) -> tuple[int, ...]:
         """64 bits of the hash of each full block of its prompt, in order; no hashes where vLLM would not look
         for them, or where the tokens do not say what is computed."""
-        tokens = request.prompt_token_ids
-        if tokens is None or request.prompt_embeds is not None or request.resumable:
+        count = len(request.prompt_token_ids or ()) // self.block_size
+        if not count or not is_looked_for(request, caching=True):
             return ()
-        if len(tokens) < self.block_size or not looks_up(request, caching=True):
-            return ()
-        found = await block_hashes(request, len(tokens) // self.block_size, self.block_size, self._function)
+        found = await block_hashes(request, count, self.block_size, self._function)
         return hashes(b"".join([one[:HASH_BYTES] for one in found]))
+
+
+def is_looked_for(request: EngineCoreRequest, caching: bool) -> bool:
+    """Whether vLLM looks for the blocks of its prompt in a prefix cache, where `caching` says that there is
+    one, and its tokens say what is computed."""
+    plain = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.resumable
+    return plain and looks_up(request, caching)
 
 
 async def block_hashes(

@@ -150,10 +150,8 @@ class Journey(Fetching):
         """An instance is gone."""
         acts: Acts = []
         passage = self.passage
-        if passage is not None and (
-            seat is passage.target or (seat is passage.source and not passage.landing)
-        ):
-            acts += self._drop_passage()  # a target that is at it finds out by itself that its source is gone
+        if passage is not None and passage.suffers(seat):
+            acts += self._drop_passage()
         if self.fetch is not None and seat is self.fetch.source:
             acts += self._go_without()
         if self.going is not None and self.going.to is seat:

@@ -14,9 +14,8 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine import EngineCoreRequest
 
-from taichi_serve.cluster.vllm.server.blocks import block_hashes
+from taichi_serve.cluster.vllm.server.blocks import block_hashes, is_looked_for
 from taichi_serve.cluster.vllm.server.fetching import Prefix
-from taichi_serve.cluster.vllm.server.figures import looks_up
 
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.engine import Engine
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
 
 def to_fetch(request: EngineCoreRequest, command: Prefill, known: Mapping[str, Engine]) -> Prefix | None:
     """What a decision has a prompt fetch, in whole blocks. Its last token is computed in any case."""
-    tokens, holder = request.prompt_token_ids, known.get(command.prefix_from or "")
-    if holder is None or tokens is None or request.prompt_embeds is not None or request.resumable:
+    holder = known.get(command.prefix_from or "")
+    if holder is None:
         return None
     cache = holder.client.vllm_config.cache_config
-    blocks = min(command.prefix_tokens, len(tokens) - 1) // int(cache.block_size)
-    if blocks < 1 or not looks_up(request, cache.enable_prefix_caching):
+    tokens = min(command.prefix_tokens, len(request.prompt_token_ids or ()) - 1)
+    blocks = tokens // int(cache.block_size)
+    if blocks < 1 or not is_looked_for(request, cache.enable_prefix_caching):
         return None
     return Prefix(holder, blocks)
 
