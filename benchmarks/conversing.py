@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from taichi_serve.bench.client import MANY
 from taichi_serve.bench.endpoint import Endpoint
 from taichi_serve.bench.openloop import OpenLoop, Plan
 from taichi_serve.bench.score import Run, Score
@@ -46,7 +47,7 @@ class InTurn(httpx.AsyncBaseTransport):
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._next = cycle([httpx.URL(url) for url in urls])
-        self._below = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None))
+        self._below = httpx.AsyncHTTPTransport(limits=MANY)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         at = next(self._next)

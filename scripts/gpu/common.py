@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from taichi_serve.bench.client import Answer, stream
+from taichi_serve.bench.client import MANY, Answer, stream
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -200,8 +200,7 @@ async def run(
     window: tuple[float, float] = (0.0, 0.67),
 ) -> list[Answer]:
     """All jobs at once; each is moved `moves` times at random steps within a share of its output."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=MANY) as client:
         rng = random.Random(0)
 
         async def one(job: dict[str, Any], number: int) -> Answer:

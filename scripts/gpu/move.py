@@ -35,7 +35,7 @@ from common import (
     tail,
 )
 
-from taichi_serve.bench.client import Answer, stream
+from taichi_serve.bench.client import MANY, Answer, stream
 from taichi_serve.tiny import cached_tiny_model
 
 REHEARSAL = bool(
@@ -230,8 +230,7 @@ PARTS = {"idle": idle, "loaded": loaded, "streams": streams}
 async def measure(url: str, parts: Sequence[str], block_bytes: int) -> Rows:
     """These parts, one after the other."""
     rows: Rows = {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=MANY) as client:
         # First whatever is compiled once.
         await moved(client, bodies(4, SIZE, SIZE, (110, 110), seed=1), 2, 2)
         for part in parts:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "integration"))
 
 from documents import COMPLETIONS, KINDS, TOOLS, Document, documents
 
-from taichi_serve.bench.client import Answer, stream
+from taichi_serve.bench.client import MANY, Answer, stream
 from taichi_serve.tiny import cached_tiny_model
 
 COUNT = 32
@@ -94,7 +94,7 @@ async def moved(url: str, asked: list[Document]) -> list[tuple[list[Answer], int
 
 
 def _client(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
+    return httpx.AsyncClient(base_url=url, timeout=600, limits=MANY)
 
 
 async def _moves(client: httpx.AsyncClient, name: str) -> int:

@@ -262,7 +262,8 @@ Event = (
 # ---------------------------------------------------------------------------------------------- commands
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that takes seven times as long to make, and one is made for each instance at each arrival.
+@dataclass(slots=True, unsafe_hash=True)
 class Forecast:
     """What was predicted for one instance when a prompt was placed: TTFT in seconds, the prompt tokens queued
     before it, whether that is feasible, whether its KV cache has room for the prompt (`fits`), whether

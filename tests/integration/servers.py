@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
+from taichi_serve.bench.client import MANY
 from taichi_serve.ports import port_of, reserve
 from taichi_serve.tiny import cached_tiny_model
 
@@ -121,7 +122,7 @@ class Server:
             base_url=self.url,
             headers=self.headers,
             timeout=timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=MANY,
         )
 
     def state(self) -> dict[str, Any]:

@@ -84,10 +84,11 @@ def test_queue_holds_what_is_to_be_computed_and_the_engine_has_the_last_word() -
 def test_two_prompts_with_one_prefix_meet_before_it_is_computed() -> None:
     s = scheduler()
     assert arrive(s, "a", 950, CHAIN[:9]).on == "i0"
-    assert arrive(s, "other", 80, ()).on == "i1"
-    # Through after 950 + 150 tokens on i0, which i1 would have computed after 80 + 1,050.
+    assert arrive(s, "other", 180, ()).on == "i1"
+    # Through after 950 + 250 tokens on i0 (what live requests have is counted in pieces of 200 here),
+    # which i1 would have computed after 180 + 1,050.
     second = arrive(s, "b", 1_050, CHAIN)
-    assert (second.on, cached(second)) == ("i0", [900, 0])
+    assert (second.on, cached(second)) == ("i0", [800, 0])
     # Of what is in use already nothing takes room again.
     assert s.instances["i0"].queued_unused == 0
 

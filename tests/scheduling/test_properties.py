@@ -263,7 +263,7 @@ class Model:
         assert i.queued_unused == sum(r.unused for r in requests)
         assert all(0 <= r.unused <= r.cached < r.prompt_tokens for r in requests)
         assert residency.holds(name, Tier.DEVICE) == self.caches[name]
-        assert Counter(residency.claims(name)) == Counter(b for w in here for b in w.blocks[7::8])
+        assert Counter(residency.claims(name)) == Counter(b for w in here for b in w.blocks[15::16])
 
     def settle(self) -> None:
         """Bring everybody back, and run until everybody is served."""

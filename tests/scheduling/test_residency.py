@@ -88,21 +88,21 @@ def test_what_is_removed_from_the_host_stays_on_the_device() -> None:
 
 
 def test_prefix_of_a_live_request_is_claimed_until_the_last_that_has_it_leaves() -> None:
-    known = Residency(("i0", "i1", "i2"), 128)
+    known = Residency(("i0", "i1", "i2"), 256)
     known.claim("i2", (11, 12, 13))
     known.claim("i2", (11, 12, 23))
-    assert known.match(FOUR, 1_000) == {"i2": Prefix(claimed=3 * 128)}
+    assert known.match(FOUR, 1_000) == {"i2": Prefix(claimed=3 * 256)}
     known.leave("i2", (11, 12, 13))
-    assert known.match(FOUR, 1_000) == {"i2": Prefix(claimed=2 * 128)}
+    assert known.match(FOUR, 1_000) == {"i2": Prefix(claimed=2 * 256)}
     known.leave("i2", (11, 12, 23))
     assert known.match(FOUR, 1_000) == NOTHING
 
 
-def test_claims_are_counted_in_pieces_of_128_tokens() -> None:
-    known, blocks = residency(), tuple(range(1, 21))
+def test_claims_are_counted_in_pieces_of_256_tokens() -> None:
+    known, blocks = residency(), tuple(range(1, 41))
     known.claim("i0", blocks)
-    assert known.match(blocks, 1_000) == {"i0": Prefix(claimed=256)}  # of 320
-    assert dict(known.claims("i0")) == {8: 1, 16: 1}
+    assert known.match(blocks, 1_000) == {"i0": Prefix(claimed=512)}  # of 640
+    assert dict(known.claims("i0")) == {16: 1, 32: 1}
 
 
 def test_without_a_block_size_nothing_is_known() -> None:
@@ -179,7 +179,7 @@ def check(
     def run(chain: tuple[int, ...], *there: set[int]) -> int:
         return next((n for n, b in enumerate(chain) if not any(b in t for t in there)), len(chain)) * 16
 
-    claimed = {name: Counter(b for blocks in each for b in blocks[7::8]) for name, each in claims.items()}
+    claimed = {name: Counter(b for blocks in each for b in blocks[15::16]) for name, each in claims.items()}
     for name, blocks in claimed.items():
         assert known.holds(name, Tier.DEVICE) == plain[name, Tier.DEVICE]
         assert known.holds(name, Tier.HOST) == plain[name, Tier.HOST]
@@ -188,6 +188,6 @@ def check(
         found = known.match(chain, 2_000)
         for name, blocks in claimed.items():
             device, host = plain[name, Tier.DEVICE], plain[name, Tier.HOST]
-            in_use = run(chain[7::8], set(blocks)) * 8
+            in_use = run(chain[15::16], set(blocks)) * 16
             here = Prefix(run(chain, device), run(chain, device, host), in_use)
             assert found.get(name, Prefix()) == here

@@ -14,6 +14,10 @@ from taichi_serve.bench.sse import Events
 from taichi_serve.slo import tpot
 
 DONE = "[DONE]"
+# A server closes what was idle for so long (uvicorn and vLLM: 5 s). Whoever keeps a connection as long sends
+# into one that is being closed, now and then, and takes that for a failed request.
+IDLE = 2.0  # seconds
+MANY = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE)
 
 OnTokens = Callable[["Answer"], Awaitable[None]]
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+from taichi_serve.bench.client import MANY
+
 SETTLE_SECONDS = 60.0
 Instances = dict[str, int | None]  # of a server of ours: the process of each, None for one that is not alive
 
@@ -87,7 +89,7 @@ async def meet(url: str, api_key: str | None) -> AsyncIterator[Endpoint]:
             base_url=url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=30.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=MANY,
             trust_env=False,
         )
     except (httpx.InvalidURL, ValueError) as wrong:

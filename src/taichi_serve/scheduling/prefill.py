@@ -20,7 +20,7 @@ from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Known:
     """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens."""
 
@@ -32,7 +32,7 @@ class Known:
 UNKNOWN = Known(NOTHING)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placement:
     """The instance that prefills, whether the decode runs elsewhere, and what was predicted for everyone.
 
@@ -64,27 +64,26 @@ def choose_prefill(
 ) -> Placement:
     """Place the prompt of `request` on one of `instances` (not empty, all able to prefill).
 
-    Among feasible ones (see `_forecast`) D-heavy ones come first, so that P-heavy ones stay free for long
-    prompts; then the fewest prompt tokens to compute until it is through, the queue's and its own, the lowest
-    prediction, the longest cached prefix, the first in order. When none is feasible the lowest prediction is
-    the least harm, with room in the KV if there is any.
+    Among feasible ones (see `_Prompt.forecast`) D-heavy ones come first, so that P-heavy ones stay free for
+    long prompts; then the fewest prompt tokens to compute until it is through, the queue's and its own, the
+    lowest prediction, the longest cached prefix, the first in order. When none is feasible the lowest
+    prediction is the least harm, with room in the KV if there is any.
     """
     move = _hand_over_seconds(request, instances, decoders, predictor, known)
-    limits = _limits(request, slo, policy)
     waited = now - request.arrived_at
-    late = waited if move is None else waited + move
-    forecasts = [
-        _forecast(request, i, late if i.kind is Kind.P_HEAVY else waited, limits, predictor, policy, known)
-        for i in instances
-    ]
+    later = waited if move is None else waited + move
+    prompt = _Prompt(request, waited, later, _limits(request, slo, policy), predictor, policy)
+    forecasts = [prompt.forecast(i, known) for i in instances]
     keys = [*map(_key, instances, forecasts)]
+    if known.lender is not None:
+        _ask_for_fetches(prompt, instances, known, forecasts, keys)
     best = keys.index(min(keys))
     chosen, forecast = instances[best], forecasts[best]
     here = known.prefixes.get(chosen.name, NONE)
     lender = known.lender if forecast.cached > here.cached else None
     hand_over = move is not None and chosen.kind is Kind.P_HEAVY
     ttft = forecast.ttft - move if move is not None and hand_over else forecast.ttft
-    why = _why(forecast, chosen, limits[0], lender)
+    why = _why(forecast, chosen, prompt.limits[0], lender)
     return Placement(chosen, hand_over, ttft, tuple(forecasts), why, forecast.cached, here.claimed, lender)
 
 
@@ -99,51 +98,86 @@ def _limits(request: Request, slo: SLO, policy: Policy) -> tuple[float, float]:
     return slo.ttft, float("inf")
 
 
-def _forecast(
-    request: Request,
-    instance: Instance,
-    to_come: float,
-    limits: tuple[float, float],
-    predictor: Predictor,
-    policy: Policy,
+@dataclass(slots=True)
+class _Prompt:
+    """A prompt that is to be placed, and by what. It has `waited`, and is through so much `later` where
+    a move would follow its prefill, both in seconds."""
+
+    request: Request
+    waited: float
+    later: float
+    limits: tuple[float, float]
+    predictor: Predictor
+    policy: Policy
+
+    def forecast(self, instance: Instance, known: Known) -> Forecast:
+        """What to expect of one instance, with what it has itself."""
+        prompt, here = self.request.prompt_tokens, known.prefixes.get(instance.name)
+        cached, used = (0, 0) if here is None else (here.cached, here.claimed)
+        fits = load_after(instance, prompt - used, self.policy) <= self.policy.full_mark
+        return self._judged(instance, self.predictor.ttft(instance, prompt, cached), cached, fits)
+
+    def _judged(self, instance: Instance, ttft: float, cached: int, fits: bool) -> Forecast:
+        """Feasible means: TTFT is within its limit; the KV has room below the watermark (elsewhere the prompt
+        would wait, or push somebody out); and the decodes of a D-heavy instance, this one among them, are
+        predicted to stay within theirs."""
+        low = instance.kind is Kind.D_HEAVY
+        ttft += self.waited if low else self.later
+        feasible = fits and ttft <= self.limits[0]
+        calm = True
+        if feasible and low:
+            tpot = self.predictor.tpot(instance, self.request.prompt_tokens)
+            feasible = calm = tpot <= self.limits[1]
+        return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm, cached)
+
+    def fetching(self, instance: Instance, alone: Forecast, known: Known) -> Forecast:
+        """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
+
+        It is copied while the prompt waits in the queue, and what is left of the copying delays the prompt.
+        What is fetched takes its room meanwhile: only where the prompt will not wait for long.
+        """
+        assert known.lender is not None
+        cached, prompt, queued = alone.cached, self.request.prompt_tokens, alone.queued_prefill_tokens
+        to_come = self.waited if instance.kind is Kind.D_HEAVY else self.later
+        computed, limit = alone.ttft - to_come, self.limits[0] - to_come
+        copied = self.predictor.fetch(known.lender, instance, known.lent - cached)
+        queue = computed * queued / (queued + prompt - cached)  # its part of that time
+        if copied >= computed or copied > limit or queue > limit:
+            return alone
+        ttft = max(0.0, copied - queue) + self.predictor.ttft(instance, prompt, known.lent)
+        if ttft >= computed or ttft > limit:
+            return alone
+        return self._judged(instance, ttft, known.lent, alone.fits)
+
+
+def _ask_for_fetches(
+    prompt: _Prompt,
+    instances: Sequence[Instance],
     known: Known,
-) -> Forecast:
-    """What to expect of one instance; `to_come` is the time already waited and the move that would follow.
+    forecasts: list[Forecast],
+    keys: list[tuple[float, ...]],
+) -> None:
+    """Put the forecast with a fetch in its place wherever it could win.
 
-    Feasible means: TTFT is within its limit; the KV has room below the watermark (elsewhere the prompt would
-    wait, or push somebody out); and the decodes of a D-heavy instance, this one among them, are predicted to
-    stay within theirs.
+    With it they have equally much of the prompt, so the order of their queues is that of their keys, and
+    whoever comes behind one that is feasible need not be asked.
     """
-    prompt = request.prompt_tokens
-    here = known.prefixes.get(instance.name)
-    cached, used = (0, 0) if here is None else (here.cached, here.claimed)
-    ttft = predictor.ttft(instance, prompt, cached)
-    fits = load_after(instance, prompt - used, policy) <= policy.full_mark
-    # What is fetched takes its room while the prompt still waits: only where it will not wait for long.
-    if fits and known.lent > cached and instance is not known.lender:
-        fetched = _fetched(prompt, instance, cached, ttft, predictor, known)
-        if fetched < ttft and to_come + fetched <= limits[0]:
-            ttft, cached = fetched, known.lent
-    ttft += to_come
-    feasible = fits and ttft <= limits[0]
-    calm = True
-    if feasible and instance.kind is Kind.D_HEAVY:
-        feasible = calm = predictor.tpot(instance, prompt) <= limits[1]
-    return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm, cached)
-
-
-def _fetched(
-    prompt: int, instance: Instance, cached: int, computed: float, predictor: Predictor, known: Known
-) -> float:
-    """TTFT (seconds from now) if what the instance lacks of the prefix is copied while the prompt waits in
-    its queue, which is a part of the time it takes `computed`; what is left of the copying delays it."""
-    assert known.lender is not None
-    copied = predictor.fetch(known.lender, instance, known.lent - cached)
-    if copied >= computed:
-        return copied
-    queued = instance.queued_prefill_tokens
-    queue = computed * queued / (queued + prompt - cached)
-    return max(0.0, copied - queue) + predictor.ttft(instance, prompt, known.lent)
+    could = [
+        (instance.kind is Kind.P_HEAVY, alone.queued_prefill_tokens - known.lent, number)
+        for number, (instance, alone) in enumerate(zip(instances, forecasts, strict=True))
+        if alone.fits and alone.cached < known.lent and instance is not known.lender
+    ]
+    could.sort()
+    best = min(keys)
+    for p_heavy, to_compute, number in could:
+        if (0.0, p_heavy, to_compute) > best:
+            return
+        instance, alone = instances[number], forecasts[number]
+        fetching = prompt.fetching(instance, alone, known)
+        if fetching is not alone:
+            forecasts[number] = fetching
+            keys[number] = key = _key(instance, fetching)
+            best = min(best, key)
 
 
 def _hand_over_seconds(
@@ -162,11 +196,20 @@ def _hand_over_seconds(
     source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
     if source is None or not decoders or not request.movable or request.max_tokens <= 1:
         return None
-    if not known.prefixes:
-        return predictor.move(source, min(decoders, key=lambda d: d.kv_usage), request.prompt_tokens)
-    held = {d.name: known.prefixes.get(d.name, NONE).held for d in decoders}
-    likely = min(decoders, key=lambda d: (d.kv_tokens - held[d.name]) / d.kv_capacity)
-    return predictor.move(source, likely, request.prompt_tokens, held[likely.name])
+    likely, held = _roomiest(decoders, known.prefixes)
+    return predictor.move(source, likely, request.prompt_tokens, held)
+
+
+def _roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instance, int]:
+    """The one whose KV is used least, and how many tokens of the prompt it has."""
+    least, roomiest = float("inf"), (decoders[0], 0)
+    for decoder in decoders:
+        prefix = prefixes.get(decoder.name)
+        held = 0 if prefix is None else prefix.held
+        used = (decoder.kv_tokens - held) / decoder.kv_capacity
+        if used < least:
+            least, roomiest = used, (decoder, held)
+    return roomiest
 
 
 def _key(instance: Instance, forecast: Forecast) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ A block is known by its hash, which stands for all blocks before it too. What th
 (Cached); what live requests hold or are about to is claimed by the ledger as they come and go, so that two
 prompts with one prefix find each other before a block of it is computed. Nothing here decides anything.
 
-Memory: about 150 bytes for each block that some cache holds, however many hold it, and 100 for every 128
+Memory: about 150 bytes for each block that some cache holds, however many hold it, and 100 for every 256
 tokens of a live prompt on an instance. Eight instances with 2.0M tokens each, in blocks of 16, are a million
 blocks. No more than `most` are kept in mind; those told beyond that are not known, which costs a hit and
 nothing else.
@@ -12,15 +12,13 @@ nothing else.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from taichi_serve.messages import Cached, Tier
 
 MOST = 4_000_000  # blocks: 600 MB
-LOOK = 8  # blocks that are looked at one by one only where somebody has not all of them
-CLAIMED = 128  # tokens: what live requests have is counted in pieces of so many, or of a block
+CLAIMED = 256  # tokens: what live requests have is counted in pieces of so many, or of a block
 
 
 class Prefix(NamedTuple):
@@ -63,7 +61,8 @@ class Residency:
             for tier in Tier
         }
         self._where: dict[int, int] = {}
-        self._claims: dict[str, Counter[int]] = {name: Counter() for name in names}
+        self._claims: dict[str, dict[int, int]] = {name: {} for name in names}
+        self._claimed: dict[int, int] = {}  # who has such a claim: a bit for each instance
 
     def __len__(self) -> int:
         """Blocks that some cache is known to hold."""
@@ -88,7 +87,7 @@ class Residency:
         for block in fact.removed:
             mask = where.get(block, 0)
             if mask & bit:
-                self._put(block, mask ^ bit)
+                _put(where, block, mask ^ bit)
 
     def lose(self, name: str) -> None:
         """An instance is gone, with its host's copies. What is claimed there ends with each request."""
@@ -96,17 +95,24 @@ class Residency:
 
     def claim(self, name: str, blocks: Sequence[int]) -> None:
         """A request with these blocks is on this instance."""
-        self._claims[name].update(self._pieces(blocks))
+        claims, claimed, bit = self._claims[name], self._claimed, self._bit[name, Tier.DEVICE]
+        for block in self._pieces(blocks):
+            if block in claims:
+                claims[block] += 1
+            else:
+                claims[block] = 1
+                claimed[block] = claimed.get(block, 0) | bit
 
     def leave(self, name: str, blocks: Sequence[int]) -> None:
         """It is there no more."""
-        claims = self._claims[name]
+        claims, claimed, bit = self._claims[name], self._claimed, self._bit[name, Tier.DEVICE]
         for block in self._pieces(blocks):
             count = claims[block]
             if count > 1:
                 claims[block] = count - 1
             else:
                 del claims[block]
+                _put(claimed, block, claimed[block] ^ bit)
 
     def _pieces(self, blocks: Sequence[int]) -> Sequence[int]:
         # The last block of a piece stands for all before it, too.
@@ -114,12 +120,6 @@ class Residency:
 
     def _forget(self, bits: int) -> None:
         self._where = {block: left for block, mask in self._where.items() if (left := mask & ~bits)}
-
-    def _put(self, block: int, mask: int) -> None:
-        if mask:
-            self._where[block] = mask
-        else:
-            del self._where[block]
 
     # ------------------------------------------------------------------------------------------ questions
 
@@ -133,38 +133,15 @@ class Residency:
             blocks = blocks[: (tokens - 1) // size]
             if not blocks:
                 return NOTHING
-        lengths, count = self._runs(blocks), len(self._names)
-        pieces, piece = self._pieces(blocks), self._stride * size
+        count, piece = len(self._names), self._stride * size
+        held = _runs(self._where, blocks, count)
+        claimed = _runs(self._claimed, self._pieces(blocks), 0)
         found: dict[str, Prefix] = {}
-        for number, (name, claims) in enumerate(self._claims.items()):
-            held = lengths.get(number + count, 0)
-            claimed = _run(claims, pieces) if claims and pieces and pieces[0] in claims else 0
-            if held or claimed:
-                found[name] = Prefix(lengths.get(number, 0) * size, held * size, claimed * piece)
+        for number, name in enumerate(self._names):
+            host, mine = held.get(number + count, 0), claimed.get(number, 0)
+            if host or mine:
+                found[name] = Prefix(held.get(number, 0) * size, host * size, mine * piece)
         return found
-
-    def _runs(self, blocks: Sequence[int]) -> dict[int, int]:
-        """Blocks of the longest prefix by number of the bit: those of a host count what the device has."""
-        count, most, get = len(self._names), len(blocks), self._where.get
-        mask = same = get(blocks[0], 0)
-        left = (mask | mask << count) & ((1 << 2 * count) - 1)
-        lengths: dict[int, int] = {}
-        end = 1
-        while left and end < most:
-            start, end = end, min(end + LOOK, most)
-            mask = get(blocks[end - 1], 0)
-            # Caches drop a prefix from its end: who has the last of these blocks has them all.
-            if mask == same or left & (mask | mask << count) == left:
-                same = mask
-                continue
-            for length in range(start, end):
-                mask = get(blocks[length], 0)
-                now = left & (mask | mask << count)
-                if now != left:
-                    _note(lengths, left ^ now, length)
-                    left = now
-        _note(lengths, left, most)
-        return lengths
 
     def holds(self, name: str, tier: Tier) -> set[int]:
         """The blocks that an instance is known to hold: for tests, it looks at every block."""
@@ -176,8 +153,48 @@ class Residency:
         return self._claims[name]
 
 
+def _put(where: dict[int, int], block: int, mask: int) -> None:
+    if mask:
+        where[block] = mask
+    else:
+        del where[block]
+
+
+def _runs(where: Mapping[int, int], blocks: Sequence[int], count: int) -> dict[int, int]:
+    """How many of the blocks each bit has from the first on, by its number; a host, `count` bits further than
+    its device, is asked only for what the device lacks.
+
+    Who has a block is taken to have all before it: caches drop a prefix from its end, and a claim is of a
+    whole prompt. So each end is found by bisection. Who has not the first block has nothing.
+    """
+    lengths: dict[int, int] = {}
+    if not blocks:
+        return lengths
+    get, most = where.get, len(blocks)
+    mask = get(blocks[0], 0)
+    left = (mask | mask << count) & (1 << 2 * count) - 1 if count else mask
+    mask = get(blocks[-1], 0)
+    whole = left & (mask | mask << count)
+    have = 1  # so many blocks do all of those have that are left
+    while left & ~whole:
+        lost = most  # and so many not all of them
+        while lost - have > 1:
+            middle = (have + lost) // 2
+            mask = get(blocks[middle - 1], 0)
+            if left & (mask | mask << count) == left:
+                have = middle
+            else:
+                lost = middle
+        mask = get(blocks[lost - 1], 0)
+        now = left & (mask | mask << count)
+        _note(lengths, left ^ now, have)
+        left, have = now, lost
+    _note(lengths, left, most)
+    return lengths
+
+
 def _note(lengths: dict[int, int], bits: int, length: int) -> None:
-    while bits and length:
+    while bits:
         lowest = bits & -bits
         lengths[lowest.bit_length() - 1] = length
         bits ^= lowest
