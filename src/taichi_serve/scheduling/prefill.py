@@ -140,9 +140,11 @@ class _Prompt:
         cached, prompt, queued = alone.cached, self.request.prompt_tokens, alone.queued_prefill_tokens
         to_come = self.waited if instance.kind is Kind.D_HEAVY else self.later
         computed, limit = alone.ttft - to_come, self.limits[0] - to_come
-        copied = self.predictor.fetch(known.lender, instance, known.lent - cached)
         queue = computed * queued / (queued + prompt - cached)  # its part of that time
-        if copied >= computed or copied > limit or queue > limit:
+        if queue > limit:
+            return alone
+        copied = self.predictor.fetch(known.lender, instance, known.lent - cached)
+        if copied >= computed or copied > limit:
             return alone
         ttft = max(0.0, copied - queue) + self.predictor.ttft(instance, prompt, known.lent)
         if ttft >= computed or ttft > limit:

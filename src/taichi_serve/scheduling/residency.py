@@ -13,6 +13,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from taichi_serve.messages import Cached, Tier
@@ -134,13 +135,12 @@ class Residency:
             if not blocks:
                 return NOTHING
         count, piece = len(self._names), self._stride * size
-        held = _runs(self._where, blocks, count)
-        claimed = _runs(self._claimed, self._pieces(blocks), 0)
+        held = _runs(self._where, blocks, count, count)
+        claimed = _runs(self._claimed, self._pieces(blocks), count, 0)
         found: dict[str, Prefix] = {}
-        for number, name in enumerate(self._names):
-            host, mine = held.get(number + count, 0), claimed.get(number, 0)
+        for name, device, host, mine in zip(self._names, held, held[count:], claimed, strict=False):
             if host or mine:
-                found[name] = Prefix(held.get(number, 0) * size, host * size, mine * piece)
+                found[name] = Prefix(device * size, host * size, mine * piece)
         return found
 
     def holds(self, name: str, tier: Tier) -> set[int]:
@@ -160,54 +160,44 @@ def _put(where: dict[int, int], block: int, mask: int) -> None:
         del where[block]
 
 
-def _runs(where: Mapping[int, int], blocks: Sequence[int], count: int) -> dict[int, int]:
-    """How many of the blocks each bit has from the first on, by its number; a host, `count` bits further than
-    its device, is asked only for what the device lacks.
+def _runs(where: Mapping[int, int], blocks: Sequence[int], instances: int, hosts: int) -> list[int]:
+    """How many of the blocks each bit has from the first on, by its number; a host, `hosts` bits further
+    than its device, counts what the device has.
 
     Who has a block is taken to have all before it: caches drop a prefix from its end, and a claim is of a
     whole prompt. So each end is found by bisection. Who has not the first block has nothing.
     """
-    lengths: dict[int, int] = {}
+    lengths = [0] * (instances + hosts)
     if not blocks:
         return lengths
     get, most = where.get, len(blocks)
     mask = get(blocks[0], 0)
-    left = (mask | mask << count) & (1 << 2 * count) - 1 if count else mask
+    left = (mask | mask << hosts) & (1 << instances + hosts) - 1
     mask = get(blocks[-1], 0)
-    whole = left & (mask | mask << count)
+    whole = left & (mask | mask << hosts)
     have = 1  # so many blocks do all of those have that are left
     while left & ~whole:
         lost = most  # and so many not all of them
         while lost - have > 1:
             middle = (have + lost) // 2
             mask = get(blocks[middle - 1], 0)
-            if left & (mask | mask << count) == left:
+            if left & (mask | mask << hosts) == left:
                 have = middle
             else:
                 lost = middle
         mask = get(blocks[lost - 1], 0)
-        now = left & (mask | mask << count)
+        now = left & (mask | mask << hosts)
         _note(lengths, left ^ now, have)
         left, have = now, lost
     _note(lengths, left, most)
     return lengths
 
 
-def _note(lengths: dict[int, int], bits: int, length: int) -> None:
-    while bits:
-        lowest = bits & -bits
-        lengths[lowest.bit_length() - 1] = length
-        bits ^= lowest
+def _note(lengths: list[int], bits: int, length: int) -> None:
+    for number in _numbers(bits):
+        lengths[number] = length
 
 
-def _run(claims: Mapping[int, int], blocks: Sequence[int]) -> int:
-    """How many of these are claimed, the first of them is. Who claims one claims all before it, so this is a
-    bisection."""
-    low, high = 1, len(blocks)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if blocks[middle - 1] in claims:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+@lru_cache(1 << 12)  # few instances have ever the same part of a prompt
+def _numbers(bits: int) -> tuple[int, ...]:
+    return tuple(number for number in range(bits.bit_length()) if bits >> number & 1)
