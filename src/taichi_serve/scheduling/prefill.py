@@ -22,11 +22,13 @@ from taichi_serve.slo import SLO
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens."""
+    """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens,
+    after `behind` seconds in which others are copied from there."""
 
     prefixes: Prefixes
     lender: Instance | None = None
     lent: int = 0
+    behind: float = 0.0
 
 
 UNKNOWN = Known(NOTHING)
@@ -119,10 +121,9 @@ def _forecast(
     cached, used = (0, 0) if here is None else (here.cached, here.claimed)
     ttft = predictor.ttft(instance, prompt, cached)
     fits = load_after(instance, prompt - used, policy) <= policy.full_mark
-    # What is fetched takes its room while the prompt still waits: only where it will not wait for long.
     if fits and known.lent > cached and instance is not known.lender:
-        fetched = _fetched(prompt, instance, cached, ttft, predictor, known)
-        if fetched < ttft and to_come + fetched <= limits[0]:
+        fetched = _fetched(prompt, instance, cached, ttft, predictor, policy, known)
+        if fetched < ttft:
             ttft, cached = fetched, known.lent
     ttft += to_come
     feasible = fits and ttft <= limits[0]
@@ -133,16 +134,25 @@ def _forecast(
 
 
 def _fetched(
-    prompt: int, instance: Instance, cached: int, computed: float, predictor: Predictor, known: Known
+    prompt: int,
+    instance: Instance,
+    cached: int,
+    computed: float,
+    predictor: Predictor,
+    policy: Policy,
+    known: Known,
 ) -> float:
     """TTFT (seconds from now) if what the instance lacks of the prefix is copied while the prompt waits in
-    its queue, which is a part of the time it takes `computed`; what is left of the copying delays it."""
+    its queue, which is a part of the time it takes `computed`; what is left of the copying delays it. What
+    comes too late for the cluster is `computed`."""
     assert known.lender is not None
-    copied = predictor.fetch(known.lender, instance, known.lent - cached)
+    copied = known.behind + predictor.fetch(known.lender, instance, known.lent - cached)
     if copied >= computed:
         return copied
     queued = instance.queued_prefill_tokens
     queue = computed * queued / (queued + prompt - cached)
+    if max(copied, queue) > policy.fetch_within:
+        return computed
     return max(0.0, copied - queue) + predictor.ttft(instance, prompt, known.lent)
 
 
