@@ -39,7 +39,7 @@ from taichi_serve.scheduling.policy import PREFIXES, Policy
 from taichi_serve.search.climb import climb
 from taichi_serve.search.crew import workers
 from taichi_serve.search.effort import Effort, Plan
-from taichi_serve.search.families import aggregation, disaggregation, hybrid
+from taichi_serve.search.families import aggregation, disaggregation, end_of, hybrid
 from taichi_serve.search.goodput import Contender, Scene
 from taichi_serve.search.sliders import Hunt
 from taichi_serve.sliders import Sliders
@@ -139,8 +139,7 @@ def field(family: str) -> list[Contender]:
     baselines = {"aggregation": aggregation, "disaggregation": disaggregation}
     if family in baselines:
         return baselines[family](INSTANCES, LONGEST)
-    ends = {c.sliders for made in baselines.values() for c in made(INSTANCES, LONGEST)}
-    return [c for c in hybrid(INSTANCES, LONGEST) if c.sliders not in ends or c.policy.degrades]
+    return [c for c in hybrid(INSTANCES, LONGEST) if end_of(c) is None]
 
 
 # ------------------------------------------------------------------------------------ one process, one cell

@@ -192,9 +192,11 @@ def _why(forecast: Forecast, chosen: Instance, limit: float, lender: Instance | 
     if not forecast.feasible:
         why = "none feasible: the lowest prediction"
     elif chosen.kind is Kind.D_HEAVY:
-        why = f"D-heavy within {limit:g} s, fewest queued prompt tokens"
+        why = f"D-heavy within {limit:g} s, fewest prompt tokens to compute"
     else:
-        why = f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest queued prompt tokens"
+        why = (
+            f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest prompt tokens to compute"
+        )
     if lender is not None:
         return f"{why}; fetches the KV of {forecast.cached} tokens from {lender.name}"
     return f"{why}; {forecast.cached} tokens are cached there" if forecast.cached else why
