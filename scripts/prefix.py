@@ -213,6 +213,9 @@ def run(todo: list[Cell], args: argparse.Namespace) -> None:
         while pending and time.monotonic() < end:
             for one in [p for p in pending if p.ready()]:
                 pending.remove(one)
+                if not one.successful():  # the others go on; a later call tries it again
+                    print(f"failed: {one._value!r}", flush=True)  # type: ignore[attr-defined]
+                    continue
                 row = one.get()
                 out.write(json.dumps(row) + "\n")
                 out.flush()
