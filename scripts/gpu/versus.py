@@ -87,7 +87,11 @@ def contender(name: str, port: int, beds: Beds, out: Path) -> Iterator[tuple[lis
             yield [process.pid], ready(process, url, log)
         return
     slo = ["--ttft-slo", f"{beds.slo.ttft:g}", "--tpot-slo", f"{beds.slo.tpot:g}"]
-    split = [] if "--d-heavy" in words else ["--p-heavy", str(beds.gpus // 2), "--d-heavy", str(-(-beds.gpus // 2))]
+    split = (
+        []
+        if "--d-heavy" in words
+        else ["--p-heavy", str(beds.gpus // 2), "--d-heavy", str(-(-beds.gpus // 2))]
+    )
     devices = [] if REHEARSAL else ["--devices", ";".join(str(n) for n in range(beds.gpus))]
     tuned = ["--autotune", "on"] if kind == "auto" else []
     flags = [*split, *devices, *slo, *tuned, *beds.flags, *shlex.split(words)]
@@ -134,7 +138,9 @@ def energy() -> float:
 async def visit(url: str, pids: list[int], args: argparse.Namespace, slo: SLO, rate: float, seed: int) -> Row:
     """One rate and seed, until the outcome is certain or, with --full, to the end."""
     requests = max(args.requests, int(args.least * rate))
-    async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(None, connect=30.0), limits=MANY) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=httpx.Timeout(None, connect=30.0), limits=MANY
+    ) as client:
         score = Score(slo, requests, ATTAINMENT)
         plan = Plan.of(workload(args.workload, LIMIT), rate, args.warm_up, requests, seed)
         meters, began = Meters(pids), time.perf_counter()
@@ -142,7 +148,13 @@ async def visit(url: str, pids: list[int], args: argparse.Namespace, slo: SLO, r
         await loop.run(plan, score, not args.full, lambda _: None)
         run = score.run(rate, time.perf_counter() - began)
         row: Row = {"rate": rate, "seed": seed, "sent": run.sent, "total": requests, "good": run.good}
-        row |= {"bad": run.bad, "kept": run.kept, "failed": run.failed, "seconds": run.seconds, **meters.read()}
+        row |= {
+            "bad": run.bad,
+            "kept": run.kept,
+            "failed": run.failed,
+            "seconds": run.seconds,
+            **meters.read(),
+        }
         for name in ("ttft", "tpot"):
             row[name] = [run.quantile(name, share) for share in (0.5, 0.9)]
         state = await client.get("/taichi/state")
@@ -247,7 +259,9 @@ def _end(book: Book, names: list[str], seeds: list[int], out: Path, status: int)
 
 def parsed() -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, nargs="?", default=Path(os.environ.get("OUT", "/tmp/taichi-gpu")))
     parser.add_argument("--first", default="auto")
     parser.add_argument("--second", default="stock:256")

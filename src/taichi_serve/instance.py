@@ -36,6 +36,7 @@ class Instance:
     kv_tokens: int = 0  # blocks in use times block size, as of its last step
     reserved_tokens: int = 0
     leaving_tokens: int = 0  # KV of requests that were told to go elsewhere and are not there yet
+    lends_until: float = 0.0  # when all that is fetched from its prefix cache is expected to be copied (s)
     closing: bool = False  # takes no new prompts, and gets chunk 0 once the queued ones are through
 
     @property

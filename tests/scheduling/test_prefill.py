@@ -158,7 +158,7 @@ def test_long_conversation_with_a_short_new_turn_is_a_short_prompt() -> None:
     assert (placed.instance.name, placed.hand_over, placed.cached) == ("i1", False, 5500)
     assert [round(f.ttft, 6) for f in placed.forecasts] == [0.7, 0.2]
     assert [f.cached for f in placed.forecasts] == [0, 5500]
-    assert placed.why == "D-heavy within 2 s, fewest queued prompt tokens; 5500 tokens are cached there"
+    assert placed.why == "D-heavy within 2 s, fewest prompt tokens to compute; 5500 tokens are cached there"
 
 
 def test_what_is_cached_is_weighed_against_the_queue_token_for_token() -> None:

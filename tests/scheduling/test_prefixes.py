@@ -31,13 +31,17 @@ CHAIN = tuple(range(1, 11))  # ten blocks, a thousand tokens
 
 
 def scheduler(
-    sliders: Sliders = TWO_ALIKE, block_size: int = BLOCK, fetch: bool = False, bandwidth: float = 1e9
+    sliders: Sliders = TWO_ALIKE,
+    block_size: int = BLOCK,
+    fetch: bool = False,
+    bandwidth: float = 1e9,
+    within: float = 10.0,
 ) -> GlobalScheduler:
     """A prompt token takes 1 ms, a token of KV has 1,000 bytes."""
     transfers = {(a, b): Transfer(a, b, 0.01, bandwidth) for a in Kind for b in Kind}
     predictor = Profiled(Roofline(launch=0.001, token=0.001), transfers, 1_000)
     capacities = {f"i{n}": 20_000 for n in range(sliders.instances)}
-    policy = Policy(dwell=0.0, fetch=fetch)
+    policy = Policy(dwell=0.0, fetch=fetch, fetch_within=within)
     return GlobalScheduler(sliders, SLO(10.0, 10.0), predictor, policy, capacities, block_size)
 
 
@@ -167,3 +171,54 @@ def test_without_a_block_size_hashes_mean_nothing() -> None:
     s = scheduler(block_size=0)
     s.on(Cached(0.0, "i1", CHAIN))
     assert cached(arrive(s, "a", 1_050, CHAIN)) == [0, 0]
+
+
+def test_prefix_that_would_come_after_the_cluster_gave_it_up_is_not_fetched() -> None:
+    # On i1 2,000 tokens are queued, 2 s; on i0, which has the prefix, 8,000.
+    for within, fetched in ((10.0, "i0"), (1.0, None)):
+        s = scheduler(fetch=True, within=within)
+        s.on(Cached(0.0, "i0", CHAIN))
+        busy(s, 8_000)
+        assert arrive(s, "queued", 2_000, ()).on == "i1"
+        turn = arrive(s, "a", 1_050, CHAIN)
+        assert (turn.on, turn.prefix_from) == ("i1", fetched)
+
+
+def test_what_one_holder_is_asked_for_comes_one_after_the_other() -> None:
+    # Copied in 10 ms and 1 MB at 1.5 MB/s, 0.68 s, or computed in 1.05 s: sooner than behind another copy.
+    s = scheduler(Sliders(0, 3, 0, 512), fetch=True, bandwidth=1.5e6)
+    other, third = (tuple(block + more for block in CHAIN) for more in (100, 200))
+    s.on(Cached(0.0, "i0", (*CHAIN, *other, *third)))
+    s.instances["i2"].silent = True
+    busy(s, 8_000)
+    s.instances["i2"].silent = False
+    assert arrive(s, "a", 1_050, CHAIN).prefix_from == "i0"
+    assert arrive(s, "b", 1_050, other).prefix_from is None
+    assert arrive(s, "c", 1_050, third, at=0.7).prefix_from == "i0"
+
+
+def test_of_two_holders_the_one_that_has_lent_less_lends() -> None:
+    s = scheduler(Sliders(0, 3, 0, 512), fetch=True, bandwidth=1.5e6)
+    other = tuple(block + 100 for block in CHAIN)
+    for holder in ("i0", "i1"):
+        s.on(Cached(0.0, holder, (*CHAIN, *other)))
+        s.instances["i2"].silent = True
+        s.instances["i1" if holder == "i0" else "i0"].silent = True
+        arrive(s, f"before {holder}", 8_000, ())
+        for instance in s.instances.values():
+            instance.silent = False
+    assert arrive(s, "a", 1_050, CHAIN).prefix_from == "i0"
+    assert arrive(s, "b", 1_050, other).prefix_from == "i1"
+
+
+def test_prompt_that_is_late_all_the_same_is_late_by_less_with_a_fetch() -> None:
+    # None is within 5 s: i0, which has the prefix, has 8,000 tokens queued, and i1 6,000.
+    s = scheduler(fetch=True)
+    s.on(Cached(0.0, "i0", CHAIN))
+    busy(s, 8_000)
+    s.instances["i0"].silent = True
+    arrive(s, "queued", 6_000, ())
+    s.instances["i0"].silent = False
+    late = arrive(s, "a", 1_050, CHAIN)
+    assert (late.on, late.prefix_from) == ("i1", "i0")
+    assert not any(forecast.feasible for forecast in late.forecasts)

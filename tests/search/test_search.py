@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from taichi_serve.bench.workload import LogNormal, Synthetic, Workload
+from taichi_serve.bench.workload import LogNormal, Synthetic, Workload, workload
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.shipped import Machine, machine
 from taichi_serve.scheduling.policy import Policy
@@ -275,6 +275,12 @@ POLICY = ["ttft_margin", "tpot_margin", "watermark", "alpha"]
 def test_the_config_has_the_keys_that_serve_takes():
     keys = ["model", "max_num_seqs", *SLIDERS, "ttft_slo", "tpot_slo", *POLICY]
     assert list(config(SCENE, AGGREGATION)) == keys
+
+
+def test_a_config_says_what_was_done_about_prefixes_where_the_workload_has_some():
+    talks = replace(SCENE, workload=workload("conversations", 8192), prefixes="fetch")
+    assert config(talks, AGGREGATION)["prefixes"] == "fetch"
+    assert "prefixes" not in config(replace(SCENE, prefixes="fetch"), AGGREGATION)
 
 
 def test_a_config_holds_what_its_profile_was_for():

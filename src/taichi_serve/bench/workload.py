@@ -13,7 +13,7 @@ from pathlib import Path
 
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.conversations import LENGTHS, Conversations, Talks
-from taichi_serve.bench.lengths import InOrder, LogNormal, Rows, Source, Synthetic
+from taichi_serve.bench.lengths import Independent, InOrder, LogNormal, Rows, Source, Synthetic
 from taichi_serve.bench.sharing import requests as in_order
 from taichi_serve.bench.trace import Trace
 from taichi_serve.bench.traces import read_trace
@@ -33,6 +33,13 @@ class Workload:
     def block_size(self) -> int:
         """How many tokens a hash of Call.blocks covers."""
         return self.source.block_size
+
+    @property
+    def shares(self) -> bool:
+        """Whether it says which requests begin alike."""
+        if isinstance(self.source, InOrder):
+            return bool(self.source.trace.blocks)
+        return not isinstance(self.source, Independent)
 
     def calls(self, rate: float, requests: int, seed: int) -> Iterator[Call]:
         """Calls at `rate` requests/s in order of time, `requests` of them with all turns that follow."""

@@ -173,7 +173,7 @@ def _chosen(entry: Record) -> str:
         return "none is feasible: the lowest predicted TTFT" if entry["forecasts"] else ""
     if len(feasible) == 1:
         return "the only feasible one"
-    return "feasible; D-heavy first, then the fewest queued prompt tokens"
+    return "feasible; D-heavy first, then the fewest prompt tokens to compute"
 
 
 def _prefilled(entry: Record) -> Words:

@@ -91,12 +91,15 @@ class Dispatcher:
 
     def _prefill(self, request: Request, now: float, able: list[Instance]) -> Prefill:
         below = decoders(self.serving())
-        known = self._known(request)
+        known = self._known(request, now)
         placed = choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known)
         self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)
         request.predicted_ttft = placed.ttft
         request.hand_over, request.ahead = placed.hand_over, None
         lender = placed.lender
+        if lender is not None:
+            missing = placed.cached - known.prefixes.get(placed.instance.name, NONE).cached
+            self.ledger.lend(lender, now, self.predictor.fetch(lender, placed.instance, missing))
         return Prefill(
             request.id,
             request.leg,
@@ -108,8 +111,9 @@ class Dispatcher:
             0 if lender is None else placed.cached,
         )
 
-    def _known(self, request: Request) -> Known:
-        """What the instances have of a prompt; the one that answers and has most of it may lend."""
+    def _known(self, request: Request, now: float) -> Known:
+        """What the instances have of a prompt; of those that answer the one with most of it may lend, and of
+        equals the one that has lent least."""
         prefixes = self.ledger.prefixes(request)
         if not prefixes:
             return UNKNOWN
@@ -117,9 +121,12 @@ class Dispatcher:
             return Known(prefixes)
         lender, lent = None, 0
         for name, prefix in prefixes.items():
-            if prefix.held > lent and self.ledger.instances[name].answers:
-                lender, lent = self.ledger.instances[name], prefix.held
-        return Known(prefixes, lender, lent)
+            instance = self.ledger.instances[name]
+            if prefix.held < max(1, lent) or not instance.answers:
+                continue
+            if lender is None or prefix.held > lent or instance.lends_until < lender.lends_until:
+                lender, lent = instance, prefix.held
+        return Known(prefixes, lender, lent, max(0.0, lender.lends_until - now) if lender else 0.0)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""

@@ -74,6 +74,10 @@ class Ledger:
         if request.blocks:
             self.residency.claim(instance.name, request.blocks)
 
+    def lend(self, lender: Instance, now: float, seconds: float) -> None:
+        """A prefix is copied from this instance, behind others: its port takes one after the other."""
+        lender.lends_until = max(now, lender.lends_until) + seconds
+
     def dequeue(self, request: Request, cached: int = 0) -> None:
         """The prompt is through; `cached` tokens of it did not have to be computed."""
         instance = self.home(request)

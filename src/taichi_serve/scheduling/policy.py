@@ -30,6 +30,8 @@ class Policy:
     `fetch`         whether a prompt's prefix may be copied from the instance that has it to one where the
                     prompt is better placed, when that is faster than computing it there (for clusters that
                     can).
+    `fetch_within`  seconds after which a cluster computes a prompt whose prefix has not come: nothing is
+                    fetched where it would wait longer in the queue (--move-timeout).
     `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
     """
 
@@ -43,10 +45,11 @@ class Policy:
     growth: int = 8
     ahead: bool = False
     fetch: bool = False
+    fetch_within: float = 10.0
     scan: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("watermark", "alpha", "ttft_margin", "tpot_margin"):
+        for name in ("watermark", "alpha", "ttft_margin", "tpot_margin", "fetch_within"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")

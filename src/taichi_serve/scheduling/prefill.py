@@ -22,11 +22,13 @@ from taichi_serve.slo import SLO
 
 @dataclass(slots=True)
 class Known:
-    """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens."""
+    """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens,
+    after `behind` seconds in which others are copied from there."""
 
     prefixes: Prefixes
     lender: Instance | None = None
     lent: int = 0
+    behind: float = 0.0
 
 
 UNKNOWN = Known(NOTHING)
@@ -130,26 +132,25 @@ class _Prompt:
             feasible = calm = tpot <= self.limits[1]
         return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm, cached)
 
-    def fetching(self, instance: Instance, alone: Forecast, known: Known) -> Forecast:
+    def fetching(self, instance: Instance, alone: Forecast, known: Known, before: float) -> Forecast:
         """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
 
         It is copied while the prompt waits in the queue, and what is left of the copying delays the prompt.
-        What is fetched takes its room meanwhile: only where the prompt will not wait for long.
+        Nothing is fetched that the cluster would give up, nor where the first token cannot be there `before`
+        so many seconds after the arrival.
         """
         assert known.lender is not None
         cached, prompt, queued = alone.cached, self.request.prompt_tokens, alone.queued_prefill_tokens
         to_come = self.waited if instance.kind is Kind.D_HEAVY else self.later
-        computed, limit = alone.ttft - to_come, self.limits[0] - to_come
+        computed, within = alone.ttft - to_come, min(before - to_come, self.policy.fetch_within)
         queue = computed * queued / (queued + prompt - cached)  # its part of that time
-        if queue > limit:
+        if queue > within:
             return alone
-        copied = self.predictor.fetch(known.lender, instance, known.lent - cached)
-        if copied >= computed or copied > limit:
+        copied = known.behind + self.predictor.fetch(known.lender, instance, known.lent - cached)
+        if copied >= computed or copied > within:
             return alone
         ttft = max(0.0, copied - queue) + self.predictor.ttft(instance, prompt, known.lent)
-        if ttft >= computed or ttft > limit:
-            return alone
-        return self._judged(instance, ttft, known.lent, alone.fits)
+        return alone if ttft >= computed else self._judged(instance, ttft, known.lent, alone.fits)
 
 
 def _ask_for_fetches(
@@ -175,11 +176,19 @@ def _ask_for_fetches(
         if (0.0, p_heavy, to_compute) > best:
             return
         instance, alone = instances[number], forecasts[number]
-        fetching = prompt.fetching(instance, alone, known)
+        fetching = prompt.fetching(instance, alone, known, _before(best, prompt.limits[0]))
         if fetching is not alone:
             forecasts[number] = fetching
             keys[number] = key = _key(instance, fetching)
             best = min(best, key)
+
+
+def _before(best: tuple[float, ...], limit: float) -> float:
+    """The TTFT that would not be too late to win against the best key so far, which may be feasible, or not,
+    or without room."""
+    if not best[0]:
+        return limit
+    return float("inf") if best[1] else max(limit, best[2])
 
 
 def _hand_over_seconds(
@@ -227,9 +236,11 @@ def _why(forecast: Forecast, chosen: Instance, limit: float, lender: Instance | 
     if not forecast.feasible:
         why = "none feasible: the lowest prediction"
     elif chosen.kind is Kind.D_HEAVY:
-        why = f"D-heavy within {limit:g} s, fewest queued prompt tokens"
+        why = f"D-heavy within {limit:g} s, fewest prompt tokens to compute"
     else:
-        why = f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest queued prompt tokens"
+        why = (
+            f"no D-heavy within {limit:g} s and its TPOT margin; P-heavy with fewest prompt tokens to compute"
+        )
     if lender is not None:
         return f"{why}; fetches the KV of {forecast.cached} tokens from {lender.name}"
     return f"{why}; {forecast.cached} tokens are cached there" if forecast.cached else why

@@ -45,7 +45,8 @@ def _quantiles(times: Any) -> dict[str, float]:
 
 def config(scene: Scene, contender: Contender) -> dict[str, Any]:
     """The keys that `taichi serve --config` takes: sliders, SLOs and policy, and the settings of the
-    instances that the step times are of. With others the search would have been about another server."""
+    instances that the step times are of. With others the search would have been about another server. What
+    was done about prefixes is among them where the workload has some."""
     sliders, policy = contender.sliders, contender.policy
     return {
         "model": scene.machine.model,
@@ -60,6 +61,7 @@ def config(scene: Scene, contender: Contender) -> dict[str, Any]:
         "tpot_margin": policy.tpot_margin,
         "watermark": policy.watermark,
         "alpha": policy.alpha,
+        **({"prefixes": scene.prefixes} if scene.workload.shares else {}),
     }
 
 

@@ -228,7 +228,8 @@ def policy(args: argparse.Namespace) -> Policy:
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
     margins = args.ttft_margin, args.tpot_margin
-    return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True, fetch=args.prefixes == FETCH)
+    fetch, within = args.prefixes == FETCH, args.move_timeout
+    return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True, fetch=fetch, fetch_within=within)
 
 
 def patience(args: argparse.Namespace) -> Patience:

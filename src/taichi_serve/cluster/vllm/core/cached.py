@@ -5,7 +5,9 @@ cache or leaves it but through the `insert` and `pop` of that map. So a map of o
 hash that is new and each whose last copy is gone, when it happens and whatever the reason. vLLM's own KV
 events say it once for each copy, with the tokens of each block, and cost five times as much.
 
-Blocks that are not certain yet are in no cache (unconfirmed.py), so they are not told either.
+Blocks of a leg whose KV is still to come are in no cache (unconfirmed.py), so they are not told. Those that a
+step fills are in it from when the step is planned: they may be told with the step that runs meanwhile, before
+they are filled, and who reads them for another instance waits until they are (prefixes.py).
 """
 
 from __future__ import annotations
