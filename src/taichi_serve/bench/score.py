@@ -7,6 +7,7 @@ more: its first token is late, or its last one is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from taichi_serve.bench.client import Answer
@@ -16,6 +17,7 @@ from taichi_serve.slo import SLO, tpot
 Key = tuple[int, int]  # seed, number
 # A run that is shorter sees neither a queue that grows nor the load that remains once the first requests end.
 LEAST_SECONDS, LEAST_REQUESTS = 60.0, 10.0  # seconds, and times the mean request
+DRIFT = 0.05  # a machine whose speed moved by more than this share was not the same for two measurements
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,27 @@ class Run:
     samples: tuple[Sample, ...]
     span: float | None = None  # seconds over which counted requests are sent, for each seed; None: not known
     lost: tuple[str, ...] = ()  # instances of the server that were not there all the time
+    drift: float = 0.0  # how far the machine's speed moved in its rounds, at most; 0.0 where nobody looked
+
+    @classmethod
+    def of(cls, parts: Sequence[Run], attainment: float) -> Run:
+        """Rounds at one rate, taken together; `kept` is what all of them say."""
+        total, good = sum(part.total for part in parts), sum(part.good for part in parts)
+        spans = [part.span for part in parts if part.span is not None]
+        return cls(
+            parts[0].rate,
+            total,
+            sum(part.sent for part in parts),
+            good,
+            sum(part.bad for part in parts),
+            good >= needed(attainment, total),
+            sum(part.seconds for part in parts),
+            max(part.lag for part in parts),
+            tuple(sample for part in parts for sample in part.samples),
+            min(spans) if spans else None,
+            tuple(sorted({name for part in parts for name in part.lost})),
+            max(part.drift for part in parts),
+        )
 
     @property
     def whole(self) -> bool:
@@ -132,6 +155,8 @@ class Run:
         if self.span is not None and self.span < max(LEAST_SECONDS, LEAST_REQUESTS * self.mean):
             long = f" for requests of {self.mean:.3g} s" if self.span >= LEAST_SECONDS else ""
             said.append(f"too short: {self.span:.3g} s of traffic{long}")
+        if self.drift > DRIFT:
+            said.append(f"the machine's speed moved by {self.drift:.0%}")
         return tuple(said)
 
     def times(self, name: str) -> list[float]:
@@ -145,13 +170,28 @@ class Run:
         return times[place - 1] if 0 < place <= len(times) else None
 
 
-class Score:
-    """Counts the requests of one rate, over all seeds."""
+def needed(attainment: float, total: int) -> int:
+    """So many of `total` requests must be good."""
+    return math.ceil(attainment * total - 1e-9)
 
-    def __init__(self, slo: SLO, total: int, attainment: float) -> None:
-        """`total` requests will be sent; the target is kept when this share of them is good."""
-        self.slo, self.total = slo, total
-        self.needed = math.ceil(attainment * total - 1e-9)
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Requests of the same rate in other rounds, to come ones too, and what is known of them."""
+
+    total: int = 0
+    good: int = 0
+    bad: int = 0
+
+
+class Score:
+    """Counts the requests of one rate: of all its seeds, or of one where the rest is known from elsewhere."""
+
+    def __init__(self, slo: SLO, total: int, attainment: float, others: Others = Others()) -> None:
+        """`total` requests will be sent; the target is that this share of them and the others is good."""
+        self.slo, self.total, self.others = slo, total, others
+        self.needed = needed(attainment, total + others.total) - others.good
+        self.spare = total + others.total - needed(attainment, total + others.total) - others.bad
         self.sent = self.good = 0
         self.lag = 0.0
         self.live: dict[Key, Live] = {}
@@ -168,7 +208,7 @@ class Score:
         """Whether the target is kept; None while that is open."""
         if self.good >= self.needed:
             return True
-        return False if self.bad > self.total - self.needed else None
+        return False if self.bad > self.spare else None
 
     @property
     def open(self) -> int:

@@ -10,7 +10,7 @@ from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.bracket import Bracket
 from taichi_serve.bench.endpoint import gone
 from taichi_serve.bench.openloop import OpenLoop, Plan, Tell
-from taichi_serve.bench.score import Run, Score
+from taichi_serve.bench.score import Others, Run, Score
 from taichi_serve.bench.workload import Workload, workload
 from taichi_serve.slo import SLO
 
@@ -59,10 +59,17 @@ class Trial:
 
 
 async def measure(
-    loop: OpenLoop, trial: Trial, requests: Workload, rate: float, early: bool, tell: Tell
+    loop: OpenLoop,
+    trial: Trial,
+    requests: Workload,
+    rate: float,
+    early: bool,
+    tell: Tell,
+    others: Others = Others(),
 ) -> Run:
-    """One rate, one seed after the other, until the outcome is certain."""
-    score = Score(trial.slo, trial.total, trial.attainment)
+    """One rate, one seed after the other, until the outcome is certain. Of `others` see Score: with some, the
+    trial has the seeds of one round."""
+    score = Score(trial.slo, trial.total, trial.attainment, others)
     began = time.perf_counter()
     plans = [Plan.of(requests, rate, trial.warm_up, trial.requests, seed) for seed in trial.seeds]
     before = await loop.instances()
