@@ -1,6 +1,7 @@
 """`taichi bench goodput` from outside, without a server: words, files, and one clear line for bad input."""
 
 import re
+import shlex
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
@@ -10,7 +11,7 @@ from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
 from taichi_serve.bench.score import Run, Sample
 from taichi_serve.bench.trial import Goodput, Trial
-from taichi_serve.commands import bench, contenders, installed
+from taichi_serve.commands import bench, compare, installed
 from taichi_serve.commands.measure import line
 from taichi_serve.slo import SLO
 
@@ -46,7 +47,20 @@ BAD = [
     ("--arrivals poisson --cv 2", "--cv is for --arrivals gamma, not for poisson"),
     ("--cv nan", "the coefficient of variation must be at least 0, not nan"),
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
-    ("--compare hybrid,mixed", "--compare: 'mixed' is none of aggregation, disaggregation, hybrid"),
+    (
+        "--compare hybrid,mixed",
+        "--compare: 'mixed' is none of aggregation, disaggregation, hybrid, stock and stock:TOKENS, "
+        "and no URL",
+    ),
+    ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
+    ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),
+    ("--compare stock:0", "--compare: 'stock:0': expected tokens a step after the colon, as in stock:192"),
+    ("--compare stock --instances 0", "--instances: must be at least 1, not 0"),
+    ("--compare hybrid --contender hybrid=", "--contender: 'hybrid' is there twice"),
+    ("--contender =1", "--contender: '=1': expected NAME=FLAGS, the name of letters and digits"),
+    ("--contender mine", "--contender: 'mine': expected NAME=FLAGS, the name of letters and digits"),
+    ('--contender a="', "--contender: 'a=\"': No closing quotation"),
+    ("--compare hybrid --redo -1", "--redo: must be at least 0, not -1"),
     ("--compare hybrid --instances 1", "--instances: must be at least 2, not 1"),
 ]
 
@@ -85,24 +99,60 @@ def test_a_directory_that_is_no_model_is_named(tmp_path, capsys):
 
 def test_flags_of_serve_need_a_model(capsys):
     said = told(f"http://127.0.0.1:1 {BASE} -- --p-heavy 1", capsys)
-    assert said == "taichi bench: --compare and flags of taichi serve need a MODEL, not a URL\n"
+    expected = "flags of taichi serve, and contenders that are no URL, need a MODEL, not a URL"
+    assert said == f"taichi bench: {expected}\n"
+    for words in ("--compare hybrid", "--contender mine="):
+        said = told(f"http://127.0.0.1:1 {BASE} {words}", capsys)
+        assert said == f"taichi bench: {expected}\n"
+
+
+def asked(words):
+    parser = bench.argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(shlex.split(words))
 
 
 def test_the_contenders_are_values_of_the_sliders(model):
-    parser = bench.argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    args = parser.parse_args(f"{model} {BASE} --compare aggregation,disaggregation,hybrid".split())
-    found = contenders.contenders(args, SLO(4.0, 0.07))
-    assert {name: " ".join(words.settings) for name, words in found.items()} == {
-        "aggregation": "--p-heavy 0 --d-heavy 2 --d-chunk 512",
-        "disaggregation": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
-        "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 256",
-    }
+    args = asked(f"{model} {BASE} --compare aggregation,disaggregation,hybrid")
     jobs = bench.jobs_of(args, ("--enforce-eager",), bench.trial_of(args))
     # The user's own flags stand between: the SLOs may be others for the server, a contender's sliders not.
-    assert " ".join(jobs["aggregation"]).startswith(
-        "--ttft-slo 4.0 --tpot-slo 0.07 --enforce-eager --p-heavy"
-    )
+    before = "--ttft-slo 4.0 --tpot-slo 0.07 --enforce-eager"
+    assert {name: " ".join(job.flags) for name, job in jobs.items()} == {
+        "aggregation": f"{before} --p-heavy 0 --d-heavy 2 --d-chunk 512",
+        "disaggregation": f"{before} --p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
+        "hybrid": f"{before} --p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 256",
+    }
+
+
+def test_vllms_own_server_gets_vllms_flags_only_and_its_budget_last(model):
+    args = asked(f"{model} {BASE} --compare stock,stock:192 --instances 3")
+    flags = ("--profile", "p.json", "--enforce-eager", "--kv-over=nixl", "--max-num-seqs", "64")
+    flags += ("--metrics-without-key", "--p_heavy", "1", "--max-num-batched-tokens", "512")
+    jobs = bench.jobs_of(args, flags, bench.trial_of(args))
+    kept = ("--enforce-eager", "--max-num-seqs", "64", "--max-num-batched-tokens", "512")
+    ranks = ("--data-parallel-size", "3")
+    assert jobs["stock"].flags == (*kept, *ranks)
+    assert jobs["stock:192"].flags == (*kept, *ranks, "--max-num-batched-tokens", "192")
+    assert {(job.kind, job.instances) for job in jobs.values()} == {("stock", 3)}
+
+
+def test_urls_stand_beside_configurations_and_beside_one_another(model):
+    args = asked(f"{model} {BASE} --compare hybrid,http://gpu:8000/,https://other")
+    jobs = bench.jobs_of(args, (), bench.trial_of(args))
+    assert [(name, job.kind, job.url) for name, job in jobs.items()][1:] == [
+        ("gpu:8000", "url", "http://gpu:8000"),
+        ("other", "url", "https://other"),
+    ]
+    assert compare.file_name("gpu:8000/v1") == "gpu-8000-v1"
+    args = asked(f"http://gpu:8000 {BASE} --compare http://other:8000")
+    assert list(bench.jobs_of(args, (), bench.trial_of(args))) == ["gpu:8000", "other:8000"]
+
+
+def test_a_contender_of_ones_own_has_a_name_and_flags(model):
+    args = asked(f"{model} {BASE} --compare hybrid --contender 'h48=--p-heavy 1 --d-chunk 48' --contender b=")
+    jobs = bench.jobs_of(args, ("--enforce-eager",), bench.trial_of(args))
+    assert list(jobs) == ["hybrid", "h48", "b"]
+    assert jobs["h48"].flags[-5:] == ("--enforce-eager", "--p-heavy", "1", "--d-chunk", "48")
 
 
 TUNED = """
@@ -122,11 +172,9 @@ alpha: 0.96
 
 def test_tuned_settings_come_from_the_files_of_a_search(model, tmp_path):
     (tmp_path / "hybrid.yaml").write_text(TUNED)
-    parser = bench.argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
-    found = contenders.contenders(args, SLO(4.0, 0.07))
-    assert {name: " ".join(words.settings) for name, words in found.items()} == {
+    args = asked(f"{model} {BASE} --compare hybrid --tuned {tmp_path}")
+    found = bench.jobs_of(args, (), bench.trial_of(args))
+    assert {name: " ".join(one.flags[4:]) for name, one in found.items()} == {
         "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 2048 --d-chunk 192 --ttft-margin 0.65 "
         "--tpot-margin 1.0 --watermark 0.98 --alpha 0.96"
     }
@@ -137,10 +185,8 @@ def test_tuned_settings_bring_the_instances_they_were_found_for_and_the_user_may
 ):
     more = "tensor_parallel_size: 4\nprofile: p.json\nenforce_eager: true\nasync_scheduling: false\n"
     (tmp_path / "hybrid.yaml").write_text(TUNED + more)
-    parser = bench.argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    args = parser.parse_args(f"{model} {BASE} --compare hybrid --tuned {tmp_path}".split())
-    words = bench.jobs_of(args, ("--tensor-parallel-size", "2"), bench.trial_of(args))["hybrid"]
+    args = asked(f"{model} {BASE} --compare hybrid --tuned {tmp_path}")
+    words = bench.jobs_of(args, ("--tensor-parallel-size", "2"), bench.trial_of(args))["hybrid"].flags
     assert " ".join(words).startswith(
         "--ttft-slo 4.0 --tpot-slo 0.07 --tensor-parallel-size 4 --profile p.json --enforce-eager "
         "--tensor-parallel-size 2 --p-heavy 1"
@@ -287,5 +333,5 @@ def test_a_source_tree_that_was_never_installed_can_measure_too(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(installed, "version", missing)
-    assert bench.own_version() == "from source"
+    assert installed.own_version() == "from source"
     assert installed.versions() == "taichi-serve from source, no engines installed"

@@ -41,7 +41,8 @@ class Round:
     seed: int
     visits: tuple[Visit, ...]
     speeds: tuple[float, ...] = ()  # of the probe, one more than visits
-    thrown_away: tuple[tuple[float, ...], ...] = ()  # speeds of earlier attempts, during which it moved more
+    thrown_away: tuple[tuple[float, ...], ...] = ()  # speeds of earlier attempts, which moved too far
+    idle: tuple[float, ...] = ()  # cores that the servers beside the visited one used, for each visit
 
     @property
     def drift(self) -> float:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 COLOURS = {"aggregation": "#4c72b0", "disaggregation": "#dd8452", "hybrid": "#55a868"}
+OTHERS = ("#8172b3", "#c44e52", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+
+
+def colours(names: Sequence[str]) -> list[str]:
+    """Of things with these names: the known ones have their own, the others one each as far as there are."""
+    others = cycle(OTHERS)
+    return [COLOURS.get(name) or next(others) for name in names]
 
 
 def figure(columns: int) -> tuple[Any, list[Any]]:

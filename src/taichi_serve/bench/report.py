@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from taichi_serve.bench.figure import COLOURS, figure, save
+from taichi_serve.bench.figure import colours, figure, save
 from taichi_serve.bench.score import Run
 from taichi_serve.bench.trial import Goodput, Trial
 
@@ -134,8 +134,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """Attainment against rate; and TTFT against TPOT at each one's goodput, with the box of the SLO."""
     picture, (left, right) = figure(2)
     trial = results[-1].trial
-    for result in results:
-        colour = COLOURS.get(result.name, "#8172b3")
+    for result, colour in zip(results, colours([result.name for result in results]), strict=True):
         _curve(left, result, colour)
         there = result.goodput.there
         if there is not None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import os
-import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from taichi_serve.bench import pairtable
+from taichi_serve.bench.contest import Contest
 from taichi_serve.bench.endpoint import EndpointGoneError
+from taichi_serve.bench.pairs import pairs
 from taichi_serve.bench.report import (
     HEADS,
     Result,
@@ -27,7 +29,9 @@ from taichi_serve.bench.report import (
 )
 from taichi_serve.bench.trial import Trial
 from taichi_serve.commands import contenders
-from taichi_serve.commands.installed import own_version, without_engines
+from taichi_serve.commands.compare import compared
+from taichi_serve.commands.contenders import without_key
+from taichi_serve.commands.installed import machine, today, versions_with, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
 from taichi_serve.commands.scene import add_workload, arrivals_of
@@ -77,8 +81,11 @@ def main(argv: list[str]) -> int:
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)  # before hours of measuring, not after them
         interrupts = Interrupts()
-        results = [result(args, trial, *job, console, interrupts) for job in jobs.items()]
-        report(results, args.out)
+        if args.compare or args.contender:
+            kept = compared(args, trial, jobs, console, interrupts)
+            report(kept.results, args.out, kept.contest)
+        else:
+            report([result(args, trial, jobs["server"], console, interrupts)], args.out)
     except Stopped as stopped:
         console.print("bench: stopped; nothing is left running")
         return 128 + stopped.number
@@ -105,12 +112,21 @@ def trial_of(args: argparse.Namespace) -> Trial:
     return trial
 
 
-def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> dict[str, tuple[str, ...]]:
-    """Names, and the words of `taichi serve` for each; none for a server that runs."""
+def jobs_of(
+    args: argparse.Namespace, flags: tuple[str, ...], trial: Trial
+) -> dict[str, contenders.Contender]:
+    """Who is to be measured, by name."""
+    asked = bool(args.compare or args.contender)
+    if args.tuned and not args.compare:
+        raise ValueError("--tuned needs --compare, which says what is to be measured")
     if args.target.startswith(("http://", "https://")):
-        if args.compare or flags:
-            raise ValueError("--compare and flags of taichi serve need a MODEL, not a URL")
-        return {"server": ()}
+        beside = args.compare.split(",") if args.compare else []
+        if flags or args.contender or not all(url.startswith(("http://", "https://")) for url in beside):
+            raise ValueError("flags of taichi serve, and contenders that are no URL, need a MODEL, not a URL")
+        if not asked:
+            return {"server": contenders.Contender("server", "url", url=args.target.rstrip("/"))}
+        args.compare = ",".join([args.target, *beside])
+        return contenders.field(args, (), trial.slo)
     if why := without_engines():
         raise ValueError(why)
     path = Path(args.target)
@@ -118,24 +134,21 @@ def jobs_of(args: argparse.Namespace, flags: tuple[str, ...], trial: Trial) -> d
         args.target = str(path.expanduser())
         if not (Path(args.target) / "config.json").is_file():
             raise ValueError(f"{args.target}: no model: it has no config.json")
+    if asked:
+        return contenders.field(args, flags, trial.slo)
     slos = ("--ttft-slo", str(trial.slo.ttft), "--tpot-slo", str(trial.slo.tpot))
-    if not args.compare:
-        if args.tuned:
-            raise ValueError("--tuned needs --compare, which says what is to be measured")
-        return {"server": (*slos, *flags)}
-    compared = contenders.contenders(args, trial.slo)
-    return {name: (*slos, *words.instance, *flags, *words.settings) for name, words in compared.items()}
+    return {"server": contenders.Contender("server", "ours", (*slos, *flags))}
 
 
 def result(
     args: argparse.Namespace,
     trial: Trial,
-    name: str,
-    flags: tuple[str, ...],
+    contender: contenders.Contender,
     console: Console,
     interrupts: Interrupts,
 ) -> Result:
     """Measure one, or take what an earlier run of the same command left in the folder."""
+    name, flags = contender.name, contender.flags
     path = Path(args.out) / f"{name}.json" if args.out else None
     kept = without_key(flags)
     if path and flags and (old := read(path)) and old.same(args.target, trial, kept):
@@ -145,18 +158,16 @@ def result(
     if flags:
         measured = ours(name, (args.target, *flags), args.api_key, trial, console, interrupts)
     else:
-        measured = asyncio.run(
-            interrupts.watch(running(name, args.target.rstrip("/"), args.api_key, trial, console))
-        )
+        measured = asyncio.run(interrupts.watch(running(name, contender.url, args.api_key, trial, console)))
     made = Result(
         name,
         args.target,
         trial,
         kept,
         measured.goodput,
-        datetime.datetime.now(datetime.UTC).date().isoformat(),
-        f"taichi-serve {own_version()}, vLLM {measured.version}, Python {platform.python_version()}",
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        today(),
+        versions_with(measured.version),
+        machine(),
         measured.notes,
     )
     if path:
@@ -164,30 +175,35 @@ def result(
     return made
 
 
-def without_key(flags: tuple[str, ...]) -> tuple[str, ...]:
-    """The flags as they may be written down."""
-    masked = (
-        "***" if before == "--api-key" else word for before, word in zip(("", *flags), flags, strict=False)
-    )
-    return tuple("--api-key=***" if word.startswith("--api-key=") else word for word in masked)
-
-
-def report(results: list[Result], out: str | None) -> None:
-    """Print the table, and write it."""
-    rows = [row(one) for one in results]
+def report(results: list[Result], out: str | None, contest: Contest | None = None) -> None:
+    """Print the tables, and write them."""
     table = Table(title=conditions(results[-1]), title_justify="left")
-    for head, *cells in zip(HEADS, *rows, strict=True):
-        if head == HEADS[0]:
-            for name in (head, *cells):
-                table.add_column(name, justify="left" if name == head else "right")
-        else:
-            table.add_row(head, *cells)
+    _turned(table, HEADS, [row(one) for one in results])
     console = Console(highlight=False)
     console.print(table)
     for note in notes_of(results):
         console.print(note, soft_wrap=True, markup=False)
-    if out:
-        folder = Path(out)
-        (folder / "goodput.md").write_text(markdown(results), encoding="utf-8")
+    folder = Path(out) if out else None
+    found = pairs(contest) if contest else []
+    if contest and found:
+        side_by_side = Table(*pairtable.HEADS)
+        for cells in pairtable.rows(found):
+            side_by_side.add_row(*cells)
+        console.print(side_by_side)
+        console.print(pairtable.machine(contest), soft_wrap=True, markup=False)
+    if folder:
+        more = f"\n{pairtable.markdown(contest, found)}" if contest else ""
+        (folder / "goodput.md").write_text(markdown(results) + more, encoding="utf-8")
         (folder / "goodput.json").write_bytes(as_json(results))
         draw(results, folder / "goodput.svg")
+        if contest:
+            (folder / "pairs.json").write_bytes(pairtable.as_json(contest, found))
+
+
+def _turned(table: Table, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A column for each row."""
+    first, *others = zip(heads, *rows, strict=True)
+    for name in first:
+        table.add_column(name, justify="left" if name == heads[0] else "right")
+    for cells in others:
+        table.add_row(*cells)

@@ -1,26 +1,50 @@
-"""The configurations that `taichi bench goodput --compare` knows, as words of `taichi serve`."""
+"""Who may stand in `taichi bench goodput --compare`: configurations of ours, vLLM's own server, and URLs."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from taichi_serve.commands.stock import stock_flags
 from taichi_serve.slo import SLO
 
 NAMES = ("aggregation", "disaggregation", "hybrid")
+STOCK = "stock"
 # What `taichi search --tuned` decides.
 TUNED = ("p_heavy", "d_heavy", "p_chunk", "d_chunk", "ttft_margin", "tpot_margin", "watermark", "alpha")
 # The model and the SLOs in its files are the measurement's own; all else in them is what an instance must be.
 OWN = ("model", "ttft_slo", "tpot_slo")
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which ones, and their sliders."""
-    parser.add_argument("--compare", metavar="NAMES", help=f"some of {','.join(NAMES)}: one after the other")
+    parser.add_argument(
+        "--compare",
+        metavar="NAMES",
+        help=f"side by side: some of {','.join(NAMES)}; stock (vLLM's own server with data parallelism) and "
+        "stock:192 (with that many tokens a step); URLs of running servers",
+    )
+    parser.add_argument(
+        "--contender",
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help='one more, with these flags of taichi serve: "mine=--p-heavy 1 --d-heavy 1"; may be repeated',
+    )
+    parser.add_argument(
+        "--redo",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how often a round is done again while the machine's speed moves (default: 2)",
+    )
     parser.add_argument(
         "--tuned", type=Path, metavar="DIR", help="their settings as `taichi search --tuned DIR` found them"
     )
@@ -35,6 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Contender:
+    """Somebody to be measured: the flags of its server, or the URL of one that runs."""
+
+    name: str
+    kind: Literal["ours", "stock", "url"]
+    flags: tuple[str, ...] = ()
+    url: str = ""
+    instances: int = 1  # of vLLM's own server
+
+
+@dataclass(frozen=True, slots=True)
 class Words:
     """Words of `taichi serve`: what an instance is, which the user may overrule, and what is measured."""
 
@@ -42,17 +77,71 @@ class Words:
     settings: tuple[str, ...]
 
 
-def contenders(args: argparse.Namespace, slo: SLO) -> dict[str, Words]:
-    """The words for each name asked for, in that order; ValueError says what is wrong."""
-    asked = args.compare.split(",")
-    for name in asked:
-        if name not in NAMES:
-            raise ValueError(f"--compare: {name!r} is none of {', '.join(NAMES)}")
+def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[str, Contender]:
+    """All who were asked for, in that order, with the user's own flags; ValueError says what is wrong."""
+    if args.redo < 0:
+        raise ValueError(f"--redo: must be at least 0, not {args.redo}")
+    slos = ("--ttft-slo", str(slo.ttft), "--tpot-slo", str(slo.tpot))
+    found: dict[str, Contender] = {}
+
+    def add(option: str, contender: Contender) -> None:
+        if contender.name in found:
+            raise ValueError(f"{option}: {contender.name!r} is there twice")
+        found[contender.name] = contender
+
+    for asked in args.compare.split(",") if args.compare else ():
+        if asked.startswith(("http://", "https://")):
+            add("--compare", at(asked))
+        elif asked.partition(":")[0] == STOCK:
+            add("--compare", _stock(asked, args.instances, flags))
+        else:
+            words = _of_ours(asked, args, slo)
+            own = (*slos, *words.instance, *flags, *words.settings)
+            add("--compare", Contender(asked, "ours", own))
+    for asked in args.contender:
+        name, more = _given(asked)
+        add("--contender", Contender(name, "ours", (*slos, *flags, *more)))
+    return found
+
+
+def at(url: str) -> Contender:
+    """A server that runs, named after its address."""
+    return Contender(url.partition("://")[2].rstrip("/"), "url", url=url.rstrip("/"))
+
+
+def _stock(asked: str, instances: int, flags: tuple[str, ...]) -> Contender:
+    """From `stock` or `stock:192`."""
+    _, colon, said = asked.partition(":")
+    if colon and not (said.isascii() and said.isdigit() and int(said) > 0):
+        raise ValueError(f"--compare: {asked!r}: expected tokens a step after the colon, as in stock:192")
+    if instances < 1:
+        raise ValueError(f"--instances: must be at least 1, not {instances}")
+    chunk = int(said) if colon else None
+    return Contender(asked, "stock", stock_flags(flags, instances, chunk), instances=instances)
+
+
+def _given(asked: str) -> tuple[str, tuple[str, ...]]:
+    """Name and flags of --contender."""
+    name, equals, said = asked.partition("=")
+    if not (equals and NAME.fullmatch(name)):
+        raise ValueError(f"--contender: {asked!r}: expected NAME=FLAGS, the name of letters and digits")
+    try:
+        return name, tuple(shlex.split(said))
+    except ValueError as wrong:
+        raise ValueError(f"--contender: {asked!r}: {wrong}") from None
+
+
+def _of_ours(name: str, args: argparse.Namespace, slo: SLO) -> Words:
+    """The words for one of NAMES; ValueError says what is wrong."""
+    if name not in NAMES:
+        raise ValueError(
+            f"--compare: {name!r} is none of {', '.join(NAMES)}, {STOCK} and {STOCK}:TOKENS, and no URL"
+        )
     if args.tuned is not None:
-        return {name: _tuned(args.tuned / f"{name}.yaml", slo) for name in asked}
+        return _tuned(args.tuned / f"{name}.yaml", slo)
     if args.instances < 2:
         raise ValueError(f"--instances: must be at least 2, not {args.instances}")
-    return {name: Words((), tuple(_words(name, args).split())) for name in asked}
+    return Words((), tuple(_words(name, args).split()))
 
 
 def _words(name: str, args: argparse.Namespace) -> str:
@@ -94,3 +183,11 @@ def _flags(keys: dict[str, Any]) -> tuple[str, ...]:
     return tuple(
         w for flag, value in named.items() for w in ((flag,) if value is True else (flag, str(value)))
     )
+
+
+def without_key(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """The flags as they may be written down."""
+    masked = (
+        "***" if before == "--api-key" else word for before, word in zip(("", *flags), flags, strict=False)
+    )
+    return tuple("--api-key=***" if word.startswith("--api-key=") else word for word in masked)

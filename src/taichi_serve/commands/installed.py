@@ -1,7 +1,10 @@
-"""What of this program is installed: versions, and whether there are engines to serve with."""
+"""Where a measurement was made: versions, machine, date, and whether there are engines to serve with."""
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -25,6 +28,21 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join([f"taichi-serve {own_version()}", *(found or ["no engines installed"])])
+
+
+def versions_with(engine: str) -> str:
+    """Ours, that of the engine that was met, and Python's."""
+    return f"taichi-serve {own_version()}, vLLM {engine}, Python {platform.python_version()}"
+
+
+def machine() -> str:
+    """What this one is, as far as a table needs it."""
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def today() -> str:
+    """The date, UTC."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def without_engines() -> str | None:

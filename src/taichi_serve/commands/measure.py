@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taichi_serve.bench.endpoint import EndpointError, EndpointGoneError, meet
-from taichi_serve.bench.openloop import OpenLoop
+from taichi_serve.bench.openloop import OpenLoop, Tell
 from taichi_serve.bench.score import Run, Score
 from taichi_serve.bench.trial import Goodput, Trial, climb, measure
 from taichi_serve.commands.interrupts import Interrupts
@@ -27,24 +29,16 @@ class Measured:
 
 async def running(name: str, url: str, api_key: str | None, trial: Trial, console: Console) -> Measured:
     """The goodput of a server that runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    more = TextColumn("{task.fields[good]} good, {task.fields[bad]} bad, {task.fields[live]} under way")
     async with meet(url, api_key) as endpoint:
         requests, loop = trial.lengths(endpoint.limit), OpenLoop(endpoint)
         notes = (requests.note,) if requests.note else ()
         for note in notes:
             console.print(f"{name}  {note}", soft_wrap=True, markup=False)
-        with Progress(*columns, more, TimeElapsedColumn(), console=console, transient=True) as progress:
+        with progress_on(console) as progress:
 
             async def run(rate: float, early: bool) -> Run:
-                bar = progress.add_task(f"{name} {rate:.3g}/s", total=trial.total, good=0, bad=0, live=0)
-
-                def tell(score: Score) -> None:
-                    good, bad, live = score.good, score.bad, len(score.live)
-                    progress.update(bar, completed=score.sent, good=good, bad=bad, live=live)
-
-                made = await measure(loop, trial, requests, rate, early and not trial.full, tell)
-                progress.remove_task(bar)
+                with telling(progress, f"{name} {rate:.3g}/s", trial.total) as tell:
+                    made = await measure(loop, trial, requests, rate, early and not trial.full, tell)
                 console.print(line(name, made), soft_wrap=True, markup=False)
                 if made.failed == made.sent > 0:
                     raise EndpointError(f"{url}: every request failed: {made.samples[0].error}")
@@ -53,10 +47,32 @@ async def running(name: str, url: str, api_key: str | None, trial: Trial, consol
             return Measured(await climb(trial.bracket, run), endpoint.version, notes)
 
 
-def line(name: str, run: Run) -> str:
-    """One rate in words."""
+def progress_on(console: Console) -> Progress:
+    """A bar for the rate that is being measured."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    more = TextColumn("{task.fields[good]} good, {task.fields[bad]} bad, {task.fields[live]} under way")
+    return Progress(*columns, more, TimeElapsedColumn(), console=console, transient=True)
+
+
+@contextlib.contextmanager
+def telling(progress: Progress, what: str, total: int) -> Iterator[Tell]:
+    """A line of it, and who moves it."""
+    bar = progress.add_task(what, total=total, good=0, bad=0, live=0)
+
+    def tell(score: Score) -> None:
+        good, bad, live = score.good, score.bad, len(score.live)
+        progress.update(bar, completed=score.sent, good=good, bad=bad, live=live)
+
+    try:
+        yield tell
+    finally:
+        progress.remove_task(bar)
+
+
+def line(name: str, run: Run, verdict: str = "") -> str:
+    """One rate in words; `verdict` is said instead of whether it was kept."""
     share = f"{run.least:.1%}" if run.whole else f"{run.least:.1%} to {run.most:.1%}"
-    verdict = "kept" if run.kept else "missed"
+    verdict = verdict or ("kept" if run.kept else "missed")
     failed = f", {run.failed} failed" if run.failed else ""
     cached = "" if run.cached is None else f", {run.cached:.1%} of the prompt tokens cached"
     doubts = "".join(f", {remark}" for remark in run.remarks)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from taichi_serve.ports import LOOPBACK, port_of, reserve
@@ -32,20 +32,23 @@ class Subserver:
     Its process group is its own: Ctrl-C in a terminal reaches its owner, which decides when it stops.
     """
 
-    def __init__(self, words: list[str]) -> None:
-        """Start `taichi serve` with these words; host and port are chosen here."""
+    module = ("taichi_serve.cli", "serve")
+
+    def __init__(self, words: list[str], env: Mapping[str, str] | None = None) -> None:
+        """Start it with these words, a MODEL first, and this in its environment; host and port are chosen
+        here."""
         self.directory = Path(tempfile.mkdtemp(prefix="taichi-own-"))  # mode 0700
         self.log = self.directory / "server.log"
         self._port = reserve()  # the server binds it seconds from now
         self.url = f"http://{LOOPBACK}:{(port := port_of(self._port))}"
-        command = [sys.executable, "-m", "taichi_serve.cli", "serve", *words]
+        command = [sys.executable, "-m", *self.module, *words]
         command += ["--host", LOOPBACK, "--port", str(port)]
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TMPDIR": str(self.directory)}
         try:
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
                     command,
-                    env={**os.environ, **quiet},
+                    env={**os.environ, **quiet, **(env or {})},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -56,6 +59,11 @@ class Subserver:
             self._port.close()
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     async def sayings(self) -> AsyncIterator[str]:
         """What the server says about itself, line by line, until it is ready. Raises ServerError."""

@@ -1,0 +1,91 @@
+"""The servers of a comparison. All stay up where memory allows: an idle one costs next to nothing, and
+a visit begins at once. Where it does not allow it one at a time is up, and every visit starts its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+
+from rich.console import Console
+
+from taichi_serve.bench.endpoint import Endpoint, meet
+from taichi_serve.commands.contenders import Contender
+from taichi_serve.commands.family import available, cpu_seconds
+from taichi_serve.commands.stock import StockServer, stock_environment
+from taichi_serve.commands.subserver import ServerError, Subserver
+
+ROOM = 1.2  # a server must leave so much more free than the largest one before it took
+
+
+class Standing:
+    """Starts and stops them. Whoever makes one calls `stop` at the end, however it comes."""
+
+    def __init__(
+        self, contenders: Mapping[str, Contender], model: str, api_key: str | None, console: Console
+    ) -> None:
+        self._contenders, self._model, self._api_key = contenders, model, api_key
+        self._console = console
+        self._up: dict[str, Subserver] = {}
+        self._largest = 0  # bytes
+        self.alone = False  # one at a time
+
+    async def meet(self, name: str) -> AbstractAsyncContextManager[Endpoint]:
+        """A contender, up and ready. ServerError says why it cannot be."""
+        return meet(await self._url(name), self._api_key)
+
+    def idle(self, visited: str) -> float:
+        """CPU seconds that the servers beside this one have used so far."""
+        return sum(cpu_seconds(server.pid) for name, server in self._up.items() if name != visited)
+
+    def stop(self, failed: str | None = None) -> None:
+        """Stop all; the log of one that failed stays."""
+        for name in list(self._up):
+            self._up.pop(name).stop(keep=name == failed)
+
+    def log(self, name: str) -> str:
+        """Where the log of a contender is."""
+        server = self._up.get(name)
+        return f"\nits log is {server.log}" if server else ""
+
+    async def _url(self, name: str) -> str:
+        contender = self._contenders[name]
+        if contender.kind == "url":
+            return contender.url
+        if name in self._up:
+            return self._up[name].url
+        if not self.alone and self._up and available() < ROOM * self._largest:
+            self._go_alone(f"there is no memory for {name} beside the others")
+        if self.alone:
+            self.stop()
+        others = bool(self._up)
+        try:
+            return await self._start(contender, keep=not others)
+        except ServerError as wrong:
+            if not others:
+                raise
+            self._go_alone(f"{name} does not start beside the others ({wrong})")
+        return await self._start(contender, keep=True)
+
+    def _go_alone(self, why: str) -> None:
+        self._console.print(f"{why}: from now on one server at a time is up", soft_wrap=True, markup=False)
+        self.alone = True
+        self.stop()
+
+    async def _start(self, contender: Contender, keep: bool) -> str:
+        """`keep` says whether the log stays where it fails."""
+        before, name = available(), contender.name
+        words = [self._model, *contender.flags]
+        if contender.kind == "stock":
+            server: Subserver = StockServer(words, stock_environment(contender.instances))
+        else:
+            server = Subserver(words)
+        self._up[name] = server
+        try:
+            with self._console.status(f"{name}: starting the server") as status:
+                async for said in server.sayings():
+                    status.update(f"{name}: {said}")
+        except ServerError as wrong:
+            self._up.pop(name).stop(keep)
+            raise ServerError(f"{name}: {wrong}" + (f"\nits log is {server.log}" if keep else "")) from None
+        self._largest = max(self._largest, before - available())
+        return server.url
