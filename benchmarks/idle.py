@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
+from generator import Generator
 from overhead import Stock, measure, start
 from paired import family
 from servers import Server
@@ -47,8 +48,9 @@ def main() -> None:
         for kind in ("ours", "stock"):
             servers[kind] = start(kind, 2, Path(name) / kind)  # type: ignore[arg-type]
             stack.callback(servers[kind].end)
-        for number, server in enumerate(servers.values()):
-            measure(server.url, Path(name), 20, "inf", seed=number)
+        with Generator() as generator:
+            for number, server in enumerate(servers.values()):
+                measure(generator, server.url, Path(name), 20, "inf", seed=number)
         time.sleep(args.after)
         for kind, server in servers.items():
             before, began = family(server.process.pid), time.monotonic()

@@ -1,28 +1,30 @@
 """What the front end costs: this server against vLLM's own with the same flags, in turn, under vLLM's load.
 
-    python benchmarks/overhead.py [--instances 1] [--pairs 5] [--requests 200] [--rate inf] [--others 0.1]
+    python benchmarks/overhead.py [--instances 1] [--pairs 50] [--requests 40] [--rate inf] [--others 0.1]
 
 With one instance: `taichi serve --d-heavy 1` against vLLM's server. With two: aggregation (`--d-heavy 2`)
 against vLLM's server with `--data-parallel-size 2`. Each instance and each rank has one core. The chunk is
 the whole step budget and both servers have the same one, so a step of ours may hold what a step of theirs
 may: decodes first, and prompt tokens up to the budget.
 
-Both servers are up, one of them idle: a machine whose processors are faster now and slower in a minute then
-gives both the same. They get the same requests (the seed is the pair's), and which goes first alternates. A
-measurement waits until the rest of the machine is quiet, and a pair during which others, the idle server
-among them, used more than `--others` cores is measured again, whatever it says. Printed are the ratios of all
-pairs, ours over theirs, and their medians.
+Both servers are up, one of them idle. Many short pairs say more than a few long ones: a machine whose speed
+moves by half within minutes moves little in the few seconds of a pair, and the interval of the median
+shrinks with their number. The two get the same requests (the seed is the pair's), and go first in turn, ours
+stock, stock ours. The machine's speed is probed before, between and after them. A pair during which it moved
+by more than 5 %, or during which others, the idle server among them, used more than `--others` cores, is
+measured again, whatever it says, at most five times; one whose speed moved every time is kept and marked.
+Printed are the ratios of all pairs, ours over theirs, and their medians with the 95 % interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,12 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integration"))
 
+from generator import Generator
 from paired import Figure, Kind, Ratios, Watch, order, wait_for_quiet
 from servers import ENVIRONMENT, FLAGS, START_SECONDS, Server, eventually
-from test_stock_load_generator import BENCH
 
+from taichi_serve.bench.probe import Probe, drift
+from taichi_serve.bench.score import DRIFT
 from taichi_serve.ports import LOOPBACK, port_of, reserve
 from taichi_serve.tiny import cached_tiny_model
 
@@ -100,23 +104,15 @@ class Stock:
         self.reserved.close()
 
 
-def measure(url: str, directory: Path, requests: int, rate: str, seed: int) -> dict[str, Any]:
+def measure(
+    generator: Generator, url: str, directory: Path, requests: int, rate: str, seed: int
+) -> dict[str, Any]:
     """One run of `vllm bench serve`."""
     words = ["--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions", "--model", "tiny"]
     words += ["--tokenizer", str(cached_tiny_model()), "--dataset-name", "random", "--ignore-eos"]
     words += ["--random-input-len", "300", "--random-output-len", "64", "--random-range-ratio", "0.5"]
-    words += ["--num-prompts", str(requests), "--request-rate", rate, "--seed", str(seed), "--save-result"]
-    words += ["--result-dir", str(directory), "--result-filename", "result.json"]
-    run = subprocess.run(
-        [sys.executable, "-c", BENCH, *words],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    words += ["--num-prompts", str(requests), "--request-rate", rate, "--seed", str(seed)]
+    result = generator.run(words, directory)
     assert result["completed"] == requests
     return result
 
@@ -138,66 +134,116 @@ def start(kind: Kind, instances: int, directory: Path) -> Server | Stock:
     return Stock(directory, *parallel, *budget, env=bound).wait_ready()
 
 
-def one(server: Server | Stock, directory: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Measure one of the two. The result has what Watch.read says, too."""
-    wait_for_quiet(plan.others)
-    watch = Watch(server.process.pid)
-    result = measure(server.url, directory, plan.requests, plan.rate, seed)
-    return result | watch.read()
+@dataclass(frozen=True)
+class Field:
+    """Both servers, warm, the load generator, the probe, and a folder."""
 
+    servers: Mapping[Kind, Server | Stock]
+    generator: Generator
+    probe: Probe
+    directory: Path
 
-def pair(
-    servers: Mapping[Kind, Server | Stock], directory: Path, plan: Plan, number: int, attempts: int = 5
-) -> dict[Kind, dict[str, Any]]:
-    """Both, one after the other, on a quiet machine."""
-    for attempt in range(attempts):
-        # Requests that were sent before are in a prefix cache: in that of one of the two.
-        seed = number * attempts + attempt
-        results: dict[Kind, dict[str, Any]] = {}
+    def one(self, kind: Kind, plan: Plan, seed: int) -> dict[str, Any]:
+        """Measure one of the two. The result has what Watch.read says, too."""
+        server = self.servers[kind]
+        watch = Watch(server.process.pid, self.generator.pid)
+        result = measure(self.generator, server.url, self.directory, plan.requests, plan.rate, seed)
+        return result | watch.read()
+
+    def attempt(self, plan: Plan, number: int, seed: int) -> Pair:
+        """Both, one after the other."""
+        speeds, results = [self.probe.speed()], {}
         for kind in order(number):
-            results[kind] = one(servers[kind], directory, plan, seed)
-            if (others := results[kind]["others"]) > plan.others:
-                print(f"pair {number + 1}  others used {others:.2f} cores: measured again", flush=True)
-                break
-        else:
-            return results
-    raise AssertionError(f"the machine was not quiet in {attempts} attempts")
+            results[kind] = self.one(kind, plan, seed)
+            speeds.append(self.probe.speed())
+        return Pair(results, tuple(speeds))
+
+    def pair(self, plan: Plan, number: int, attempts: int = 5) -> Pair:
+        """Both on a quiet machine whose speed stays; of those whose speed did not the calmest."""
+        moved = []
+        for attempt in range(attempts):
+            # Requests that were sent before are in a prefix cache: in that of one of the two.
+            made = self.attempt(plan, number, seed=number * attempts + attempt)
+            if made.others > plan.others:
+                print(f"pair {number + 1}  others used {made.others:.2f} cores: measured again", flush=True)
+                wait_for_quiet(plan.others)
+            elif made.drift > DRIFT:
+                print(f"pair {number + 1}  the speed moved by {made.drift:.1%}: measured again", flush=True)
+                moved.append(made)
+            else:
+                return made
+        assert moved, f"the machine was not quiet in {attempts} attempts"
+        return min(moved, key=lambda made: made.drift)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The results of both, and the machine's speed before, between and after them."""
+
+    results: Mapping[Kind, dict[str, Any]]
+    speeds: tuple[float, ...]
+
+    @property
+    def others(self) -> float:
+        """Cores that others used, at most."""
+        return float(max(result["others"] for result in self.results.values()))
+
+    @property
+    def drift(self) -> float:
+        """How far the speed moved."""
+        return drift(self.speeds)
+
+    def told(self, number: int) -> str:
+        """In one line."""
+        words = [
+            f"{figure.name} {self.results['ours'][figure.key] / self.results['stock'][figure.key]:.3f}"
+            for figure in FIGURES
+        ]
+        mark = "  MOVED" if self.drift > DRIFT else ""
+        speeds = " ".join(f"{speed:.1f}" for speed in self.speeds)
+        return f"pair {number + 1:3}  {', '.join(words)}; speed {speeds}, moved by {self.drift:.1%}{mark}"
 
 
 @contextlib.contextmanager
-def both(instances: int) -> Iterator[tuple[dict[Kind, Server | Stock], Path]]:
-    """The two servers, warm, and a folder."""
+def both(instances: int) -> Iterator[Field]:
+    """The two servers, warm, and what measures them."""
     kinds: tuple[Kind, ...] = ("ours", "stock")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         servers: dict[Kind, Server | Stock] = {}
         for kind in kinds:
             servers[kind] = start(kind, instances, Path(name) / kind)
             stack.callback(servers[kind].end)
+        generator, probe = stack.enter_context(Generator()), stack.enter_context(Probe.start())
         for number, server in enumerate(servers.values()):
-            measure(server.url, Path(name), 40, "inf", seed=1000 + number)
-        yield servers, Path(name)
+            measure(generator, server.url, Path(name), 40, "inf", seed=10_000 + number)
+        yield Field(servers, generator, probe, Path(name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each (default: 5)")
-    parser.add_argument("--requests", type=int, default=200, help="requests of a run (default: 200)")
+    parser.add_argument("--pairs", type=int, default=50, help="runs of each (default: 50)")
+    parser.add_argument("--requests", type=int, default=40, help="requests of a run (default: 40)")
     parser.add_argument("--rate", default="inf", help="requests per second (default: inf, all at once)")
     parser.add_argument("--instances", type=int, default=1, choices=(1, 2), help="instances (default: 1)")
     parser.add_argument("--others", type=float, default=0.1, help="cores others may use (default: 0.1)")
     args = parser.parse_args()
     plan = Plan(args.instances, args.requests, args.rate, args.others)
-    ratios = Ratios(FIGURES)
-    with both(args.instances) as (servers, directory):
+    ratios, pairs, began = Ratios(FIGURES), [], time.monotonic()
+    with both(args.instances) as field:
+        wait_for_quiet(plan.others)
         for number in range(args.pairs):
-            results = pair(servers, directory, plan, number)
-            ratios.add(results["ours"], results["stock"])
-            for figure in FIGURES:
-                ours, stock = (results[kind][figure.key] for kind in ("ours", "stock"))
-                print(f"pair {number + 1}  {figure.name:20} ours {ours:9.2f}  stock {stock:9.2f}", flush=True)
+            pairs.append(field.pair(plan, number))
+            ratios.add(pairs[-1].results["ours"], pairs[-1].results["stock"])
+            print(pairs[-1].told(number), flush=True)
+    moved = sum(pair.drift > DRIFT for pair in pairs)
+    everywhere = drift(speed for pair in pairs for speed in pair.speeds)
     print(f"\n{args.instances} instance(s), ours over stock, {args.pairs} pairs of {args.requests} requests")
+    print(
+        f"{time.monotonic() - began:.0f} s; the speed moved by {everywhere:.1%} over all of them, and by more"
+    )
+    print(f"than {DRIFT:.0%} within {moved} that are kept")
     print("\n".join(ratios.rows()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -49,14 +50,31 @@ class Ratios:
             self.of.setdefault(figure.name, []).append(ours[figure.key] / stock[figure.key])
 
     def rows(self) -> list[str]:
-        """For each figure the median, every ratio, and what the bound says."""
+        """For each figure the median with its 95 % interval, what the bound says, and every ratio."""
         return [self._row(figure, self.of[figure.name]) for figure in self.figures]
 
     @staticmethod
     def _row(figure: Figure, ratios: list[float]) -> str:
-        median = statistics.median(ratios)
+        median, found = statistics.median(ratios), interval(ratios)
+        within = f"({found[0]:.3f} to {found[1]:.3f})" if found else "(too few)"
         every = " ".join(f"{ratio:.3f}" for ratio in ratios)
-        return f"{figure.name:20} {median:.3f}  {figure.verdict(median):13} of {every}"
+        return f"{figure.name:20} {median:.3f} {within:16} {figure.verdict(median):13} of {every}"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the median; None for fewer than six, of which it cannot be told.
+
+    The values between which it lies are counted off from both ends: each is above the median as likely as
+    below it, whatever the values are distributed like, so what is far out (a disturbed pair) moves nothing.
+    """
+    count, inside, place = len(values), 1.0, 0
+    while True:
+        tail = 2 * math.comb(count, place) / 2**count
+        if inside - tail < 0.95:
+            break
+        inside, place = inside - tail, place + 1
+    ordered = sorted(values)
+    return (ordered[place - 1], ordered[-place]) if place else None
 
 
 # ---------------------------------------------------------------------------- what others do on the machine
@@ -79,14 +97,16 @@ def family(pid: int) -> float:
 class Watch:
     """CPU time of a server and all below it, and what neither they nor our other children took."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
+    def __init__(self, pid: int, *besides: int) -> None:
+        """Of this server. `besides` are children of ours that stay: their time is not that of others."""
+        self._pid, self._besides = pid, besides
         self._at, self._before = time.monotonic(), self._read()
 
     def _read(self) -> tuple[float, float]:
         server = family(self._pid)
+        besides = sum(map(family, self._besides))
         ended = os.times()  # of children of ours that have ended: the load generator
-        return server, busy() - server - ended.children_user - ended.children_system
+        return server, busy() - server - besides - ended.children_user - ended.children_system
 
     def read(self) -> dict[str, float]:
         """Since this watch began: `cpu` seconds of the server, and how many cores `others` used."""

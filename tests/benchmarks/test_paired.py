@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from paired import Figure, Ratios, Watch, order
+from paired import Figure, Ratios, Watch, interval, order
 
 THROUGHPUT = Figure("throughput", "rate", at_least=0.95)
 TTFT = Figure("TTFT", "ttft_ms", at_most=1.05)
@@ -23,9 +23,18 @@ def test_a_ratio_is_ours_over_theirs_and_the_median_is_of_ratios_not_of_figures(
     ratios.add(ours={"rate": 29.1, "ttft_ms": 90.0}, stock={"rate": 30.0, "ttft_ms": 90.0})
     assert ratios.of["throughput"] == pytest.approx([0.9, 2.0, 0.97])
     assert [" ".join(row.split()) for row in ratios.rows()] == [
-        "throughput 0.970 within >= 0.95 of 0.900 2.000 0.970",
-        "TTFT 1.000 within <= 1.05 of 0.500 1.500 1.000",
+        "throughput 0.970 (too few) within >= 0.95 of 0.900 2.000 0.970",
+        "TTFT 1.000 (too few) within <= 1.05 of 0.500 1.500 1.000",
     ]
+
+
+def test_the_interval_of_a_median_is_counted_off_from_both_ends() -> None:
+    # By hand: of six the median is outside all with 2 / 64, of five with 2 / 32, which is more than 5 %.
+    assert interval([6.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == (1.0, 6.0)
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    # Tables of the sign test: of 50, the 18th from either end.
+    assert interval([float(n) for n in range(1, 51)]) == (18.0, 33.0)
+    assert interval([*[float(n) for n in range(1, 50)], 1e9]) == (18.0, 33.0)
 
 
 def test_throughput_must_not_be_below_its_bound_and_ttft_not_above_its_own() -> None:
