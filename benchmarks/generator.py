@@ -1,4 +1,4 @@
-"""`vllm bench serve`, unmodified, in a process that stays: to import it takes longer than a short run does."""
+"""`vllm bench serve`, unmodified, in a process that stays: importing it takes longer than a short run."""
 
 from __future__ import annotations
 

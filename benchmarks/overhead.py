@@ -44,6 +44,7 @@ from taichi_serve.ports import LOOPBACK, port_of, reserve
 from taichi_serve.tiny import cached_tiny_model
 
 BUDGET = 512
+CALM = 1.2  # seconds: vLLM's workers keep their cores busy for one second after their last step
 FIGURES = (
     Figure("request throughput", "request_throughput", at_least=0.95),
     Figure("output throughput", "output_throughput"),
@@ -148,7 +149,9 @@ class Field:
         server = self.servers[kind]
         watch = Watch(server.process.pid, self.generator.pid)
         result = measure(self.generator, server.url, self.directory, plan.requests, plan.rate, seed)
-        return result | watch.read()
+        found = watch.read()
+        time.sleep(CALM)
+        return result | found
 
     def attempt(self, plan: Plan, number: int, seed: int) -> Pair:
         """Both, one after the other."""

@@ -11,7 +11,7 @@ from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
 from taichi_serve.bench.score import Run, Sample
 from taichi_serve.bench.trial import Goodput, Trial
-from taichi_serve.commands import bench, compare, installed
+from taichi_serve.commands import bench, compare, contenders, installed
 from taichi_serve.commands.measure import line
 from taichi_serve.slo import SLO
 
@@ -49,8 +49,7 @@ BAD = [
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     (
         "--compare hybrid,mixed",
-        "--compare: 'mixed' is none of aggregation, disaggregation, hybrid, stock and stock:TOKENS, "
-        "and no URL",
+        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock and stock:TOKENS, and no URL",
     ),
     ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
     ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),

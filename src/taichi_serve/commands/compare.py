@@ -29,6 +29,7 @@ from taichi_serve.commands.standing import Standing
 from taichi_serve.commands.subserver import ServerError
 
 FILE = "compare.json"
+CALM = 1.5  # seconds: vLLM's workers keep their cores busy for one second after their last step
 
 
 def compared(
@@ -122,6 +123,7 @@ class Rounds:
                 run = await self._visit(name, task, others, OpenLoop(endpoint, salt), requests)
                 idle.append((self._standing.idle(name) - before) / (time.perf_counter() - began))
                 await endpoint.settle()  # what was aborted is over before the machine is probed
+                await asyncio.sleep(CALM)
             speeds.append(probe.speed())
             visits.append(Visit(name, run))
             self._say(line(name, run, f"seed {task.seed}"))

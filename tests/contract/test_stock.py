@@ -1,0 +1,38 @@
+"""What vLLM's own server must be like to stand beside ours in a comparison."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.util import find_spec
+
+from vllm import envs
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from taichi_serve.cluster.vllm.args import make_parser
+from taichi_serve.commands.compare import CALM
+from taichi_serve.commands.stock import BINDING, ENTRY, KV_SPACE, OURS, SWITCHES, stock_flags
+
+
+def test_its_server_is_a_module_that_takes_ranks_and_a_budget() -> None:
+    assert find_spec(ENTRY) is not None
+    words = ["--model", "m", *stock_flags(("--p-heavy", "1"), 2, 192), "--host", "127.0.0.1", "--port", "1"]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    assert (args.model, args.data_parallel_size, args.max_num_batched_tokens) == ("m", 2, 192)
+
+
+def test_ranks_on_a_cpu_are_bound_and_given_kv_by_the_environment() -> None:
+    assert {BINDING, KV_SPACE} <= set(envs.environment_variables)
+
+
+def test_flags_that_are_not_for_it_are_all_of_ours() -> None:
+    serve = next(a for a in make_parser()._actions if a.dest == "subparser").choices["serve"]
+    group = next(group for group in serve._action_groups if group.title == "TaiChi")
+    names = {action.option_strings[0].removeprefix("--"): action.nargs for action in group._group_actions}
+    assert {name for name, nargs in names.items() if nargs == 0} == set(SWITCHES)
+    assert {name for name, nargs in names.items() if nargs != 0} == set(OURS)
+
+
+def test_an_idle_worker_leaves_its_core_alone_before_the_machine_is_probed() -> None:
+    assert inspect.signature(SpinCondition).parameters["busy_loop_s"].default < CALM
