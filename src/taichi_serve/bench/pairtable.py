@@ -32,6 +32,18 @@ def rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
     return found
 
 
+def lines(pairs: Sequence[Pair]) -> list[str]:
+    """The same for a terminal of any width."""
+    found = []
+    for pair in pairs:
+        ratio, verdict = _ratio(pair)
+        found.append(f"{pair.first} / {pair.second}: goodput {ratio}, {verdict}")
+        for one in pair.differences:
+            rate, share, only = _difference(one)
+            found.append(f"  at {rate} requests/s: {share} of the same requests good, {only} for one only")
+    return found
+
+
 def _ratio(pair: Pair) -> tuple[str, str]:
     if (ratio := pair.ratio) is None:
         return "-", "one of them is only a bound"

@@ -186,11 +186,8 @@ def report(results: list[Result], out: str | None, contest: Contest | None = Non
     folder = Path(out) if out else None
     found = pairs(contest) if contest else []
     if contest and found:
-        side_by_side = Table(*pairtable.HEADS)
-        for cells in pairtable.rows(found):
-            side_by_side.add_row(*cells)
-        console.print(side_by_side)
-        console.print(pairtable.machine(contest), soft_wrap=True, markup=False)
+        for words in (*pairtable.lines(found), pairtable.machine(contest)):
+            console.print(words, soft_wrap=True, markup=False)
     if folder:
         more = f"\n{pairtable.markdown(contest, found)}" if contest else ""
         (folder / "goodput.md").write_text(markdown(results) + more, encoding="utf-8")

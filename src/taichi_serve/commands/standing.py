@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 
 from rich.console import Console
 
-from taichi_serve.bench.endpoint import Endpoint, meet
+from taichi_serve.bench.endpoint import Endpoint, EndpointGoneError, meet
 from taichi_serve.commands.contenders import Contender
 from taichi_serve.commands.family import available, cpu_seconds
 from taichi_serve.commands.stock import StockServer, stock_environment
@@ -51,8 +51,10 @@ class Standing:
         contender = self._contenders[name]
         if contender.kind == "url":
             return contender.url
-        if name in self._up:
-            return self._up[name].url
+        if (server := self._up.get(name)) is not None:
+            if (code := server.ended) is not None:
+                raise EndpointGoneError(f"its server has ended with exit code {code}")
+            return server.url
         if not self.alone and self._up and available() < ROOM * self._largest:
             self._go_alone(f"there is no memory for {name} beside the others")
         if self.alone:

@@ -31,8 +31,7 @@ class StockServer(Subserver):
         async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=2.0) as client:
             yield "waiting for vLLM's own server"
             while True:
-                ended = self._process.poll()
-                if ended is not None:
+                if (ended := self.ended) is not None:
                     raise ServerError(f"vLLM's own server ended with exit code {ended}: {self._last()}")
                 try:
                     if (await client.get("/health")).status_code == 200:

@@ -65,6 +65,11 @@ class Subserver:
         """Its process."""
         return self._process.pid
 
+    @property
+    def ended(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
     async def sayings(self) -> AsyncIterator[str]:
         """What the server says about itself, line by line, until it is ready. Raises ServerError."""
         last, rest = "it said nothing", ""
