@@ -1,0 +1,176 @@
+"""The slow loop: which setting would have served the last requests best, and what it would gain.
+
+A hill climb from the setting in force. All rehearse the same requests, faster and faster for as long as the
+best of them keep their SLOs: what is wanted is the setting that holds the highest load, not one of many that
+hold this one. It is a pure function: the same question has the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.slo import SLO
+from taichi_serve.tuning.rehearsal import Past, Plant, Standing, rehearse
+from taichi_serve.tuning.setting import UNIT, Setting
+
+TTFT_MARGINS = (0.3, 0.5, 0.75, 1.0)
+TPOT_MARGINS = (0.65, 0.8, 1.0)
+ALIKE = (256, 512, 1024)  # chunks to try where no instance would be P-heavy
+LOADS = (1.0, 1.1, 1.21, 1.33, 1.46, 1.61, 1.95)  # times the rate seen, until the setting in force fails
+HELD = 0.95  # of the requests are good: it could bear more
+FASTER = 1.06
+HEATS = 3  # so often at most the best go on at a higher load
+STEPS = 3  # of the climb
+FIRST_HEAT, KEPT = 0.4, 6  # share of a whole rehearsal that many have first, and how many of them go on
+LEAD, KIND_LEAD = 0.04, 0.06  # in good requests, for another setting to be proposed, and for another R_PD
+SECONDS, LIVES = 90.0, 4.0  # of traffic that a rehearsal has, the second in mean answers
+FEWEST, MOST = 300, 1500  # requests of a rehearsal
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that a proposal depends on. `life` is how long a request takes, in seconds on average."""
+
+    plant: Plant
+    past: Past
+    slo: SLO
+    policy: Policy
+    now: Setting
+    life: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A setting, and by which share of all requests more would be good with it than with the one in force, at
+    `load` times the rate that was seen. It may be the one in force: then nothing better was found."""
+
+    setting: Setting
+    gain: float
+    load: float
+    good: float  # share of good requests with it, at that load
+    runs: int  # rehearsals that this took
+
+    @property
+    def why(self) -> str:
+        """In words."""
+        return (
+            f"of the last requests {self.good:.0%} would be good at {self.load:.2f} times their rate, "
+            f"{self.gain:+.0%} against the setting in force"
+        )
+
+
+@dataclass(slots=True)
+class Climb:
+    """A hill climb under way; every rehearsal is kept."""
+
+    question: Question
+    load: float = 1.0
+    seen: dict[tuple[Setting, float, int], Standing] = field(default_factory=dict)
+
+    def at(self, setting: Setting, share: float = 1.0) -> Standing:
+        """How it stands at the load of now, by a whole rehearsal or the first `share` of one."""
+        asked = self.question
+        count = round(self._count() * share)
+        key = setting, self.load, count
+        if key not in self.seen:
+            self.seen[key] = rehearse(
+                asked.plant, asked.past, asked.slo, asked.policy, setting, self.load, count
+            )
+        return self.seen[key]
+
+    def _count(self) -> int:
+        asked = self.question
+        seconds = max(SECONDS, LIVES * asked.life)
+        return max(FEWEST, min(MOST, round(asked.past.rate * self.load * seconds)))
+
+    def begin(self) -> None:
+        """Find a load that the setting in force does not hold: there others show what they can do."""
+        for load in LOADS:
+            self.load = load
+            if self.at(self.question.now).good < HELD:
+                return
+
+    def race(self, first: Setting, others: Iterable[Setting]) -> list[Setting]:
+        """The best first. Of many others a few go on from short rehearsals to whole ones; while several hold
+        the load, they go on at a higher one."""
+        field_ = [one for one in dict.fromkeys(others) if one != first]
+        field_.sort(key=lambda one: self.at(one, FIRST_HEAT).key, reverse=True)
+        field_ = self._ranked([first, *field_[:KEPT]])
+        for _ in range(HEATS):
+            held = [one for one in field_ if self.at(one).good >= HELD]
+            if len(held) < 2:
+                break
+            self.load *= FASTER
+            field_ = self._ranked(held)
+        return field_
+
+    def _ranked(self, settings: Iterable[Setting]) -> list[Setting]:
+        return sorted(settings, key=lambda one: self.at(one).key, reverse=True)
+
+
+def propose(question: Question) -> Proposal:
+    """The best setting that a climb of a few steps finds."""
+    question = replace(question, plant=question.plant.fitted())
+    now, most = question.now, question.plant.max_chunk
+    climb = Climb(question)
+    climb.begin()
+    best = climb.race(now, far(now, most))[0]
+    for _ in range(STEPS):
+        last, best = best, climb.race(best, near(best, most))[0]
+        if best == last:
+            break
+    ours, theirs = climb.at(now).good, climb.at(best).good
+    lead = LEAD if best.sliders.p_heavy == now.sliders.p_heavy else KIND_LEAD
+    if theirs - ours < lead:
+        best, theirs = now, ours
+    return Proposal(best, theirs - ours, climb.load, theirs, len(climb.seen))
+
+
+def far(now: Setting, most: int) -> Iterator[Setting]:
+    """Settings that differ from this one in R_PD and S_D together, for one asks for the other: with fewer
+    D-heavy instances each has more decodes, which leave less time for prompts beside them; and in one other
+    thing."""
+    p_heavy, instances = now.sliders.p_heavy, now.sliders.instances
+    for count in range(max(1, p_heavy - 2), min(instances - 1, p_heavy + 2) + 1):
+        split = now.with_p_heavy(count, most)
+        yield split
+        yield from _chunks(split, most, (0.375, 0.5, 0.75, 1.5, 2.0))
+    if p_heavy in (1, 2):
+        alike = replace(now, ttft_margin=1.0).with_p_heavy(0, most)
+        yield from (alike.with_d_chunk(chunk, most) for chunk in ALIKE if chunk <= most)
+    yield from _margins(now)
+    if p_heavy:
+        yield from _p_chunks(now, most)
+
+
+def near(now: Setting, most: int) -> Iterator[Setting]:
+    """Settings that differ a little from this one."""
+    p_heavy = now.sliders.p_heavy
+    for more, ratio in ((-1, 1.0), (-1, 1.5), (1, 1.0), (1, 0.67)):
+        if 1 <= p_heavy + more < now.sliders.instances:
+            yield from _chunks(now.with_p_heavy(p_heavy + more, most), most, (ratio,))
+    yield from _chunks(now, most, (0.75, 0.85, 1.2, 1.5))
+    yield from _margins(now)
+
+
+def _chunks(now: Setting, most: int, ratios: Iterable[float]) -> Iterator[Setting]:
+    chunk = now.sliders.d_chunk
+    wanted = [chunk * ratio for ratio in ratios] if chunk else [2 * UNIT, 4 * UNIT, 8 * UNIT]
+    if UNIT <= chunk <= 4 * UNIT and now.sliders.p_heavy:
+        wanted.append(0)
+    yield from (now.with_d_chunk(tokens, most) for tokens in wanted)
+
+
+def _margins(now: Setting) -> Iterator[Setting]:
+    if now.sliders.d_chunk and now.sliders.p_heavy:  # else there is nothing to choose between
+        yield from (replace(now, ttft_margin=m) for m in TTFT_MARGINS if m != now.ttft_margin)
+        yield from (replace(now, tpot_margin=m) for m in TPOT_MARGINS if m != now.tpot_margin)
+
+
+def _p_chunks(now: Setting, most: int) -> Iterator[Setting]:
+    sliders = now.sliders
+    for p_chunk in (sliders.p_chunk // 2, sliders.p_chunk * 2):
+        if max(UNIT, sliders.d_chunk) <= p_chunk <= most:
+            yield replace(now, sliders=replace(sliders, p_chunk=p_chunk))

@@ -1,0 +1,274 @@
+"""Sliders that set themselves: a scheduler around the scheduler, with the same decisions and some more.
+
+It sees every fact on its way. Every few seconds it looks back, and where a change is due it makes a `Tuned`
+of it, which goes to the scheduler, and into the log, like any other fact: who replays the log needs no tuner.
+The fast loop (nudge.py) answers here and at once; the slow one (proposal.py) is asked, and answers when it
+can. Nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from taichi_serve.cluster.base import Scheduler
+from taichi_serve.latency.predict import Average
+from taichi_serve.messages import (
+    Arrived,
+    Command,
+    Event,
+    Finished,
+    Prefilled,
+    Promised,
+    Slid,
+    Stepped,
+    Tuned,
+)
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Kind
+from taichi_serve.tuning.beliefs import Beliefs, Limits
+from taichi_serve.tuning.nudge import nudge
+from taichi_serve.tuning.past import Sort, life_of, past_of
+from taichi_serve.tuning.proposal import Proposal, Question, propose
+from taichi_serve.tuning.setting import Setting
+from taichi_serve.tuning.watch import View, Watch
+
+LOOK = 5.0  # seconds between two looks back
+WINDOW = 60.0  # seconds that a look goes back at most
+HURRY, STEADY = (
+    5.0,
+    30.0,
+)  # seconds between two changes of chunks: while requests are bad, and while they are good
+KIND_HURRY, KIND_STEADY = 15.0, 60.0  # the same for an instance that changes its kind
+SETTLED = 10.0  # seconds beside the TTFT SLO after a change before the fast loop judges what it did
+GOOD = 0.9  # share of good requests from which on it is steady
+FIRST, FIRST_REQUESTS = 15.0, 60  # seconds and requests after which the slow loop is asked first
+SOON, LATER = 30.0, 60.0  # seconds to the next question: after a change of sorts, and while it goes on
+CONTENT = 120.0  # the same while nothing better was found and requests are good
+REMEMBERED, AT_MOST = 240.0, 2000  # seconds and requests that a question is about
+RECENT, RECENT_REQUESTS = 20.0, 40  # seconds and requests by which another sort is found
+HELPED = 0.97  # of what was used of the short SLO before a nudge is used after it: then it helped
+KEPT = 200  # changes that are remembered
+
+
+class Adviser(Protocol):
+    """Whoever answers questions to the slow loop, somewhere else and some time later."""
+
+    def ask(self, now: float, question: Question) -> None:
+        """Take a question; the one before, if it is open, is forgotten."""
+        ...
+
+    def answer(self, now: float) -> Proposal | None:
+        """What came of it, once; None while there is nothing."""
+        ...
+
+
+@dataclass
+class AtOnce:
+    """An adviser that answers in this process, and is listened to `delay` seconds later: for simulations."""
+
+    delay: float = 5.0
+    asked: int = 0
+    _open: tuple[float, Proposal] | None = None
+
+    def ask(self, now: float, question: Question) -> None:
+        """Answer it."""
+        self.asked += 1
+        self._open = now + self.delay, propose(question)
+
+    def answer(self, now: float) -> Proposal | None:
+        """The answer, when it is time."""
+        if self._open is None or now < self._open[0]:
+            return None
+        proposal, self._open = self._open[1], None
+        return proposal
+
+
+class Tuner:
+    """Watches, and moves the sliders; or says where it would move them."""
+
+    def __init__(
+        self,
+        inner: Scheduler,
+        core: GlobalScheduler,
+        limits: Limits,
+        adviser: Adviser | None = None,
+        act: bool = True,
+    ) -> None:
+        """`inner` gets every fact: `core`, or what stands around it. Without an adviser there is the fast
+        loop alone. Where it is not to `act` it makes suggestions."""
+        self.inner = inner
+        self.core = core
+        self.adviser = adviser
+        self.act = act
+        self.watch = Watch()
+        self.beliefs = Beliefs(limits, core.predictor)
+        self.changes: deque[Tuned] = deque(maxlen=KEPT)
+        self.made = self.suggested = 0
+        self.view: View | None = None  # of the last look
+        self.pace = 0.0  # share of the TPOT SLO that steps of D-heavy instances took since the look before it
+        self.proposal: Proposal | None = None  # the last one
+        self._paces = Average()
+        self._nudged: tuple[bool, float] | None = (
+            None  # whether the last nudge was up, and what it was to mend
+        )
+        self._target: Setting | None = None  # where the slow loop wants to be
+        self._gain: float | None = None
+        self._sort: Sort | None = None  # of the requests that were last asked about
+        self._look_at = self._ask_at = float("-inf")
+        self._cut = self._since = float(
+            "-inf"
+        )  # what was before is of no interest: to the slow and fast loop
+        self._chunk_at = self._kind_at = float("-inf")  # when these last changed
+
+    @property
+    def now(self) -> Setting:
+        """The setting in force."""
+        return Setting.of(self.core.sliders, self.core.policy)
+
+    def on(self, event: Event) -> Sequence[Command]:
+        """Pass the fact on; then, if it is time, look back."""
+        kind = type(event)
+        if kind is Stepped:
+            assert isinstance(event, Stepped)
+            instance = self.core.instances[event.instance]
+            self.beliefs.stepped(instance, event)
+            if event.decodes and instance.kind is Kind.D_HEAVY:
+                self._paces.add(event.seconds * event.decodes, event.decodes, 1.0)
+        elif kind is Arrived or kind is Prefilled or kind is Finished:
+            self.watch.on(event)
+        elif kind is Slid or kind is Promised:
+            self._told(event.at)
+        commands = self.inner.on(event)
+        if event.at < self._look_at:
+            return commands
+        self._look_at = event.at + LOOK
+        return [*commands, *self._look(event.at)]
+
+    def _told(self, at: float) -> None:
+        """An operator changed something: what was seen before says little, and what was proposed nothing."""
+        self._since, self._target = at, None
+        self._ask_at = min(self._ask_at, at + LOOK)
+
+    # ------------------------------------------------------------------------------------- looking back
+
+    def _look(self, now: float) -> Sequence[Command]:
+        if not self._calm():
+            self._since, self._target = now, None
+            return ()
+        self.view = self.watch.view(now, self.core.slo, max(self._since, now - WINDOW), self._made)
+        self.pace, self._paces = self._paces.value(0.0) / self.core.slo.tpot, Average()
+        self._advised(now)
+        if self._target is not None:
+            return self._approach(now, self._target)
+        return self._nudge(now)
+
+    def _calm(self) -> bool:
+        """Whether every instance serves and is what the sliders say: no drain, no loss, nobody silent."""
+        instances = self.core.instances.values()
+        kinds = self.core.sliders.kinds()
+        return all(i.serving and i.kind is kind for i, kind in zip(instances, kinds, strict=True))
+
+    def _steady(self) -> bool:
+        return self.view is None or self.view.good >= GOOD
+
+    def _made(self, name: str) -> int:
+        """Output tokens of a request under way."""
+        request = self.core.requests.get(name)
+        if request is None:
+            return 0
+        here = self.core.ledger.source(request)
+        return request.output_tokens(here.ticks) if here else request.base
+
+    # ------------------------------------------------------------------------------------ the slow loop
+
+    def _advised(self, now: float) -> None:
+        """Hear what the slow loop found, and ask it again if it is time."""
+        if self.adviser is None:
+            return
+        proposal = self.adviser.answer(now)
+        if proposal is not None:
+            self.proposal = proposal
+            better = proposal.setting != self.now
+            self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
+            if not better and self._steady():
+                self._ask_at = now + CONTENT
+        recent = list(self.watch.since(now - RECENT))
+        known = self._sort
+        if known and len(recent) >= RECENT_REQUESTS and Sort.of(recent, RECENT).differs(known):
+            self._cut, self._sort, self._ask_at = now - RECENT, None, now
+        if not self._steady():
+            self._ask_at = min(self._ask_at, now + LATER)
+        if now >= self._ask_at:
+            self._ask(now, self.adviser)
+
+    def _ask(self, now: float, adviser: Adviser) -> None:
+        seen = [
+            s
+            for _, s in zip(range(AT_MOST), self.watch.since(max(self._cut, now - REMEMBERED)), strict=False)
+        ]
+        seen.reverse()
+        plant = self.beliefs.plant()
+        if plant is None or len(seen) < FIRST_REQUESTS or now - seen[0].at < FIRST:
+            return
+        past = past_of(seen, now, plant.limit, self._made)
+        if past is None:
+            return
+        self._ask_at = now + (SOON if self._sort is None else LATER)
+        self._sort = Sort.of(seen, past.span)
+        policy = replace(self.core.policy, ahead=False)
+        adviser.ask(now, Question(plant, past, self.core.slo, policy, self.now, life_of(seen)))
+
+    def _approach(self, now: float, target: Setting) -> Sequence[Command]:
+        """Go to where the slow loop wants to be, one instance at a time."""
+        here = self.now
+        if now - self._chunk_at < (STEADY if self._steady() else HURRY):
+            return ()
+        there, self._nudged = target, None
+        wanted, count = target.sliders.p_heavy, here.sliders.p_heavy
+        if wanted != count:
+            if now - self._kind_at < (KIND_STEADY if self._steady() else KIND_HURRY):
+                return ()
+            most = self.beliefs.limits.max_chunk
+            there = target.with_p_heavy(count + (1 if wanted > count else -1), most)
+        if there == target:
+            self._target = None
+        why = self.proposal.why if self.proposal else ""
+        return self._change(now, there, why, self._gain)
+
+    # ------------------------------------------------------------------------------------ the fast loop
+
+    def _nudge(self, now: float) -> Sequence[Command]:
+        assert self.view is not None
+        if now - self._chunk_at < (STEADY if self._steady() else HURRY):
+            return ()
+        if now - self._since < SETTLED + self.core.slo.ttft:
+            return ()
+        found = nudge(self.view, self.pace, self.now, self.beliefs.limits.max_chunk)
+        if found is None:
+            return ()
+        up = found[0].sliders.d_chunk > self.now.sliders.d_chunk
+        used = self.view.ttft if up else self.view.tpot
+        before, self._nudged = self._nudged, (up, used)
+        if before is not None and before[0] is up and used > HELPED * before[1]:
+            self._ask_at = min(self._ask_at, now)  # the last step did not help: no chunk will
+            return ()
+        return self._change(now, *found, None)
+
+    def _change(self, now: float, there: Setting, why: str, gain: float | None) -> Sequence[Command]:
+        here = self.now
+        last = self.changes[-1] if self.changes else None
+        said = f"{here.difference(there)}: {why}"
+        tuned = Tuned(now, there.sliders, there.ttft_margin, there.tpot_margin, said, gain, self.act)
+        self._since = now
+        if here.sliders.p_heavy != there.sliders.p_heavy:
+            self._kind_at = now
+        if (here.sliders.p_chunk, here.sliders.d_chunk) != (there.sliders.p_chunk, there.sliders.d_chunk):
+            self._chunk_at = now
+        if not self.act and last is not None and replace(last, at=now, why=said, gain=gain) == tuned:
+            return ()  # said already
+        self.made, self.suggested = self.made + self.act, self.suggested + (not self.act)
+        self.changes.append(tuned)
+        return self.inner.on(tuned)
