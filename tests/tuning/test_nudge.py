@@ -56,7 +56,9 @@ def test_a_few_requests_say_nothing() -> None:
 def test_the_chunk_stays_within_one_block_and_the_chunk_of_p_heavy_instances() -> None:
     small = Setting(Sliders(2, 2, 1024, 16), 0.5, 0.8)
     large = Setting(Sliders(2, 2, 1024, 1024), 0.5, 0.8)
+    none = Setting(Sliders(2, 2, 1024, 0), 0.5, 0.8)
     assert chunk(ttft=0.5, tpot=1.1, now=small) is None
+    assert chunk(ttft=0.5, tpot=1.1, now=none) is None
     assert chunk(ttft=1.2, tpot=0.6, now=large) is None
 
 

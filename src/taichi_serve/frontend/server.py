@@ -128,7 +128,8 @@ def _system(
     if args.autotune != OFF:
         system.adviser = Rehearsing(trouble)
         limits = _limits(config, min(capacities.values()))
-        system.tuner = Tuner(recorder, scheduler, limits, system.adviser, args.autotune == ON)
+        guard = partial(trouble.guarded, "autotune")
+        system.tuner = Tuner(recorder, scheduler, limits, system.adviser, args.autotune == ON, guard)
     driven = system.tuner or recorder
     driving = asyncio.create_task(drive(driven, Gate(cluster, keeper.quarantine)), name="drive")
     driving.add_done_callback(partial(_drive_ended, system))

@@ -24,7 +24,7 @@ def nudge(view: View, pace: float, now: Setting, most: int) -> tuple[Setting, st
     if min(view.ttfts, view.tpots) < ENOUGH:
         return None
     chunk = now.sliders.d_chunk
-    if view.tpot > SHORT and view.slow > BAD and view.ttft < SPARE and pace > PACED:
+    if chunk > UNIT and view.tpot > SHORT and view.slow > BAD and view.ttft < SPARE and pace > PACED:
         wanted, why = min(chunk / STEP, chunk - UNIT), "TPOT is short and TTFT has time to spare"
     elif view.ttft > SHORT and view.late > BAD and view.tpot < SPARE and pace < PACED:
         wanted, why = max(chunk * STEP, chunk + UNIT), "TTFT is short and TPOT has time to spare"

@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 from taichi_serve.tuning.rehearsal import Past, Plant, Standing, rehearse
 from taichi_serve.tuning.setting import UNIT, Setting
 
 TTFT_MARGINS = (0.3, 0.5, 0.75, 1.0)
 TPOT_MARGINS = (0.65, 0.8, 1.0)
+FILLED = (0.85, 1.0)  # shares of the TPOT SLO that a step with a chunk may take, to begin with
 ALIKE = (256, 512, 1024)  # chunks to try where no instance would be P-heavy
 LOADS = (1.0, 1.1, 1.21, 1.33, 1.46, 1.61, 1.95)  # times the rate seen, until the setting in force fails
 HELD = 0.95  # of the requests are good: it could bear more
 FASTER = 1.06
 HEATS = 3  # so often at most the best go on at a higher load
-STEPS = 3  # of the climb
+STEPS = 2  # of the climb
 FIRST_HEAT, KEPT = 0.4, 6  # share of a whole rehearsal that many have first, and how many of them go on
 LEAD, KIND_LEAD = 0.04, 0.06  # in good requests, for another setting to be proposed, and for another R_PD
 SECONDS, LIVES = 90.0, 4.0  # of traffic that a rehearsal has, the second in mean answers
@@ -116,7 +118,7 @@ def propose(question: Question) -> Proposal:
     now, most = question.now, question.plant.max_chunk
     climb = Climb(question)
     climb.begin()
-    best = climb.race(now, far(now, most))[0]
+    best = climb.race(now, far(question))[0]
     for _ in range(STEPS):
         last, best = best, climb.race(best, near(best, most))[0]
         if best == last:
@@ -128,21 +130,40 @@ def propose(question: Question) -> Proposal:
     return Proposal(best, theirs - ours, climb.load, theirs, len(climb.seen))
 
 
-def far(now: Setting, most: int) -> Iterator[Setting]:
-    """Settings that differ from this one in R_PD and S_D together, for one asks for the other: with fewer
-    D-heavy instances each has more decodes, which leave less time for prompts beside them; and in one other
-    thing."""
+def far(asked: Question) -> Iterator[Setting]:
+    """Settings that differ from the one in force in R_PD and S_D together, for one asks for the other: with
+    fewer D-heavy instances each has more decodes, which leave less time for prompts beside them; and in one
+    other thing."""
+    now, most = asked.now, asked.plant.max_chunk
     p_heavy, instances = now.sliders.p_heavy, now.sliders.instances
     for count in range(max(1, p_heavy - 2), min(instances - 1, p_heavy + 2) + 1):
         split = now.with_p_heavy(count, most)
-        yield split
-        yield from _chunks(split, most, (0.375, 0.5, 0.75, 1.5, 2.0))
+        yield from (split.with_d_chunk(chunk, most) for chunk in fitting(asked, instances - count))
+        yield from _chunks(split, most, (1.0, 0.67) if count != p_heavy else (0.5, 0.75, 1.5, 2.0))
     if p_heavy in (1, 2):
-        alike = replace(now, ttft_margin=1.0).with_p_heavy(0, most)
-        yield from (alike.with_d_chunk(chunk, most) for chunk in ALIKE if chunk <= most)
+        for chunk in (chunk for chunk in ALIKE if chunk <= most):
+            yield Setting(Sliders(0, instances, now.sliders.p_chunk, chunk), 1.0, now.tpot_margin)
     yield from _margins(now)
     if p_heavy:
         yield from _p_chunks(now, most)
+
+
+def fitting(asked: Question, d_heavy: int) -> Iterator[int]:
+    """Chunks with which a step of one of so many D-heavy instances takes what TPOT allows, beside the decodes
+    that it has on average if all requests decode there; a climb alone would not find these from afar."""
+    calls, tpot = asked.past.calls, asked.slo.tpot
+    prompt = sum(call.prompt_tokens for call in calls) / len(calls)
+    output = sum(call.output_tokens for call in calls) / len(calls)
+    decodes = min(asked.past.rate * output * tpot / d_heavy, float(asked.plant.max_running))
+    context = decodes * (prompt + output / 2)
+    for share in FILLED:
+        low, high = 0, asked.plant.max_chunk // UNIT
+        while low < high:  # the largest that still fits
+            middle = (low + high + 1) // 2
+            chunk = middle * UNIT
+            fits = asked.plant.of(chunk, chunk * prompt / 2, decodes, context) <= share * tpot
+            low, high = (middle, high) if fits else (low, middle - 1)
+        yield low * UNIT
 
 
 def near(now: Setting, most: int) -> Iterator[Setting]:

@@ -24,7 +24,7 @@ from taichi_serve.tuning.watch import SHARE, percentile
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 SKIPPED = 0.25  # of the requests of a rehearsal: it begins with an empty cluster, which serves well
-HOPELESS = 0.4  # of those judged are bad: it ends
+HOPELESS = 0.25  # of those judged are bad: it ends
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ can. Nothing here reads a clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 from taichi_serve.cluster.base import Scheduler
@@ -46,11 +47,16 @@ SETTLED = 10.0  # seconds beside the TTFT SLO after a change before the fast loo
 GOOD = 0.9  # share of good requests from which on it is steady
 FIRST, FIRST_REQUESTS = 15.0, 60  # seconds and requests after which the slow loop is asked first
 SOON, LATER = 30.0, 60.0  # seconds to the next question: after a change of sorts, and while it goes on
+PATIENCE = 300.0  # seconds that an answer is waited for
 CONTENT = 120.0  # the same while nothing better was found and requests are good
 REMEMBERED, AT_MOST = 240.0, 2000  # seconds and requests that a question is about
 RECENT, RECENT_REQUESTS = 20.0, 40  # seconds and requests by which another sort is found
 HELPED = 0.97  # of what was used of the short SLO before a nudge is used after it: then it helped
+CALM, KIND_GAIN = 0.95, 0.2  # where so many are good, another R_PD must promise at least so much more
 KEPT = 200  # changes that are remembered
+
+
+Look = Callable[[float], Tuned | None]
 
 
 class Adviser(Protocol):
@@ -96,13 +102,16 @@ class Tuner:
         limits: Limits,
         adviser: Adviser | None = None,
         act: bool = True,
+        guard: Callable[[Look], Look] = lambda look: look,
     ) -> None:
         """`inner` gets every fact: `core`, or what stands around it. Without an adviser there is the fast
-        loop alone. Where it is not to `act` it makes suggestions."""
+        loop alone. Where it is not to `act` it makes suggestions. `guard` may keep what goes wrong in a look
+        from whoever is served: then nothing is changed."""
         self.inner = inner
         self.core = core
         self.adviser = adviser
         self.act = act
+        self._look = guard(self._looked)
         self.watch = Watch()
         self.beliefs = Beliefs(limits, core.predictor)
         self.changes: deque[Tuned] = deque(maxlen=KEPT)
@@ -118,9 +127,10 @@ class Tuner:
         self._gain: float | None = None
         self._sort: Sort | None = None  # of the requests that were last asked about
         self._look_at = self._ask_at = float("-inf")
-        self._cut = self._since = float(
-            "-inf"
-        )  # what was before is of no interest: to the slow and fast loop
+        # What was before these is of no interest: to the slow loop, and to the fast one.
+        self._cut = self._since = float("-inf")
+        self._asked_at = float("-inf")
+        self._open = False  # whether a question is
         self._chunk_at = self._kind_at = float("-inf")  # when these last changed
 
     @property
@@ -145,19 +155,25 @@ class Tuner:
         if event.at < self._look_at:
             return commands
         self._look_at = event.at + LOOK
-        return [*commands, *self._look(event.at)]
+        tuned = self._look(event.at)
+        return commands if tuned is None else [*commands, *self.inner.on(tuned)]
 
     def _told(self, at: float) -> None:
         """An operator changed something: what was seen before says little, and what was proposed nothing."""
         self._since, self._target = at, None
-        self._ask_at = min(self._ask_at, at + LOOK)
+        self._ask_anew(at + LOOK)
+
+    def _ask_anew(self, at: float) -> None:
+        """What is being answered is out of date: ask again then."""
+        self._ask_at = min(self._ask_at, at)
+        self._open, self._asked_at = False, float("-inf")
 
     # ------------------------------------------------------------------------------------- looking back
 
-    def _look(self, now: float) -> Sequence[Command]:
+    def _looked(self, now: float) -> Tuned | None:
         if not self._calm():
             self._since, self._target = now, None
-            return ()
+            return None
         self.view = self.watch.view(now, self.core.slo, max(self._since, now - WINDOW), self._made)
         self.pace, self._paces = self._paces.value(0.0) / self.core.slo.tpot, Average()
         self._advised(now)
@@ -190,25 +206,30 @@ class Tuner:
             return
         proposal = self.adviser.answer(now)
         if proposal is not None:
-            self.proposal = proposal
-            better = proposal.setting != self.now
+            self.proposal, self._open = proposal, False
+            better = proposal.setting != self.now and not self._too_little(proposal)
             self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
             if not better and self._steady():
                 self._ask_at = now + CONTENT
         recent = list(self.watch.since(now - RECENT))
         known = self._sort
         if known and len(recent) >= RECENT_REQUESTS and Sort.of(recent, RECENT).differs(known):
-            self._cut, self._sort, self._ask_at = now - RECENT, None, now
+            self._cut, self._sort = now - RECENT, None
+            self._ask_anew(now)
         if not self._steady():
             self._ask_at = min(self._ask_at, now + LATER)
-        if now >= self._ask_at:
+        if now >= self._ask_at and now - self._asked_at >= (PATIENCE if self._open else SOON):
             self._ask(now, self.adviser)
 
+    def _too_little(self, proposal: Proposal) -> bool:
+        """Whether requests are good as it is, and another R_PD promises little beyond: turning an instance
+        costs those that are on it."""
+        calm = self.view is not None and self.view.good >= CALM
+        same = proposal.setting.sliders.p_heavy == self.core.sliders.p_heavy
+        return calm and not same and proposal.gain < KIND_GAIN
+
     def _ask(self, now: float, adviser: Adviser) -> None:
-        seen = [
-            s
-            for _, s in zip(range(AT_MOST), self.watch.since(max(self._cut, now - REMEMBERED)), strict=False)
-        ]
+        seen = list(islice(self.watch.since(max(self._cut, now - REMEMBERED)), AT_MOST))
         seen.reverse()
         plant = self.beliefs.plant()
         if plant is None or len(seen) < FIRST_REQUESTS or now - seen[0].at < FIRST:
@@ -217,20 +238,20 @@ class Tuner:
         if past is None:
             return
         self._ask_at = now + (SOON if self._sort is None else LATER)
-        self._sort = Sort.of(seen, past.span)
+        self._sort, self._open, self._asked_at = Sort.of(seen, past.span), True, now
         policy = replace(self.core.policy, ahead=False)
         adviser.ask(now, Question(plant, past, self.core.slo, policy, self.now, life_of(seen)))
 
-    def _approach(self, now: float, target: Setting) -> Sequence[Command]:
+    def _approach(self, now: float, target: Setting) -> Tuned | None:
         """Go to where the slow loop wants to be, one instance at a time."""
         here = self.now
         if now - self._chunk_at < (STEADY if self._steady() else HURRY):
-            return ()
+            return None
         there, self._nudged = target, None
         wanted, count = target.sliders.p_heavy, here.sliders.p_heavy
         if wanted != count:
             if now - self._kind_at < (KIND_STEADY if self._steady() else KIND_HURRY):
-                return ()
+                return None
             most = self.beliefs.limits.max_chunk
             there = target.with_p_heavy(count + (1 if wanted > count else -1), most)
         if there == target:
@@ -240,24 +261,24 @@ class Tuner:
 
     # ------------------------------------------------------------------------------------ the fast loop
 
-    def _nudge(self, now: float) -> Sequence[Command]:
+    def _nudge(self, now: float) -> Tuned | None:
         assert self.view is not None
         if now - self._chunk_at < (STEADY if self._steady() else HURRY):
-            return ()
+            return None
         if now - self._since < SETTLED + self.core.slo.ttft:
-            return ()
+            return None
         found = nudge(self.view, self.pace, self.now, self.beliefs.limits.max_chunk)
         if found is None:
-            return ()
+            return None
         up = found[0].sliders.d_chunk > self.now.sliders.d_chunk
         used = self.view.ttft if up else self.view.tpot
         before, self._nudged = self._nudged, (up, used)
         if before is not None and before[0] is up and used > HELPED * before[1]:
             self._ask_at = min(self._ask_at, now)  # the last step did not help: no chunk will
-            return ()
+            return None
         return self._change(now, *found, None)
 
-    def _change(self, now: float, there: Setting, why: str, gain: float | None) -> Sequence[Command]:
+    def _change(self, now: float, there: Setting, why: str, gain: float | None) -> Tuned | None:
         here = self.now
         last = self.changes[-1] if self.changes else None
         said = f"{here.difference(there)}: {why}"
@@ -268,7 +289,7 @@ class Tuner:
         if (here.sliders.p_chunk, here.sliders.d_chunk) != (there.sliders.p_chunk, there.sliders.d_chunk):
             self._chunk_at = now
         if not self.act and last is not None and replace(last, at=now, why=said, gain=gain) == tuned:
-            return ()  # said already
+            return None  # said already
         self.made, self.suggested = self.made + self.act, self.suggested + (not self.act)
         self.changes.append(tuned)
-        return self.inner.on(tuned)
+        return tuned

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from taichi_serve.messages import Arrived, Event, Finished, Outcome, Prefilled
 from taichi_serve.slo import SLO
@@ -86,7 +87,7 @@ class Watch:
         ttfts: list[float] = []
         tpots: list[float] = []
         judged = good = 0
-        for _, seen in zip(range(VIEWED), self.since(since), strict=False):
+        for seen in islice(self.since(since), VIEWED):
             ttft, tpot = used(seen, now, slo, made)
             if ttft is not None:
                 ttfts.append(ttft)
