@@ -74,6 +74,7 @@ async def test_summaries_after_chat_make_the_d_heavy_chunk_smaller(tuned: Server
         queue.clear()
         await asyncio.gather(*streams)
         metrics = (await client.get("/metrics")).text
+        await promised(client)
     assert [answer.error for answer in answers if not answer.ok] == []
     assert state["autotune"]["mode"] == "on"
     assert state["autotune"]["view"]["slow"] > 0
@@ -81,6 +82,20 @@ async def test_summaries_after_chat_make_the_d_heavy_chunk_smaller(tuned: Server
     assert 'taichi_trouble_total{what="autotune"} 0.0' in metrics
     tuned.stop()
     check_log(tmp_path / "events.jsonl", answers)
+
+
+async def promised(client: httpx.AsyncClient) -> None:
+    """The SLO can be changed while it serves, to something that makes sense."""
+    answer = await client.patch("/taichi/slo", json={"tpot": 0.05})
+    assert (answer.status_code, answer.json()) == (200, {"ttft": 60.0, "tpot": 0.05})
+
+    async def known() -> bool:
+        slo = (await client.get("/taichi/state")).json()["slo"]
+        return bool(slo == {"ttft": 60.0, "tpot": 0.05})
+
+    await until(known, 10, "the SLO is what was promised")
+    for body in ({"tpot": -1}, {"tpot": "fast"}, {"ttft": True}, {"goodput": 1}, {}):
+        assert (await client.patch("/taichi/slo", json=body)).status_code == 400, body
 
 
 def check_log(path: Path, answers: list[Answer]) -> None:
