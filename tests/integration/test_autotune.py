@@ -39,10 +39,10 @@ SUMMARIES = wishes(400, seed=2, prompt=(1000, 1500), output=(30, 50))
 
 
 @pytest.fixture
-def tuned(tmp_path: Path) -> Iterator[Server]:
+def tuned(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that may move its sliders, with an event log; Algorithm 2 keeps no prompt from its decodes."""
     log = ("--event-log", str(tmp_path / "events.jsonl"))
-    server = Server(tmp_path / "tuned", *FLAGS, "--tpot-margin", "10", "--autotune", "on", *log)
+    server = Server(tmp_path_factory.mktemp("tuned"), *FLAGS, "--tpot-margin", "10", "--autotune", "on", *log)
     try:
         yield server.wait_ready()
     finally:

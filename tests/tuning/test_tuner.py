@@ -10,7 +10,10 @@ import pytest
 from taichi_serve.bench.workload import workload
 from taichi_serve.cluster.base import run
 from taichi_serve.eventlog import Logged, read, replay
+from taichi_serve.latency.model import Roofline
 from taichi_serve.latency.predict import Learned
+from taichi_serve.latency.profile import Transfer
+from taichi_serve.latency.profiled import Profiled
 from taichi_serve.latency.shipped import machine
 from taichi_serve.messages import (
     Arrived,
@@ -36,7 +39,7 @@ from taichi_serve.tuning import proposal
 from taichi_serve.tuning.beliefs import Limits
 from taichi_serve.tuning.proposal import Proposal, Question
 from taichi_serve.tuning.setting import Setting
-from taichi_serve.tuning.tuner import HURRY, KIND_STEADY, LOOK, SETTLED, Tuner
+from taichi_serve.tuning.tuner import FIRST, HURRY, KIND_STEADY, LOOK, RECENT, SETTLED, Tuner
 
 PROMISED = SLO(ttft=1.0, tpot=0.05)
 START = Sliders(2, 2, 1024, 256)
@@ -52,6 +55,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Said:
     """An adviser that says what a test wants it to, once."""
+
+    took = 0.0
 
     def __init__(self) -> None:
         self.proposal: Proposal | None = None
@@ -71,7 +76,9 @@ def tuner_of(act: bool = True, adviser: Said | None = None) -> Tuner:
     return Tuner(core, core, LIMITS, adviser, act)
 
 
-def served(tuner: Tuner, begin: float, ttft: float, tpot: float, count: int = 40) -> list[Command]:
+def served(
+    tuner: Tuner, begin: float, ttft: float, tpot: float, count: int = 40, prompt: int = 100
+) -> list[Command]:
     """So many requests of 21 tokens one after the other from `begin` on, and a step of a D-heavy instance for
     each that takes as long as their TPOT; returns what was set."""
     made: list[Command] = []
@@ -79,7 +86,7 @@ def served(tuner: Tuner, begin: float, ttft: float, tpot: float, count: int = 40
         at = begin + number * 0.5
         name = f"r{begin:g}-{number}"
         facts: list[Event] = [
-            Arrived(at, name, 100, 500),
+            Arrived(at, name, prompt, 500),
             Prefilled(at + ttft, name, 0, tuner.core.requests[name].instance or "")
             if name in tuner.core.requests
             else Prefilled(at + ttft, name, 0, "i2"),
@@ -187,12 +194,64 @@ def test_a_replay_of_the_log_decides_the_same_without_a_tuner() -> None:
     assert fresh.sliders == core.sliders
 
 
-def test_it_is_asked_anew_when_requests_become_of_another_sort() -> None:
+def known(adviser: Said) -> Tuner:
+    """A tuner that has a profile to rehearse with."""
+    links = {(a, b): Transfer(a, b, 0.005, 1e10) for a in Kind for b in Kind}
+    predictor = Profiled(Roofline(launch=0.01, token=1e-4), links, 1000)
+    capacities = {f"i{n}": 100_000 for n in range(START.instances)}
+    core = GlobalScheduler(START, PROMISED, predictor, Policy(), capacities)
+    return Tuner(core, core, LIMITS, adviser)
+
+
+def asked_at(adviser: Said, tuner: Tuner, begin: float, count: int, prompt: int = 100) -> list[float]:
+    """Serve, and say when a question was asked."""
+    times: list[float] = []
+    for number in range(count):
+        before = len(adviser.questions)
+        served(tuner, begin + number * 0.5, ttft=0.2, tpot=0.03, count=1, prompt=prompt)
+        times += [begin + number * 0.5] * (len(adviser.questions) - before)
+    return times
+
+
+def test_without_a_model_of_the_steps_nobody_is_asked() -> None:
     adviser = Said()
-    tuner = tuner_of(adviser=adviser)
-    tuner.beliefs.plant = lambda: None  # type: ignore[method-assign]  # nothing is known yet: nothing is asked
-    served(tuner, 0.0, ttft=0.2, tpot=0.03, count=100)
+    served(tuner_of(adviser=adviser), 0.0, ttft=0.2, tpot=0.03, count=100)
     assert adviser.questions == []
+
+
+def test_the_question_is_about_the_requests_that_came_and_the_setting_in_force() -> None:
+    adviser = Said()
+    assert asked_at(adviser, known(adviser), 0.0, 75) == [30.0]  # 60 requests, two a second
+    (question,) = adviser.questions
+    assert question.now == Setting(START, 0.5, 0.8)
+    assert {(c.prompt_tokens, c.output_tokens) for c in question.past.calls} == {(100, 21)}
+    assert round(question.past.rate) == 2
+
+
+def test_while_an_answer_is_awaited_no_other_question_is_asked() -> None:
+    adviser = Said()
+    assert asked_at(adviser, known(adviser), 0.0, 400) == [30.0]
+
+
+def test_requests_of_another_sort_are_asked_about_at_once_and_alone() -> None:
+    adviser = Said()
+    tuner = known(adviser)
+    asked_at(adviser, tuner, 0.0, 100)
+    later = asked_at(adviser, tuner, 50.0, 100, prompt=4000)
+    assert later
+    assert later[0] <= 50.0 + RECENT + FIRST + LOOK
+    prompts = [c.prompt_tokens for c in adviser.questions[-1].past.calls]
+    assert prompts.count(4000) > 0.7 * len(prompts)
+
+
+def test_a_long_answer_is_followed_by_a_rest_of_ten_times_as_long() -> None:
+    adviser = Said()
+    tuner = known(adviser)
+    asked_at(adviser, tuner, 0.0, 70)
+    adviser.took = 20.0
+    adviser.proposal = Proposal(tuner.now, 0.0, 1.0, 0.5, 30)  # heard at the look that follows
+    later = asked_at(adviser, tuner, 35.0, 500)
+    assert later[0] >= 35.0 + 200.0
 
 
 def test_looks_are_some_seconds_apart() -> None:

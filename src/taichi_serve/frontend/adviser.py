@@ -29,6 +29,7 @@ class Rehearsing:
     def __init__(self, trouble: Trouble) -> None:
         """Where a process fails, `trouble` counts it, and there is no answer."""
         self.trouble = trouble
+        self.took = 0.0
         self.seconds = 0.0  # of processor time that all answers took
         self._task: asyncio.Task[Proposal | None] | None = None
 
@@ -73,6 +74,7 @@ class Rehearsing:
         if process.returncode:
             raise RuntimeError(f"rehearsals ended with status {process.returncode}")
         told = msgspec.json.decode(answer, type=Told)
+        self.took = told.seconds
         self.seconds += told.seconds
         return told.proposal
 

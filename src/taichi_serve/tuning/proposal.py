@@ -1,8 +1,8 @@
 """The slow loop: which setting would have served the last requests best, and what it would gain.
 
-A hill climb from the setting in force. All rehearse the same requests, faster and faster for as long as the
-best of them keep their SLOs: what is wanted is the setting that holds the highest load, not one of many that
-hold this one. It is a pure function: the same question has the same answer.
+A hill climb from the setting in force. All rehearse the same requests, faster and faster for as long as some
+of them hold: what is wanted is the setting that holds the highest load, not one of many that hold this one.
+It is a pure function: the same question has the same answer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TPOT_MARGINS = (0.65, 0.8, 1.0)
 FILLED = (0.85, 1.0)  # shares of the TPOT SLO that a step with a chunk may take, to begin with
 ALIKE = (256, 512, 1024)  # chunks to try where no instance would be P-heavy
 LOADS = (1.0, 1.1, 1.21, 1.33, 1.46, 1.61, 1.95)  # times the rate seen, until the setting in force fails
-HELD = 0.95  # of the requests are good: it could bear more
-FASTER = 1.06
-HEATS = 3  # so often at most the best go on at a higher load
+FASTER = 1.04
+HEATS = 6  # so often at most the best go on at a higher load
 STEPS = 2  # of the climb
 FIRST_HEAT, KEPT = 0.4, 6  # share of a whole rehearsal that many have first, and how many of them go on
-LEAD, KIND_LEAD = 0.04, 0.06  # in good requests, for another setting to be proposed, and for another R_PD
+LEAD, LEAD_USED = 0.03, 0.05  # in good requests, or of the scarcer SLO, for another setting to be proposed
+KIND_FACTOR = 1.5  # times as much for another R_PD
 SECONDS, LIVES = 90.0, 4.0  # of traffic that a rehearsal has, the second in mean answers
 FEWEST, MOST = 300, 1500  # requests of a rehearsal
 
@@ -71,42 +71,41 @@ class Climb:
     load: float = 1.0
     seen: dict[tuple[Setting, float, int], Standing] = field(default_factory=dict)
 
-    def at(self, setting: Setting, share: float = 1.0) -> Standing:
-        """How it stands at the load of now, by a whole rehearsal or the first `share` of one."""
-        asked = self.question
-        count = round(self._count() * share)
-        key = setting, self.load, count
+    def at(self, setting: Setting, share: float = 1.0, load: float | None = None) -> Standing:
+        """How it stands at a load, or at that of now, by a whole rehearsal or the first `share` of one."""
+        asked, load = self.question, self.load if load is None else load
+        count = round(self._count(load) * share)
+        key = setting, load, count
         if key not in self.seen:
-            self.seen[key] = rehearse(
-                asked.plant, asked.past, asked.slo, asked.policy, setting, self.load, count
-            )
+            self.seen[key] = rehearse(asked.plant, asked.past, asked.slo, asked.policy, setting, load, count)
         return self.seen[key]
 
-    def _count(self) -> int:
+    def _count(self, load: float) -> int:
         asked = self.question
         seconds = max(SECONDS, LIVES * asked.life)
-        return max(FEWEST, min(MOST, round(asked.past.rate * self.load * seconds)))
+        return max(FEWEST, min(MOST, round(asked.past.rate * load * seconds)))
 
     def begin(self) -> None:
-        """Find a load that the setting in force does not hold: there others show what they can do."""
+        """Find a load that the setting in force just holds, or that of now where it does not hold that."""
         for load in LOADS:
-            self.load = load
-            if self.at(self.question.now).good < HELD:
+            if not self.at(self.question.now, load=load).held:
                 return
+            self.load = load
 
-    def race(self, first: Setting, others: Iterable[Setting]) -> list[Setting]:
-        """The best first. Of many others a few go on from short rehearsals to whole ones; while several hold
-        the load, they go on at a higher one."""
+    def race(self, first: Setting, others: Iterable[Setting]) -> Setting:
+        """The best: of many others a few go on from short rehearsals to whole ones, and those that hold the
+        load go on at a higher one. Beyond what anybody holds nothing is compared: there a setting that fails
+        some requests at any load looks better than one that holds, and then fails all."""
         field_ = [one for one in dict.fromkeys(others) if one != first]
         field_.sort(key=lambda one: self.at(one, FIRST_HEAT).key, reverse=True)
         field_ = self._ranked([first, *field_[:KEPT]])
         for _ in range(HEATS):
-            held = [one for one in field_ if self.at(one).good >= HELD]
-            if len(held) < 2:
+            load = self.load * FASTER
+            held = [one for one in field_ if self.at(one).held and self.at(one, load=load).held]
+            if not held:
                 break
-            self.load *= FASTER
-            field_ = self._ranked(held)
-        return field_
+            self.load, field_ = load, held
+        return self._ranked(field_)[0]
 
     def _ranked(self, settings: Iterable[Setting]) -> list[Setting]:
         return sorted(settings, key=lambda one: self.at(one).key, reverse=True)
@@ -118,16 +117,24 @@ def propose(question: Question) -> Proposal:
     now, most = question.now, question.plant.max_chunk
     climb = Climb(question)
     climb.begin()
-    best = climb.race(now, far(question))[0]
+    best = climb.race(now, far(question))
     for _ in range(STEPS):
-        last, best = best, climb.race(best, near(best, most))[0]
+        last, best = best, climb.race(best, near(best, most))
         if best == last:
             break
-    ours, theirs = climb.at(now).good, climb.at(best).good
-    lead = LEAD if best.sliders.p_heavy == now.sliders.p_heavy else KIND_LEAD
-    if theirs - ours < lead:
+    ours, theirs = climb.at(now), climb.at(best)
+    if not _worth(now, ours, best, theirs):
         best, theirs = now, ours
-    return Proposal(best, theirs - ours, climb.load, theirs, len(climb.seen))
+    return Proposal(best, theirs.good - ours.good, climb.load, theirs.good, len(climb.seen))
+
+
+def _worth(now: Setting, ours: Standing, best: Setting, theirs: Standing) -> bool:
+    """Whether it is so much better that a change pays: in good requests, or where both hold in what is left
+    of the scarcer SLO."""
+    factor = 1.0 if best.sliders.p_heavy == now.sliders.p_heavy else KIND_FACTOR
+    if ours.held:
+        return theirs.held and ours.used - theirs.used > factor * LEAD_USED
+    return theirs.good - ours.good > factor * LEAD
 
 
 def far(asked: Question) -> Iterator[Setting]:

@@ -100,9 +100,14 @@ class Standing:
     used: float
 
     @property
-    def key(self) -> tuple[float, float]:
-        """The highest stands best. Shares that differ by less than 1 % differ by luck."""
-        return round(self.good, 2), -self.used
+    def held(self) -> bool:
+        """Whether enough are good."""
+        return self.good >= SHARE
+
+    @property
+    def key(self) -> tuple[bool, float]:
+        """The highest stands best: of those that hold, the one with most left of its scarcer SLO."""
+        return self.held, -self.used if self.held else self.good
 
 
 class Judge:

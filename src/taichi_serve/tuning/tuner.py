@@ -47,10 +47,11 @@ SETTLED = 10.0  # seconds beside the TTFT SLO after a change before the fast loo
 GOOD = 0.9  # share of good requests from which on it is steady
 FIRST, FIRST_REQUESTS = 15.0, 60  # seconds and requests after which the slow loop is asked first
 SOON, LATER = 30.0, 60.0  # seconds to the next question: after a change of sorts, and while it goes on
+REST = 10.0  # times what an answer took passes until the next question: rehearsals take a tenth of a core
 PATIENCE = 300.0  # seconds that an answer is waited for
 CONTENT = 120.0  # the same while nothing better was found and requests are good
 REMEMBERED, AT_MOST = 240.0, 2000  # seconds and requests that a question is about
-RECENT, RECENT_REQUESTS = 20.0, 40  # seconds and requests by which another sort is found
+RECENT, RECENT_REQUESTS = 20.0, 30  # seconds and requests by which another sort is found
 HELPED = 0.97  # of what was used of the short SLO before a nudge is used after it: then it helped
 CALM, KIND_GAIN = 0.95, 0.2  # where so many are good, another R_PD must promise at least so much more
 KEPT = 200  # changes that are remembered
@@ -60,7 +61,10 @@ Look = Callable[[float], Tuned | None]
 
 
 class Adviser(Protocol):
-    """Whoever answers questions to the slow loop, somewhere else and some time later."""
+    """Whoever answers questions to the slow loop, somewhere else and some time later. `took` is the processor
+    time (seconds) of the last answer."""
+
+    took: float
 
     def ask(self, now: float, question: Question) -> None:
         """Take a question; the one before, if it is open, is forgotten."""
@@ -76,6 +80,7 @@ class AtOnce:
     """An adviser that answers in this process, and is listened to `delay` seconds later: for simulations."""
 
     delay: float = 5.0
+    took: float = 0.0
     asked: int = 0
     _open: tuple[float, Proposal] | None = None
 
@@ -129,7 +134,7 @@ class Tuner:
         self._look_at = self._ask_at = float("-inf")
         # What was before these is of no interest: to the slow loop, and to the fast one.
         self._cut = self._since = float("-inf")
-        self._asked_at = float("-inf")
+        self._asked_at = self._rest_until = float("-inf")
         self._open = False  # whether a question is
         self._chunk_at = self._kind_at = float("-inf")  # when these last changed
 
@@ -207,6 +212,7 @@ class Tuner:
         proposal = self.adviser.answer(now)
         if proposal is not None:
             self.proposal, self._open = proposal, False
+            self._rest_until = now + REST * self.adviser.took
             better = proposal.setting != self.now and not self._too_little(proposal)
             self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
             if not better and self._steady():
@@ -218,7 +224,8 @@ class Tuner:
             self._ask_anew(now)
         if not self._steady():
             self._ask_at = min(self._ask_at, now + LATER)
-        if now >= self._ask_at and now - self._asked_at >= (PATIENCE if self._open else SOON):
+        gap = PATIENCE if self._open else SOON
+        if now >= max(self._ask_at, self._rest_until) and now - self._asked_at >= gap:
             self._ask(now, self.adviser)
 
     def _too_little(self, proposal: Proposal) -> bool:
