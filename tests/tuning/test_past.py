@@ -83,3 +83,14 @@ def test_another_rate_is_told_once_it_is_certain() -> None:
     twice = [ended(n * 0.05, 200 + n % 7, 20) for n in range(200)]
     assert Sort.of(twice, 10.0).differs(usual)
     assert not Sort.of(twice[:6], 0.3).differs(usual)
+
+
+def test_bursts_are_no_other_rate() -> None:
+    """Ten requests at once every 5 s: 60 in 20 s, where 40 are usual, say nothing of the rate."""
+    bursts = [ended(n // 10 * 5.0 + n % 10 * 0.01, 200, 20) for n in range(200)]
+    six = [ended(n // 10 * 3.5 + n % 10 * 0.01, 200, 20) for n in range(60)]
+    even = [ended(n * 0.33, 200, 20) for n in range(60)]
+    usual = Sort.of(bursts, 100.0)
+    assert usual.burst > 4
+    assert not Sort.of(six, 20.0).differs(usual)
+    assert Sort.of(even, 20.0).rate == Sort.of(six, 20.0).rate

@@ -7,6 +7,7 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from taichi_serve.cluster.simulated import Call
 from taichi_serve.tuning.rehearsal import Past
@@ -64,18 +65,23 @@ def life_of(seen: Sequence[Seen]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Sort:
-    """What sort of requests they are: mean and variance of the logarithm of their prompts, and requests/s."""
+    """What sort of requests they are: mean and variance of the logarithm of their prompts, requests/s, and the
+    squared coefficient of variation of the gaps between them: 1 for a Poisson process, more for bursts."""
 
     count: int
     mean: float
     variance: float
     rate: float
+    burst: float
 
     @classmethod
     def of(cls, seen: Sequence[Seen], span: float) -> Sort:
         """Of at least two requests that came within `span` seconds."""
         logs = [math.log(s.prompt + 1) for s in seen]
-        return cls(len(seen), statistics.fmean(logs), statistics.variance(logs), len(seen) / span)
+        gaps = [abs(b.at - a.at) for a, b in pairwise(seen)]
+        mean = statistics.fmean(gaps)
+        burst = statistics.pvariance(gaps) / mean**2 if mean else 1.0
+        return cls(len(seen), statistics.fmean(logs), statistics.variance(logs), len(seen) / span, burst)
 
     def differs(self, other: Sort) -> bool:
         """Whether the two are certain to be of different sorts, and by enough to matter."""
@@ -84,4 +90,5 @@ class Sort:
         if lengths > math.log(RATIO) and lengths > CERTAIN * error:
             return True
         rates = abs(math.log(self.rate / other.rate))
-        return rates > math.log(RATIO) and rates > CERTAIN * math.sqrt(1 / self.count + 1 / other.count)
+        error = math.sqrt(max(1.0, self.burst, other.burst) * (1 / self.count + 1 / other.count))
+        return rates > math.log(RATIO) and rates > CERTAIN * error
