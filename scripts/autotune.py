@@ -228,12 +228,15 @@ def another_workload(seed: int, number: int) -> None:
     ahead, scene = scene_of(profile, load, slo), scene_of(profile, then, slo)
     begin, end = CHANGE + SETTLED, CHANGE + SETTLED + JUDGED
 
+    later = at_rate(scene, SETTLED + JUDGED, seed, CHANGE * 1.01)
+
     def calls(rate: float) -> Iterator[Call]:
         yield from at_rate(ahead, CHANGE, seed)(before)
-        yield from at_rate(scene, SETTLED + JUDGED, seed, CHANGE * 1.01)(rate)
+        yield from later(rate)
 
     course = Course(scene, INSTANCES[profile], calls, begin, end)
-    best, rate = course.best(neighbours(sliders, margin), guess_of(profile, then))
+    after = replace(course, calls=later)  # what stands still need not see what was before
+    best, rate = after.best(neighbours(sliders, margin), guess_of(profile, then))
     told(f"workload {number}: {load} -> {named(profile, then, slo, seed)}", course, rate, SHARE, best)
 
 
