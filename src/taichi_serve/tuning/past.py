@@ -66,7 +66,7 @@ def life_of(seen: Sequence[Seen]) -> float:
 @dataclass(frozen=True, slots=True)
 class Sort:
     """What sort of requests they are: mean and variance of the logarithm of their prompts, requests/s, and
-    the squared coefficient of variation of the gaps between them: 1 for a Poisson process, above for bursts."""
+    the squared coefficient of variation of the gaps between them: 1 is Poisson, above it come bursts."""
 
     count: int
     mean: float
