@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Rehearsing:
-    """An adviser (tuning/tuner.py) that has questions answered in a process beside the server."""
+    """An adviser (tuning/adviser.py) that has questions answered in a process beside the server."""
 
     def __init__(self, trouble: Trouble) -> None:
         """Where a process fails, `trouble` counts it, and there is no answer."""

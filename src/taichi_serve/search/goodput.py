@@ -23,8 +23,9 @@ from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN, PREFIXES, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
+from taichi_serve.tuning.adviser import AtOnce
 from taichi_serve.tuning.beliefs import Limits
-from taichi_serve.tuning.tuner import AtOnce, Tuner
+from taichi_serve.tuning.tuner import Tuner
 
 TARGET = 0.9
 LARGEST = 8192  # prompt tokens of the largest step

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Protocol
 
 from taichi_serve.cluster.base import Scheduler
 from taichi_serve.latency.predict import Average
@@ -29,19 +28,17 @@ from taichi_serve.messages import (
 )
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind
+from taichi_serve.tuning.adviser import Adviser
 from taichi_serve.tuning.beliefs import Beliefs, Limits
 from taichi_serve.tuning.nudge import nudge
 from taichi_serve.tuning.past import Sort, life_of, past_of
-from taichi_serve.tuning.proposal import Proposal, Question, propose
+from taichi_serve.tuning.proposal import Proposal, Question
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.watch import View, Watch
 
 LOOK = 5.0  # seconds between two looks back
 WINDOW = 60.0  # seconds that a look goes back at most
-HURRY, STEADY = (
-    5.0,
-    30.0,
-)  # seconds between two changes of chunks: while requests are bad, and while they are good
+HURRY, STEADY = 5.0, 30.0  # seconds between two changes of chunks: while requests are bad, and while good
 KIND_HURRY, KIND_STEADY = 15.0, 60.0  # the same for an instance that changes its kind
 SETTLED = 10.0  # seconds beside the TTFT SLO after a change before the fast loop judges what it did
 GOOD = 0.9  # share of good requests from which on it is steady
@@ -55,46 +52,7 @@ RECENT, RECENT_REQUESTS = 20.0, 30  # seconds and requests by which another sort
 HELPED = 0.97  # of what was used of the short SLO before a nudge is used after it: then it helped
 CALM, KIND_GAIN = 0.95, 0.2  # where so many are good, another R_PD must promise at least so much more
 KEPT = 200  # changes that are remembered
-
-
 Look = Callable[[float], Tuned | None]
-
-
-class Adviser(Protocol):
-    """Whoever answers questions to the slow loop, somewhere else and some time later. `took` is the processor
-    time (seconds) of the last answer."""
-
-    took: float
-
-    def ask(self, now: float, question: Question) -> None:
-        """Take a question; the one before, if it is open, is forgotten."""
-        ...
-
-    def answer(self, now: float) -> Proposal | None:
-        """What came of it, once; None while there is nothing."""
-        ...
-
-
-@dataclass
-class AtOnce:
-    """An adviser that answers in this process, and is listened to `delay` seconds later: for simulations."""
-
-    delay: float = 5.0
-    took: float = 0.0
-    asked: int = 0
-    _open: tuple[float, Proposal] | None = None
-
-    def ask(self, now: float, question: Question) -> None:
-        """Answer it."""
-        self.asked += 1
-        self._open = now + self.delay, propose(question)
-
-    def answer(self, now: float) -> Proposal | None:
-        """The answer, when it is time."""
-        if self._open is None or now < self._open[0]:
-            return None
-        proposal, self._open = self._open[1], None
-        return proposal
 
 
 class Tuner:
