@@ -143,9 +143,9 @@ async def test_logged_scheduler_writes_what_it_decides_and_replays_to_the_same()
 def test_only_the_lines_about_one_request_are_looked_at_and_still_counted() -> None:
     lines = [encode(Finished(0.0, name, 1), []) + "\n" for name in ("a", 'b"', "c")]
     torn = ["{\n", *lines]
-    assert [event for event, _ in read(torn, about='b"')] == [Finished(0.0, 'b"', 1)]
+    assert [event for event, _ in read(torn, 'b"')] == [Finished(0.0, 'b"', 1)]
     with pytest.raises(LogError, match=r"^line 2: "):
-        list(read([lines[0], "{ 'a' \n"], about="a"))
+        list(read([lines[0], "{ 'a' \n"], "a"))
 
 
 def test_a_log_of_an_older_server_may_or_may_not_say_what_binds_a_request() -> None:

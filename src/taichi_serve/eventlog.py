@@ -46,15 +46,15 @@ def decode(line: str) -> Entry:
     return event, commands
 
 
-def read(lines: Iterable[str], about: str = "") -> Iterator[Entry]:
+def read(lines: Iterable[str], *about: str) -> Iterator[Entry]:
     """Every line of a log; a torn last one (the writer was killed) ends it, another bad one is an error.
 
-    With `about` only the lines that have this text in them are looked at: a day's log is long.
+    With `about` only the lines that have one of these texts in them are looked at: a day's log is long.
     """
-    text = msgspec.json.encode(about).decode()[1:-1]
+    texts = [msgspec.json.encode(text).decode()[1:-1] for text in about]
     pending: LogError | None = None
     for number, line in enumerate(lines, start=1):
-        if text not in line:
+        if texts and not any(text in line for text in texts):
             continue
         if pending is not None:
             raise pending

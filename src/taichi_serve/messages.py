@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from taichi_serve.sliders import Kind, Sliders
+from taichi_serve.slo import SLO
 
 
 class Move(Enum):
@@ -240,6 +241,29 @@ class Slid:
     sliders: Sliders
 
 
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The server itself set the sliders and the margins of Algorithm 2 (shares of the SLOs), by what it saw:
+    `why`. `gain` is the share of all requests that are good beyond those now, as predicted; None where
+    nothing was predicted. One that does not `act` is a suggestion, and changes nothing."""
+
+    at: float
+    sliders: Sliders
+    ttft_margin: float
+    tpot_margin: float
+    why: str
+    gain: float | None = None
+    act: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """An operator set the SLO, for all requests, those under way too."""
+
+    at: float
+    slo: SLO
+
+
 Event = (
     Arrived
     | Prefilled
@@ -256,6 +280,8 @@ Event = (
     | Asked
     | Drained
     | Slid
+    | Tuned
+    | Promised
 )
 
 

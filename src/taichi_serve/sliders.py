@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+# Whether the sliders set themselves, or it is only said how they would be set, or neither: --autotune.
+OFF, SUGGEST, ON = "off", "suggest", "on"
+MODES = OFF, SUGGEST, ON
+
 
 class Kind(Enum):
     """What an instance leans towards. Every instance can do both phases."""

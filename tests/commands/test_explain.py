@@ -14,7 +14,8 @@ import pytest
 
 from taichi_serve.commands import explain
 from taichi_serve.eventlog import COMMANDS, EVENTS, NO_TIMELINE, Entry, encode, read
-from taichi_serve.messages import Command, Event, Flow, Flowed, Move, Prefilled, Stepped, Timeline
+from taichi_serve.messages import Command, Event, Flow, Flowed, Move, Prefilled, Stepped, Timeline, Tuned
+from taichi_serve.sliders import Sliders
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECORDED = (Path(__file__).parent / "request.json").read_bytes()
@@ -226,3 +227,14 @@ def test_a_record_that_cannot_be_read_is_one_line_and_exit_status_2(
     monkeypatch.setattr(explain, "asked", lambda url, name, key: [record])
     assert explain.main(["a"]) == 2
     assert capsys.readouterr().err.startswith("explain: this version cannot read the record of a: ")
+
+
+def test_sliders_that_set_themselves_are_told_with_reason_and_predicted_gain() -> None:
+    change = Tuned(3.0, Sliders(1, 1, 1024, 192), 0.5, 0.8, "S_D 256 -> 192: TPOT is short", 0.05)
+    said = Tuned(4.0, Sliders(1, 1, 1024, 192), 0.5, 0.8, "S_D 256 -> 192: TPOT is short", act=False)
+    rows = [{"type": "Tuned", **msgspec.to_builtins(fact)} for fact in (change, said)]
+    why = "S_D 256 -> 192: TPOT is short"
+    assert list(explain.lines({"arrived_at": 1.0, "log": rows})) == [
+        (2.0, "sliders set themselves", f"{why} (+5% good requests predicted)"),
+        (3.0, "sliders to be set", why),
+    ]

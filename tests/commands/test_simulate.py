@@ -12,6 +12,7 @@ from taichi_serve.commands import search, simulate
 from taichi_serve.latency import shipped
 from taichi_serve.latency.profile import Fit, Profile, save
 from taichi_serve.search.effort import Effort
+from taichi_serve.tuning import proposal
 
 BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07 --seed 1"
 ONE = f"{BASE} --p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 128 --rate 4 --requests 60"
@@ -28,6 +29,21 @@ def test_simulate_prints_a_table(capsys):
     out = capsys.readouterr().out
     assert "attainment 100.0%" in out
     assert re.search(r"TPOT \(ms\)", out)
+
+
+def test_sliders_that_set_themselves_are_told_with_their_reasons(capsys, monkeypatch):
+    monkeypatch.setattr(proposal, "FEWEST", 60)
+    monkeypatch.setattr(proposal, "MOST", 60)
+    words = "--workload summarization --ttft-slo 6 --tpot-slo 0.05 --p-heavy 1 --d-heavy 1 --p-chunk 8192"
+    words += " --d-chunk 512 --rate 1 --requests 60 --json"
+    for mode, moved in (("off", None), ("suggest", False), ("on", True)):
+        assert simulate.main(parsed(simulate, f"{words} --autotune {mode}")) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert (figures.get("tuned") is None) == (moved is None)
+        assert all(change["act"] is moved and change["why"] for change in figures.get("tuned", ()))
+    assert figures["tuned"]
+    assert simulate.main(parsed(simulate, f"{words.removesuffix(' --json')} --autotune suggest")) == 0
+    assert re.search(r" s  suggested: S_D 512 -> \d+", capsys.readouterr().out)
 
 
 def test_less_kv_room_than_the_profile_says_is_a_choice(capsys):

@@ -26,7 +26,8 @@ def system() -> Any:
     )
     engines = [SimpleNamespace(index=0, cached_blocks=3), SimpleNamespace(index=1, cached_blocks=0)]
     cluster = SimpleNamespace(engines=engines)
-    return SimpleNamespace(scheduler=scheduler, recorder=Recorder(scheduler, 2048), cluster=cluster)
+    recorder = Recorder(scheduler, 2048)
+    return SimpleNamespace(scheduler=scheduler, recorder=recorder, cluster=cluster, tuner=None)
 
 
 def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:

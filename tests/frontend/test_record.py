@@ -25,6 +25,7 @@ from taichi_serve.messages import (
     Prefilled,
     Refused,
     Stepped,
+    Tuned,
 )
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
@@ -93,6 +94,23 @@ def test_a_move_that_did_not_happen_is_remembered_too() -> None:
     here.on(Arrived(0.0, "a", 10, 5))
     here.on(Refused(1.0, "a", 1, "no room"))
     assert [row["type"] for row in here.view("a")["log"]][-1] == "Refused"
+
+
+def test_sliders_that_set_themselves_while_a_request_lived_are_in_its_record() -> None:
+    here = recorder()
+    changes = [Tuned(at, Sliders(1, 1, 1024, 192), 0.5, 0.8, f"at {at:g}") for at in (0.5, 1.05, 3.0)]
+    here.on(changes[0])
+    one_life(here, "a")
+    here.on(changes[1])
+    here.on(changes[2])  # after it was over
+    assert list(here.tuned) == changes
+    late = recorder()
+    late.on(Arrived(1.0, "b", 10, 5))
+    late.on(changes[1])
+    assert [row["type"] for row in late.view("b")["log"]] == ["Arrived", "Prefill", "Tuned"]
+    rows = here.view("a")["log"]
+    assert [row["why"] for row in rows if row["type"] == "Tuned"] == ["at 0.5", "at 1.05"]
+    assert [row["type"] for row in rows][:3] == ["Arrived", "Prefill", "Tuned"]
 
 
 def test_a_history_without_its_beginning_counts_time_from_its_first_fact() -> None:

@@ -214,6 +214,12 @@ def _finished(entry: Record) -> Words:
     return [(entry["outcome"], f"{entry['output_tokens']} tokens out")]
 
 
+def _tuned(entry: Record) -> Words:
+    gain = entry["gain"]
+    predicted = "" if gain is None else f" ({gain:+.0%} good requests predicted)"
+    return [("sliders set themselves" if entry["act"] else "sliders to be set", f"{entry['why']}{predicted}")]
+
+
 def _other(entry: Record) -> Words:
     return [(entry["type"].lower(), entry.get("why", ""))]
 
@@ -232,4 +238,5 @@ WORDS = {
     "Flowed": _flowed,
     "Refused": _refused,
     "Finished": _finished,
+    "Tuned": _tuned,
 }

@@ -11,6 +11,7 @@ import httpx
 from taichi_serve import eventlog
 from taichi_serve.frontend.names import find
 from taichi_serve.frontend.record import History, parts, view
+from taichi_serve.messages import Tuned
 
 Record = dict[str, Any]
 
@@ -42,9 +43,12 @@ def _message(content: Any, status: int) -> str:
 def logged(path: Path, name: str) -> list[Record]:
     """The same out of an event log; ValueError where it has no such request or is none."""
     histories: dict[str, History] = {}
+    tuned: list[Tuned] = []
     try:
         with path.open(encoding="utf-8") as lines:
-            for event, commands in eventlog.read(lines, about=name):
+            for event, commands in eventlog.read(lines, name, Tuned.__name__):
+                if isinstance(event, Tuned):
+                    tuned.append(event)
                 for request, part in parts(event, commands):
                     histories.setdefault(request, []).append(part)
     except (eventlog.LogError, UnicodeDecodeError) as wrong:
@@ -52,4 +56,4 @@ def logged(path: Path, name: str) -> list[Record]:
     found = find(name, histories)
     if not found:
         raise ValueError(f"no request {name!r} in {path}")
-    return [view(request, histories[request]) for request in found]
+    return [view(request, histories[request], tuned) for request in found]

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
 from rich.console import Console
 from rich.table import Table
 
@@ -16,10 +18,11 @@ from taichi_serve.bench.goodput import Tally
 from taichi_serve.bench.sharing import shared
 from taichi_serve.commands.files import made
 from taichi_serve.commands.scene import add_scene, scene_of
+from taichi_serve.messages import Tuned
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.search.goodput import Contender, Scene, attain
+from taichi_serve.search.goodput import Contender, Scene, attain, attain_tuned
 from taichi_serve.search.report import config, draw_times, summary
-from taichi_serve.sliders import Sliders
+from taichi_serve.sliders import MODES, OFF, ON, Sliders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tpot-margin", type=float, default=Policy().tpot_margin, metavar="SHARE")
     parser.add_argument("--watermark", type=float, default=Policy().watermark, metavar="SHARE")
     parser.add_argument("--alpha", type=float, default=Policy().alpha, metavar="SHARE")
+    parser.add_argument(
+        "--autotune",
+        choices=MODES,
+        default=OFF,
+        help="the sliders set themselves as those of a server do, from what is given here on; or what they "
+        "would be set to is said (default: off)",
+    )
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
     parser.add_argument("--requests", type=int, default=2000, metavar="N")
 
@@ -48,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
         policy = Policy(args.watermark, args.alpha, args.ttft_margin, args.tpot_margin)
         began = time.perf_counter()
-        tally = attain(scene, Contender("simulate", sliders, policy), args.rate, args.requests, args.seed)
+        tally, changes = _run(scene, Contender("simulate", sliders, policy), args)
         took = time.perf_counter() - began
     except ValueError as error:
         print(f"taichi simulate: {error}", file=sys.stderr)  # noqa: T201
@@ -62,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
         "profile": scene.machine.name,
         "rate": args.rate,
         "seed": args.seed,
+        **({} if args.autotune == OFF else {"tuned": [to_builtins(change) for change in changes]}),
         **summary(tally),
     }
     if scene.workload.note:
@@ -70,9 +81,25 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(figures, indent=1))  # noqa: T201
     else:
         _show(figures, tally, scene, took)
+        _show_changes(changes)
     if args.plot:
         draw_times(tally, scene, Path(args.plot) / "times.svg")
     return 0
+
+
+def _run(scene: Scene, contender: Contender, args: argparse.Namespace) -> tuple[Tally, list[Tuned]]:
+    """The run, and how its sliders were set or would have been."""
+    asked = args.rate, args.requests, args.seed
+    if args.autotune == OFF:
+        return attain(scene, contender, *asked), []
+    return attain_tuned(scene, contender, *asked, args.autotune == ON)
+
+
+def _show_changes(changes: Sequence[Tuned]) -> None:
+    console = Console(highlight=False)
+    for change in changes:
+        what = "" if change.act else "suggested: "
+        console.print(f"{change.at:7.1f} s  {what}{change.why}", soft_wrap=True, markup=False)
 
 
 def _shared(scene: Scene, args: argparse.Namespace) -> dict[str, float]:

@@ -38,6 +38,7 @@ class TaichiCollector(Collector):
             (_backflow, scheduler.counters),
             (_prefixes, scheduler),
             (_cached, self._system),
+            (_tuned, self._system),
         )
         trouble = recorder.trouble
         for part, of in parts:
@@ -125,6 +126,29 @@ def _cached(system: System) -> Iterator[Metric]:
     for engine in system.cluster.engines:
         blocks.add_metric([str(engine.index)], engine.cached_blocks)
     yield blocks
+
+
+def _tuned(system: System) -> Iterator[Metric]:
+    """What the tuner did, and what it saw at its last look."""
+    tuner, scheduler = system.tuner, system.scheduler
+    slo = GaugeMetricFamily("taichi_slo_seconds", "What is promised", labels=["of"])
+    margin = GaugeMetricFamily("taichi_margin", "Share of the SLO that Algorithm 2 fills up", labels=["of"])
+    for of in ("ttft", "tpot"):
+        slo.add_metric([of], getattr(scheduler.slo, of))
+        margin.add_metric([of], getattr(scheduler.policy, f"{of}_margin"))
+    yield from (slo, margin)
+    changes = CounterMetricFamily("taichi_tuned", "Changes of sliders, made or suggested", labels=["act"])
+    made = [] if tuner is None else [tuner.made, tuner.suggested]
+    for act, count in zip(("made", "suggested"), made or (0, 0), strict=True):
+        changes.add_metric([act], count)
+    yield changes
+    if tuner is None or tuner.view is None:
+        return
+    used = GaugeMetricFamily("taichi_slo_used", "P90 of recent requests, share of the SLO", labels=["of"])
+    used.add_metric(["ttft"], tuner.view.ttft)
+    used.add_metric(["tpot"], tuner.view.tpot)
+    yield used
+    yield GaugeMetricFamily("taichi_attainment", "Share of recent requests that were good", tuner.view.good)
 
 
 @contextlib.contextmanager

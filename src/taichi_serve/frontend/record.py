@@ -27,10 +27,12 @@ from taichi_serve.messages import (
     Refused,
     SetChunk,
     Stepped,
+    Tuned,
 )
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 KEEP = 10_000
+KEEP_TUNED = 1000
 History = list[Event | Command]
 Write = Callable[[Event, Sequence[Command]], object]
 
@@ -60,6 +62,7 @@ class Recorder:
         self.gaps: deque[float] = deque(maxlen=1000)  # seconds, of the last moves
         self.steps: Counter[str] = Counter()
         self.prefill_tokens: Counter[str] = Counter()
+        self.tuned: deque[Tuned] = deque(maxlen=KEEP_TUNED)
         self._why: dict[str, Move] = {}
         self._write = self.trouble.guarded("event log", write) if write else None
         self._remember = self.trouble.guarded("record", self._remembered)
@@ -102,6 +105,8 @@ class Recorder:
             case Finished(request=request, outcome=outcome):
                 self.outcomes[outcome] += 1
                 self._why.pop(request, None)
+            case Tuned():
+                self.tuned.append(event)
             case Flowed(request=request, kv_tokens=kv_tokens, gap=gap, reused=reused):
                 if (move := self._why.get(request)) is not None:
                     self.moves[move] += 1
@@ -115,7 +120,7 @@ class Recorder:
 
     def view(self, request: str) -> dict[str, Any]:
         """One request in words a person can read."""
-        return view(request, self.histories[request])
+        return view(request, self.histories[request], self.tuned)
 
 
 def parts(event: Event, commands: Iterable[Command]) -> Iterator[tuple[str, Event | Command]]:
@@ -138,12 +143,25 @@ def find(request_id: str, requests: Iterable[str]) -> list[str]:
     return found
 
 
-def view(request: str, history: History) -> dict[str, Any]:
-    """Where a request was, leg by leg, and every fact and decision in order."""
+def view(request: str, history: History, tuned: Iterable[Tuned] = ()) -> dict[str, Any]:
+    """Where a request was, leg by leg, and every fact and decision in order, and how the sliders were
+    `tuned` meanwhile."""
     # A history may have lost its beginning: then time begins with the first fact that is there.
     arrived = next((e.at for e in history if isinstance(e, Event)), 0.0)
-    rows = [{"type": type(e).__name__, **msgspec.to_builtins(e)} for e in history]
+    whole = with_tuned(history, [one for one in tuned if one.at >= arrived])
+    rows = [{"type": type(e).__name__, **msgspec.to_builtins(e)} for e in whole]
     return {"id": request, "arrived_at": arrived, "legs": legs(history), "log": rows}
+
+
+def with_tuned(history: History, tuned: Sequence[Tuned]) -> History:
+    """The history of a request with these changes of sliders among its facts; none after it was over."""
+    left, whole = deque(tuned), History()
+    for part in history:
+        while left and isinstance(part, Event) and left[0].at <= part.at:
+            whole.append(left.popleft())
+        whole.append(part)
+    over = any(isinstance(part, Finished) for part in history)
+    return whole if over else [*whole, *left]
 
 
 def legs(history: History) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse
 
 from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.state import state
-from taichi_serve.messages import Asked, Drained, Slid
+from taichi_serve.messages import Asked, Drained, Promised, Slid
 from taichi_serve.request import State
 from taichi_serve.sliders import Sliders
+from taichi_serve.slo import SLO
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.server import System
@@ -132,6 +133,28 @@ async def patch_sliders(request: Request) -> JSONResponse:
             return _bad(f"{name} must be at most {system.max_chunk} (--max-num-batched-tokens)", name)
     system.cluster.tell(Slid(time.monotonic(), sliders))
     return JSONResponse({name: getattr(sliders, name) for name in names})
+
+
+@router.patch("/slo")
+async def patch_slo(request: Request) -> JSONResponse:
+    """Promise another TTFT or TPOT (seconds) from now on, to those under way too."""
+    system = _system(request)
+    data = await _object(request)
+    names = ("ttft", "tpot")
+    if not data:
+        return _bad(f"the body must be an object with some of {', '.join(names)}")
+    if unknown := sorted(set(data) - set(names)):
+        return _bad(f"unknown SLO {unknown[0]!r}; there are {', '.join(names)}", unknown[0])
+    now = system.scheduler.slo
+    for name, value in data.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return _bad(f"{name} must be a number of seconds, not {value!r}", name)
+    try:
+        promised = SLO(**{name: float(data.get(name, getattr(now, name))) for name in names})
+    except ValueError as wrong:
+        return _bad(str(wrong))
+    system.cluster.tell(Promised(time.monotonic(), promised))
+    return JSONResponse({name: getattr(promised, name) for name in names})
 
 
 @router.post("/instances/{name}/drain")

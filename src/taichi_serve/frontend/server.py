@@ -33,6 +33,7 @@ from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.warm import measure
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.eventlog import EventLog
+from taichi_serve.frontend.adviser import Rehearsing
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
@@ -46,6 +47,9 @@ from taichi_serve.latency.predict import Learned, Predictor
 from taichi_serve.latency.profile import ProfileError
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import OFF, ON
+from taichi_serve.tuning.beliefs import Limits
+from taichi_serve.tuning.tuner import Tuner
 
 log = logging.getLogger("taichi")
 
@@ -65,6 +69,8 @@ class System:
     trouble: Trouble
     ending: Ending
     event_log: EventLog | None = None
+    tuner: Tuner | None = None
+    adviser: Rehearsing | None = None
 
     def fail(self, why: str) -> None:
         """End the server because it cannot go on."""
@@ -119,10 +125,29 @@ def _system(
     looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
     system = System(*looked_at, largest, [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
-    driving = asyncio.create_task(drive(recorder, Gate(cluster, keeper.quarantine)), name="drive")
+    if args.autotune != OFF:
+        system.adviser = Rehearsing(trouble)
+        limits = _limits(config, min(capacities.values()))
+        guard = partial(trouble.guarded, "autotune")
+        system.tuner = Tuner(recorder, scheduler, limits, system.adviser, args.autotune == ON, guard)
+    driven = system.tuner or recorder
+    driving = asyncio.create_task(drive(driven, Gate(cluster, keeper.quarantine)), name="drive")
     driving.add_done_callback(partial(_drive_ended, system))
     system.tasks += [driving, *instances.supervise()]
     return system
+
+
+def _limits(config: VllmConfig, kv_capacity: int) -> Limits:
+    """What instances of this configuration can hold and take."""
+    scheduling = config.scheduler_config
+    return Limits(
+        kv_capacity,
+        scheduling.max_num_seqs,
+        config.model_config.max_model_len,
+        scheduling.max_num_batched_tokens,
+        config.cache_config.block_size,
+        bytes_per_token(config),
+    )
 
 
 def _event_log(path: str | None) -> EventLog | None:
@@ -196,6 +221,8 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
         system.llm.shutdown_from_thread = None
         for task in system.tasks:
             task.cancel()
+        if system.adviser is not None:
+            system.adviser.close()
         await asyncio.gather(*system.tasks, return_exceptions=True)
         if system.event_log is not None:
             system.trouble.guarded("event log", system.event_log.close)()

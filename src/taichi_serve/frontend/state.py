@@ -13,6 +13,7 @@ from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN
+from taichi_serve.sliders import OFF, ON, SUGGEST
 from taichi_serve.stage import Stage
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from taichi_serve.frontend.server import System
 
 
+SHOWN = 20  # changes of sliders
 HERE = (Stage.PREFILLING, Stage.DECODING, Stage.LEAVING, Stage.HELD, Stage.LANDING)
 UNDER_WAY = (Passing.COPYING, Passing.READY, Passing.TAIL, Passing.PULLING)
 
@@ -46,6 +48,22 @@ def state(system: System) -> dict[str, Any]:
         },
         "bound": dict(recorder.bound),
         "kv_paths": _kv_paths(system.cluster.engines),
+        "autotune": _autotune(system),
+    }
+
+
+def _autotune(system: System) -> dict[str, Any]:
+    """What the tuner saw at its last look, what it proposed last, and what it changed or suggested lately."""
+    tuner, adviser = system.tuner, system.adviser
+    if tuner is None or adviser is None:
+        return {"mode": OFF}
+    return {
+        "mode": ON if tuner.act else SUGGEST,
+        "view": None if tuner.view is None else asdict(tuner.view),
+        "pace": tuner.pace,
+        "proposal": None if tuner.proposal is None else asdict(tuner.proposal),
+        "rehearsing_seconds": adviser.seconds,
+        "changes": [asdict(change) for change in list(tuner.changes)[-SHOWN:]],
     }
 
 

@@ -13,7 +13,7 @@ Two sorted lists and bisect: inserting shifts pointers, which for 10,000 residen
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from taichi_serve.messages import Move
@@ -36,6 +36,11 @@ class Residents:
 
     def __len__(self) -> int:
         return len(self._by_due)
+
+    def keep_pace(self, pace: float, requests: Mapping[str, Request]) -> None:
+        """Cross at another running TPOT (seconds per token) from now on."""
+        self.pace = pace
+        self._by_due = sorted((self.due(requests[name]), name) for _, name in self._by_due)
 
     def add(self, request: Request) -> None:
         """Take in a movable request whose `base`, `joined` and `first_at` are set."""

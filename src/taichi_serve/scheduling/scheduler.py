@@ -9,6 +9,7 @@ an error in the books, and raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.accuracy import Accuracy
@@ -30,10 +31,12 @@ from taichi_serve.messages import (
     Move,
     Outcome,
     Prefilled,
+    Promised,
     Refused,
     Silent,
     Slid,
     Stepped,
+    Tuned,
 )
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.counters import Counters
@@ -92,6 +95,8 @@ class GlobalScheduler:
             Asked: self._asked,
             Drained: self._drained,
             Slid: self._slid,
+            Tuned: self._tuned,
+            Promised: self._promised,
         }
 
     def on(self, event: Event) -> list[Command]:
@@ -243,6 +248,20 @@ class GlobalScheduler:
             return []
         self.sliders = event.sliders
         return slide(self._dispatcher, event.sliders)
+
+    def _tuned(self, event: Tuned) -> list[Command]:
+        if not event.act or event.sliders.instances != len(self.instances):
+            return []
+        self.sliders = event.sliders
+        policy = replace(self.policy, ttft_margin=event.ttft_margin, tpot_margin=event.tpot_margin)
+        self.policy = self._dispatcher.policy = policy
+        return slide(self._dispatcher, event.sliders)
+
+    def _promised(self, event: Promised) -> list[Command]:
+        self.slo = self._dispatcher.slo = event.slo
+        for residents in self.ledger.residents.values():
+            residents.keep_pace(self.policy.alpha * event.slo.tpot, self.requests)
+        return []
 
     def _silent(self, event: Silent) -> list[Command]:
         return silence(self._dispatcher, event, self.sliders)

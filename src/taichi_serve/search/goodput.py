@@ -18,13 +18,17 @@ from taichi_serve.latency.predict import Predictor
 from taichi_serve.latency.profile import Transfer
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.latency.shipped import Machine
-from taichi_serve.messages import Event
+from taichi_serve.messages import Event, Tuned
 from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN, PREFIXES, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
+from taichi_serve.tuning.adviser import AtOnce
+from taichi_serve.tuning.beliefs import Limits
+from taichi_serve.tuning.tuner import Tuner
 
 TARGET = 0.9
+LARGEST = 8192  # prompt tokens of the largest step
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,15 @@ class Scene:
         policy = replace(policy, fetch=True) if self.prefixes == FETCH else policy
         return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
 
+    def tuner(self, scheduler: GlobalScheduler, act: bool = True) -> Tuner:
+        """What moves the sliders of this scheduler; where it is not to `act` it makes suggestions."""
+        machine, block_size = self.machine, self.workload.block_size
+        capacity = min(i.kv_capacity for i in scheduler.instances.values())
+        chunk = min(LARGEST, machine.max_model_len)
+        kv = machine.kv_bytes_per_token
+        limits = Limits(capacity, self.max_running, machine.max_model_len, chunk, block_size, kv)
+        return Tuner(scheduler, scheduler, limits, AtOnce(), act)
+
     def predictor(self) -> Predictor:
         """What the policies ask: the fitted model, which is simpler than the truth."""
         transfer = Transfer(Kind.P_HEAVY, Kind.D_HEAVY, self.latency, self.bandwidth)
@@ -110,3 +123,15 @@ def attain(
             cluster.close()
     # Of those never sent none is good: the share is of all that were to be sent.
     return replace(meter.tally, sent=requests)
+
+
+def attain_tuned(
+    scene: Scene, contender: Contender, rate: float, requests: int, seed: int, act: bool
+) -> tuple[Tally, list[Tuned]]:
+    """One run to its end whose sliders set themselves, or of which is said how they would be set; and these
+    changes."""
+    cluster = scene.cluster(contender.sliders, rate, requests, seed)
+    tuner = scene.tuner(scene.scheduler(contender.sliders, contender.policy, cluster.capacities), act)
+    meter = Meter(tuner, scene.slo)
+    run(meter, cluster)
+    return meter.tally, list(tuner.changes)

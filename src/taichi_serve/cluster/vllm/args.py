@@ -27,7 +27,7 @@ from taichi_serve.cluster.vllm.transfer import transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
 from taichi_serve.scheduling.policy import FETCH, PREFIXES, Policy
-from taichi_serve.sliders import Sliders
+from taichi_serve.sliders import MODES, OFF, Sliders
 from taichi_serve.slo import SLO
 
 if TYPE_CHECKING:
@@ -45,24 +45,14 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
     ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
     ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
     ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
-    (
-        "ttft-margin",
-        float,
-        0.5,
-        "an instance is feasible when the predicted TTFT is at most this share of the SLO",
-    ),
+    ("ttft-margin", float, 0.5, "an instance is feasible up to this share of the TTFT SLO, as predicted"),
     (
         "tpot-margin",
         float,
         0.8,
-        "prompts keep away from a D-heavy instance whose predicted TPOT is above this share of the SLO",
+        "prompts avoid a D-heavy instance above this share of the TPOT SLO, as predicted",
     ),
-    (
-        "watermark",
-        float,
-        0.95,
-        "share of a D-heavy instance's KV memory above which requests are degraded",
-    ),
+    ("watermark", float, 0.95, "share of a D-heavy instance's KV memory above which requests are degraded"),
     ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
     (
         "move-timeout",
@@ -139,6 +129,13 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         default=FETCH,
         help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
         "prefixes fetched from one instance to another, too (default: fetch)",
+    )
+    group.add_argument(
+        "--autotune",
+        choices=MODES,
+        default=OFF,
+        help="whether the server moves its sliders and margins by what it sees, or says where it would move "
+        "them (default: off)",
     )
     group.add_argument(
         "--metrics-without-key",

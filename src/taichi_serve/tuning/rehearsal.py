@@ -1,0 +1,190 @@
+"""What another setting would have made of the last requests: they are played again to engines in miniature.
+
+The scheduler is the one that serves and the cluster is the simulated one (cluster/simulated); the step times
+are what is believed of the instances, corrected by what they were seen to take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
+from taichi_serve.latency.fit import Sample, fit
+from taichi_serve.latency.model import Roofline
+from taichi_serve.latency.profile import Transfer
+from taichi_serve.latency.profiled import Profiled
+from taichi_serve.messages import Arrived, Command, Event, Finished, Prefilled
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.slo import SLO, tpot
+from taichi_serve.tuning.setting import Setting
+from taichi_serve.tuning.watch import SHARE, percentile
+
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+SKIPPED = 0.25  # of the requests of a rehearsal: it begins with an empty cluster, which serves well
+HOPELESS = 0.25  # of those judged are bad: it ends
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """Requests as they came, `calls` in order of time (seconds from 0) within `span` seconds. They share
+    prefixes where they have blocks."""
+
+    calls: tuple[Call, ...]
+    span: float
+
+    @property
+    def rate(self) -> float:
+        """Requests/s."""
+        return len(self.calls) / self.span
+
+    @property
+    def shares(self) -> bool:
+        """Whether any have blocks."""
+        return any(call.blocks for call in self.calls)
+
+    def again(self, load: float, count: int) -> Iterator[Call]:
+        """So many of them, over and over, `load` times as fast. One that comes again shares nothing with
+        itself: else all of it would be cached."""
+        for number in range(count):
+            lap, place = divmod(number, len(self.calls))
+            call = self.calls[place]
+            mark = lap * GOLDEN & MASK
+            blocks = tuple(block ^ mark for block in call.blocks) if lap else call.blocks
+            at = (lap * self.span + call.at) / load
+            yield Call(at, call.prompt_tokens, call.output_tokens, blocks=blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """The instances, all alike: `model` says what steps take, times `mixed` with prompt tokens in them and
+    times `plain` without, as was observed; limits in tokens and requests; how KV moves between two of them.
+    Where there is no model it is to be fitted to `steps`."""
+
+    model: Roofline | None
+    steps: tuple[Sample, ...]
+    mixed: float
+    plain: float
+    kv_capacity: int
+    max_running: int
+    max_model_len: int
+    max_chunk: int
+    block_size: int
+    bytes_per_token: int
+    transfers: tuple[Transfer, ...]
+
+    def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
+        """Seconds of a step with this work: the truth of a rehearsal."""
+        assert self.model is not None, "it is fitted before anything is rehearsed"
+        seconds = self.model.of(prefill_tokens, attention, decodes, kv_tokens)
+        return seconds * (self.mixed if prefill_tokens else self.plain)
+
+    def fitted(self) -> Plant:
+        """The same with a model. Raises ValueError where there are too few steps for one."""
+        return self if self.model is not None else replace(self, model=fit(self.steps), steps=())
+
+    @property
+    def limit(self) -> int:
+        """Tokens of prompt and output together that a request may have."""
+        return min(self.max_model_len, self.kv_capacity // self.block_size * self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a rehearsal came to: the share of good requests, and how much of its scarcer SLO the 90th
+    percentile used (1.0: just kept)."""
+
+    good: float
+    used: float
+
+    @property
+    def held(self) -> bool:
+        """Whether enough are good."""
+        return self.good >= SHARE
+
+    @property
+    def key(self) -> tuple[bool, float]:
+        """The highest stands best: of those that hold, the one with most left of its scarcer SLO."""
+        return self.held, -self.used if self.held else self.good
+
+
+class Judge:
+    """Stands between the engines in miniature and the scheduler, and counts who is good."""
+
+    def __init__(self, scheduler: GlobalScheduler, slo: SLO, first: int, count: int) -> None:
+        """Judged are the requests from number `first` on, of `count` in all."""
+        self.scheduler = scheduler
+        self.slo = slo
+        self.first, self.count = first, count - first
+        self.arrived = self.good = self.bad = 0
+        self.ttfts: list[float] = []
+        self.tpots: list[float] = []
+        self._live: dict[str, list[float]] = {}  # arrival, and the first token
+
+    def on(self, event: Event) -> Sequence[Command]:
+        """Count the fact, and pass it on."""
+        kind = type(event)
+        if kind is Arrived:
+            assert isinstance(event, Arrived)
+            if self.arrived >= self.first:
+                self._live[event.request] = [event.at]
+            self.arrived += 1
+        elif kind is Prefilled:
+            assert isinstance(event, Prefilled)
+            times = self._live.get(event.request)
+            if times is not None and len(times) == 1:
+                times.append(event.at)
+        elif kind is Finished:
+            assert isinstance(event, Finished)
+            self._finished(event)
+        return self.scheduler.on(event)
+
+    def _finished(self, event: Finished) -> None:
+        times = self._live.pop(event.request, None)
+        if times is None or len(times) < 2:
+            return
+        ttft, each = times[1] - times[0], tpot(times[1], event.at, event.output_tokens)
+        self.ttfts.append(ttft / self.slo.ttft)
+        self.tpots.append(each / self.slo.tpot)
+        good = self.slo.good(ttft, each)
+        self.good += good
+        self.bad += not good
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many are bad that the rest does not matter."""
+        return self.bad > HOPELESS * self.count
+
+    def standing(self) -> Standing:
+        """As far as it was seen; of one that was hopeless the rest counts as bad."""
+        worst = max(percentile(self.ttfts, SHARE), percentile(self.tpots, SHARE))
+        return Standing(self.good / self.count, worst)
+
+
+def rehearse(
+    plant: Plant, past: Past, slo: SLO, policy: Policy, setting: Setting, load: float, count: int
+) -> Standing:
+    """Play `count` of the past requests again at `load` times their rate, under this setting."""
+    sliders, link = setting.sliders, plant.transfers[0]
+    cluster = SimulatedCluster(
+        sliders,
+        [plant],
+        EngineShape(plant.kv_capacity, plant.max_running, plant.block_size),
+        Link(plant.bytes_per_token, link.bytes_per_second, link.latency),
+        past.again(load, count),
+        max_model_len=plant.max_model_len,
+    )
+    transfers = {(t.source, t.target): t for t in plant.transfers}
+    assert plant.model is not None
+    predictor = Profiled(plant.model, transfers, plant.bytes_per_token)
+    known = plant.block_size if past.shares else 0
+    scheduler = GlobalScheduler(sliders, slo, predictor, setting.policy(policy), cluster.capacities, known)
+    judge = Judge(scheduler, slo, int(SKIPPED * count), count)
+    for event in cluster.facts():
+        for command in judge.on(event):
+            cluster.send(command)
+        if judge.hopeless:
+            cluster.close()
+    return judge.standing()

@@ -1,0 +1,260 @@
+"""Sliders that set themselves: a scheduler around the scheduler, with the same decisions and some more.
+
+It sees every fact on its way. Every few seconds it looks back, and where a change is due it makes a `Tuned`
+of it, which goes to the scheduler, and into the log, like any other fact: who replays the log needs no tuner.
+The fast loop (nudge.py) answers here and at once; the slow one (proposal.py) is asked, and answers when it
+can. Nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from taichi_serve.cluster.base import Scheduler
+from taichi_serve.latency.predict import Average
+from taichi_serve.messages import (
+    Arrived,
+    Command,
+    Event,
+    Finished,
+    Prefilled,
+    Promised,
+    Slid,
+    Stepped,
+    Tuned,
+)
+from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Kind
+from taichi_serve.tuning.adviser import Adviser
+from taichi_serve.tuning.beliefs import Beliefs, Limits
+from taichi_serve.tuning.nudge import nudge
+from taichi_serve.tuning.past import Sort, life_of, past_of
+from taichi_serve.tuning.proposal import Proposal, Question
+from taichi_serve.tuning.setting import Setting
+from taichi_serve.tuning.watch import View, Watch
+
+LOOK = 5.0  # seconds between two looks back
+WINDOW = 60.0  # seconds that a look goes back at most
+HURRY, STEADY = 5.0, 30.0  # seconds between two changes of chunks: while requests are bad, and while good
+KIND_HURRY, KIND_STEADY = 15.0, 60.0  # the same for an instance that changes its kind
+SETTLED = 10.0  # seconds beside the TTFT SLO after a change before the fast loop judges what it did
+GOOD = 0.9  # share of good requests from which on it is steady
+FIRST, FIRST_REQUESTS = 15.0, 60  # seconds and requests after which the slow loop is asked first
+SOON, LATER = 30.0, 60.0  # seconds to the next question: after a change of sorts, and while it goes on
+REST = 10.0  # times what an answer took passes until the next question: rehearsals take a tenth of a core
+PATIENCE = 300.0  # seconds that an answer is waited for
+CONTENT = 120.0  # the same while nothing better was found and requests are good
+REMEMBERED, AT_MOST = 240.0, 2000  # seconds and requests that a question is about
+RECENT, RECENT_REQUESTS = 20.0, 30  # seconds and requests by which another sort is found
+HELPED = 0.97  # of what was used of the short SLO before a nudge is used after it: then it helped
+CALM, KIND_GAIN = 0.95, 0.2  # where so many are good, another R_PD must promise at least so much more
+KEPT = 200  # changes that are remembered
+Look = Callable[[float], Tuned | None]
+
+
+class Tuner:
+    """Watches, and moves the sliders; or says where it would move them."""
+
+    def __init__(
+        self,
+        inner: Scheduler,
+        core: GlobalScheduler,
+        limits: Limits,
+        adviser: Adviser | None = None,
+        act: bool = True,
+        guard: Callable[[Look], Look] = lambda look: look,
+    ) -> None:
+        """`inner` gets every fact: `core`, or what stands around it. Without an adviser there is the fast
+        loop alone. Where it is not to `act` it makes suggestions. `guard` may keep what goes wrong in a look
+        from whoever is served: then nothing is changed."""
+        self.inner = inner
+        self.core = core
+        self.adviser = adviser
+        self.act = act
+        self._look = guard(self._looked)
+        self.watch = Watch()
+        self.beliefs = Beliefs(limits, core.predictor)
+        self.changes: deque[Tuned] = deque(maxlen=KEPT)
+        self.made = self.suggested = 0
+        self.view: View | None = None  # of the last look
+        self.pace = 0.0  # share of the TPOT SLO that steps of D-heavy instances took since the look before it
+        self.proposal: Proposal | None = None  # the last one
+        self._paces = Average()
+        self._nudged: tuple[bool, float] | None = (
+            None  # whether the last nudge was up, and what it was to mend
+        )
+        self._target: Setting | None = None  # where the slow loop wants to be
+        self._gain: float | None = None
+        self._sort: Sort | None = None  # of the requests that were last asked about
+        self._look_at = self._ask_at = float("-inf")
+        # What was before these is of no interest: to the slow loop, and to the fast one.
+        self._cut = self._since = float("-inf")
+        self._asked_at = self._rest_until = float("-inf")
+        self._open = False  # whether a question is
+        self._chunk_at = self._kind_at = float("-inf")  # when these last changed
+
+    @property
+    def now(self) -> Setting:
+        """The setting in force."""
+        return Setting.of(self.core.sliders, self.core.policy)
+
+    def on(self, event: Event) -> Sequence[Command]:
+        """Pass the fact on; then, if it is time, look back."""
+        kind = type(event)
+        if kind is Stepped:
+            assert isinstance(event, Stepped)
+            instance = self.core.instances[event.instance]
+            self.beliefs.stepped(instance, event)
+            if event.decodes and instance.kind is Kind.D_HEAVY:
+                self._paces.add(event.seconds * event.decodes, event.decodes, 1.0)
+        elif kind is Arrived or kind is Prefilled or kind is Finished:
+            self.watch.on(event)
+        elif kind is Slid or kind is Promised:
+            self._told(event.at)
+        commands = self.inner.on(event)
+        if event.at < self._look_at:
+            return commands
+        self._look_at = event.at + LOOK
+        tuned = self._look(event.at)
+        return commands if tuned is None else [*commands, *self.inner.on(tuned)]
+
+    def _told(self, at: float) -> None:
+        """An operator changed something: what was seen before says little, and what was proposed nothing."""
+        self._since, self._target = at, None
+        self._ask_anew(at + LOOK)
+
+    def _ask_anew(self, at: float) -> None:
+        """What is being answered is out of date: ask again then."""
+        self._ask_at = min(self._ask_at, at)
+        self._open, self._asked_at = False, float("-inf")
+
+    # ------------------------------------------------------------------------------------- looking back
+
+    def _looked(self, now: float) -> Tuned | None:
+        if not self._calm():
+            self._since, self._target = now, None
+            return None
+        self.view = self.watch.view(now, self.core.slo, max(self._since, now - WINDOW), self._made)
+        self.pace, self._paces = self._paces.value(0.0) / self.core.slo.tpot, Average()
+        self._advised(now)
+        if self._target is not None:
+            return self._approach(now, self._target)
+        return self._nudge(now)
+
+    def _calm(self) -> bool:
+        """Whether every instance serves and is what the sliders say: no drain, no loss, nobody silent."""
+        instances = self.core.instances.values()
+        kinds = self.core.sliders.kinds()
+        return all(i.serving and i.kind is kind for i, kind in zip(instances, kinds, strict=True))
+
+    def _steady(self) -> bool:
+        return self.view is None or self.view.good >= GOOD
+
+    def _made(self, name: str) -> int:
+        """Output tokens of a request under way."""
+        request = self.core.requests.get(name)
+        if request is None:
+            return 0
+        here = self.core.ledger.source(request)
+        return request.output_tokens(here.ticks) if here else request.base
+
+    # ------------------------------------------------------------------------------------ the slow loop
+
+    def _advised(self, now: float) -> None:
+        """Hear what the slow loop found, and ask it again if it is time."""
+        if self.adviser is None:
+            return
+        proposal = self.adviser.answer(now)
+        if proposal is not None:
+            self.proposal, self._open = proposal, False
+            self._rest_until = now + REST * self.adviser.took
+            better = proposal.setting != self.now and not self._too_little(proposal)
+            self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
+            if not better and self._steady():
+                self._ask_at = now + CONTENT
+        recent = list(self.watch.since(now - RECENT))
+        known = self._sort
+        if known and len(recent) >= RECENT_REQUESTS and Sort.of(recent, RECENT).differs(known):
+            self._cut, self._sort = now - RECENT, None
+            self._ask_anew(now)
+        if not self._steady():
+            self._ask_at = min(self._ask_at, now + LATER)
+        gap = PATIENCE if self._open else SOON
+        if now >= max(self._ask_at, self._rest_until) and now - self._asked_at >= gap:
+            self._ask(now, self.adviser)
+
+    def _too_little(self, proposal: Proposal) -> bool:
+        """Whether requests are good as it is, and another R_PD promises little beyond: turning an instance
+        costs those that are on it."""
+        calm = self.view is not None and self.view.good >= CALM
+        same = proposal.setting.sliders.p_heavy == self.core.sliders.p_heavy
+        return calm and not same and proposal.gain < KIND_GAIN
+
+    def _ask(self, now: float, adviser: Adviser) -> None:
+        seen = list(islice(self.watch.since(max(self._cut, now - REMEMBERED)), AT_MOST))
+        seen.reverse()
+        plant = self.beliefs.plant()
+        if plant is None or len(seen) < FIRST_REQUESTS or now - seen[0].at < FIRST:
+            return
+        past = past_of(seen, now, plant.limit, self._made)
+        if past is None:
+            return
+        self._ask_at = now + (SOON if self._sort is None else LATER)
+        self._sort, self._open, self._asked_at = Sort.of(seen, past.span), True, now
+        policy = replace(self.core.policy, ahead=False)
+        adviser.ask(now, Question(plant, past, self.core.slo, policy, self.now, life_of(seen)))
+
+    def _approach(self, now: float, target: Setting) -> Tuned | None:
+        """Go to where the slow loop wants to be, one instance at a time."""
+        here = self.now
+        if now - self._chunk_at < (STEADY if self._steady() else HURRY):
+            return None
+        there, self._nudged = target, None
+        wanted, count = target.sliders.p_heavy, here.sliders.p_heavy
+        if wanted != count:
+            if now - self._kind_at < (KIND_STEADY if self._steady() else KIND_HURRY):
+                return None
+            most = self.beliefs.limits.max_chunk
+            there = target.with_p_heavy(count + (1 if wanted > count else -1), most)
+        if there == target:
+            self._target = None
+        why = self.proposal.why if self.proposal else ""
+        return self._change(now, there, why, self._gain)
+
+    # ------------------------------------------------------------------------------------ the fast loop
+
+    def _nudge(self, now: float) -> Tuned | None:
+        assert self.view is not None
+        if now - self._chunk_at < (STEADY if self._steady() else HURRY):
+            return None
+        if now - self._since < SETTLED + self.core.slo.ttft:
+            return None
+        found = nudge(self.view, self.pace, self.now, self.beliefs.limits.max_chunk)
+        if found is None:
+            return None
+        up = found[0].sliders.d_chunk > self.now.sliders.d_chunk
+        used = self.view.ttft if up else self.view.tpot
+        before, self._nudged = self._nudged, (up, used)
+        if before is not None and before[0] is up and used > HELPED * before[1]:
+            self._ask_at = min(self._ask_at, now)  # the last step did not help: no chunk will
+            return None
+        return self._change(now, *found, None)
+
+    def _change(self, now: float, there: Setting, why: str, gain: float | None) -> Tuned | None:
+        here = self.now
+        last = self.changes[-1] if self.changes else None
+        said = f"{here.difference(there)}: {why}"
+        tuned = Tuned(now, there.sliders, there.ttft_margin, there.tpot_margin, said, gain, self.act)
+        self._since = now
+        if here.sliders.p_heavy != there.sliders.p_heavy:
+            self._kind_at = now
+        if (here.sliders.p_chunk, here.sliders.d_chunk) != (there.sliders.p_chunk, there.sliders.d_chunk):
+            self._chunk_at = now
+        if not self.act and last is not None and replace(last, at=now, why=said, gain=gain) == tuned:
+            return None  # said already
+        self.made, self.suggested = self.made + self.act, self.suggested + (not self.act)
+        self.changes.append(tuned)
+        return tuned
