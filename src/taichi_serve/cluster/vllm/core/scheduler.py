@@ -289,7 +289,7 @@ class FlowScheduler(AsyncScheduler):
             return stats
         here = (self.requests[i] for i in self._in_step if i in self.requests)  # looked at for prompts only
         news = self._pins.news(r for r in here if not r.is_finished()) if step.prefill_tokens else {}
-        record = step.told(self._stepped_at, self._held_tokens(), news, self.cached.take())
+        record = step.told(self._stepped_at, self._held_tokens(), news, self.cached)
         if step.prefill_tokens or step.decodes:
             self._stepped_at = record.made
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
