@@ -1,10 +1,11 @@
 """What the device had to give up is found again in memory of the host, and says what it would have said.
 
-One server of two instances with very little KV. The tests use it up in the order in which they stand here.
+One server of two instances with very little KV. Most tests use it up in the order in which they stand here.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 from load import Wish, moves, streamed, streamed_and_moved, view, wrong
-from servers import Server, eventually, processes
+from servers import SOURCE, Server, eventually, processes
 from test_cached import BACK_SECONDS, FLAGS, is_back, played
+from test_fetch import FETCHES, only
 
 from taichi_serve.bench.client import Answer
 
@@ -35,6 +37,18 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory, log: Path) -> Iterator[Server]:
     flags = (*FLAGS, *HOST, "--event-log", str(log))
     made = Server(tmp_path_factory.mktemp("tier"), *flags, env={"VLLM_SERVER_DEV_MODE": "1"})
+    try:
+        yield made.wait_ready()
+    finally:
+        made.end()
+
+
+@pytest.fixture
+def lender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Which instance has a prefix is said by hand (fetches/)."""
+    flags = ("--d-heavy", "2", "--d-chunk", "256", "--prefixes", "known", *FLAGS[8:], *HOST)
+    env = {"PYTHONPATH": f"{FETCHES}{os.pathsep}{SOURCE}"}
+    made = Server(tmp_path_factory.mktemp("lender"), *flags, env=env)
     try:
         yield made.wait_ready()
     finally:
@@ -135,6 +149,27 @@ async def test_an_instance_that_dies_and_a_reset_leave_nothing_on_the_host(
         eventually(lambda: on_hosts(server) == [0, 0], 10, "that nothing is there any more is known")
         assert wrong(await streamed(client, kept), reference) == []
     server.quiet(10)
+
+
+async def test_what_a_peer_fetches_is_loaded_from_the_host_first(lender: Server, single: Server) -> None:
+    known = [words(300) for _ in range(8)]
+    wishes = [Wish([*prompt, *words(20)], 40) for prompt in known]
+    reference = await said(single, wishes)
+    async with lender.client() as client:
+        await only(client, lender, "i0", "")
+        for prompt in known:
+            assert (await streamed(client, [Wish(prompt, 2)]))[0].ok
+        assert lender.instance("i0")["cached_blocks"] < 8 * 9, "its device has not all of it any more"
+        await only(client, lender, "i1", "i0")
+        answers = []
+        for wish in wishes:
+            answers += await streamed(client, [wish])
+        assert wrong(answers, reference) == []
+        rows = [await prefilled(client, answer) for answer in answers]
+    assert {row["instance"] for row in rows} == {"i1"}
+    assert [row.get("fetched", 0) for row in rows] == [288] * 8
+    lender.quiet(10)
+    lender.stop()
 
 
 def test_what_was_told_of_hosts_is_what_prompts_found_there(server: Server, log: Path) -> None:

@@ -530,6 +530,7 @@ class World:
                 found.append(f"i{one.index} is idle and has not told what its host holds")
             books = {"reads": len(one.scheduler._reads), "pins": len(one.scheduler._pins._blocks)}
             books |= {"arrivals": len(one.scheduler._arrivals), "pulled": len(one.scheduler._side.pulled)}
+            books |= {"loans": len(one.scheduler.prefixes._loans or ())}
             books |= {"asked": len(one.scheduler.prefixes._asked), "to fetch": len(one.scheduler.fetches)}
             books |= {"leaving": len(one.scheduler._leaving), "known": len(one.scheduler._side._known)}
             books |= {

@@ -216,3 +216,80 @@ def test_without_the_flag_nothing_of_it_is_there() -> None:
     here = Instance(0, Random(1), {"a": Stream(PROMPT)})
     assert type(here.scheduler.connector).__name__ == "FlowConnector"
     assert here.scheduler.cached.take_host() is None
+
+
+# ------------------------------------------------------------------------------------------ lent to others
+
+
+def asked(here: Here, count: int = 3) -> Any:
+    hashes = [bytes(one) for one in request("hashes", PROMPT, 1).block_hashes[:count]]
+    return here.scheduler.prefixes.ask("r", hashes)
+
+
+def device_has(here: Here, blocks: list[int]) -> list[int]:
+    pool = here.scheduler.kv_cache_manager.block_pool
+    return [told(pool.blocks[one].block_hash) for one in blocks]
+
+
+def test_a_prefix_that_only_the_host_has_is_loaded_before_it_is_lent() -> None:
+    here = Here()
+    here.compute("a")
+    here.forget()
+    answer = asked(here)
+    assert not answer.done()
+    here.run(answer.done)
+    assert set(device_has(here, answer.result())) == blocks_of(PROMPT)
+    stream = here.instance.streams["a"]
+    assert here.instance.slots[answer.result()[1]] == stream.hashes[BLOCK : 2 * BLOCK]
+    assert here.scheduler.requests == {}
+    assert here.instance.used() == 3  # pinned
+    here.scheduler.release([], ["r"])
+    assert here.instance.used() == 0
+
+
+def test_what_the_device_has_of_it_is_not_loaded() -> None:
+    here = Here()
+    here.compute("a")
+    pool = here.scheduler.kv_cache_manager.block_pool
+    last = request("hashes", PROMPT, 1).block_hashes[2]
+    pool.evict_blocks({pool.get_cached_block(last, [0])[0].block_id})
+    answer = asked(here)
+    here.instance.plan()
+    (job,) = here.instance.steps[-1][0].kv_connector_metadata.metadata[1].load_jobs.values()
+    assert len(job.dst_spec.block_ids) == 1
+    here.run(answer.done)
+    assert len(answer.result()) == 3
+
+
+def test_what_the_host_lost_since_it_was_asked_is_never_computed() -> None:
+    here = Here()
+    here.compute("a")
+    here.forget()
+    answer = asked(here)
+    here.tier._scheduler.manager._policy.clear()
+    here.run(answer.done)
+    assert answer.result() == []
+    assert here.instance.cached() == set()
+
+
+def test_where_those_who_run_need_the_room_nothing_is_loaded_for_others() -> None:
+    here = Here()
+    here.compute("a")
+    here.forget()
+    pool = here.scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 3)
+    assert asked(here) == []
+    pool.free_blocks(taken)
+
+
+def test_a_loan_that_nobody_waits_for_any_more_is_given_up() -> None:
+    here = Here()
+    here.compute("a")
+    here.forget()
+    answer = asked(here)
+    here.instance.plan()
+    here.scheduler.release([], ["r"])
+    assert answer.result(0) == []
+    here.run(lambda: not here.scheduler.requests)
+    assert here.instance.used() == 0
+    assert len(here.scheduler.prefixes._loans) == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vllm.v1.kv_offload.base import make_offload_key
 from vllm.v1.request import RequestStatus
 
 from taichi_serve.cluster.vllm.wire import HASH_BYTES, Caching, Given
@@ -35,6 +36,13 @@ class HostTier:
         self._reads = reads
         self._block_size = block_size
         self.blocks = HostBlocks(connector.scheduler.manager)
+        # Requests that are there to load and must not be computed (loans.py): whether they were looked at.
+        self.only_loads: dict[str, bool] = {}
+
+    def has(self, block_hash: bytes) -> bool:
+        """Whether the host has this block, complete."""
+        chunk = self.blocks.manager._policy.get(make_offload_key(block_hash, 0))
+        return chunk is not None and bool(chunk.is_ready)
 
     def matched(self, request: Request, known: int) -> tuple[int | None, bool]:
         """Tokens that the host has beyond the `known` ones, and whether to wait for them outside the step;
@@ -45,6 +53,9 @@ class HostTier:
         if (theirs := self._connector._max_loadable_tokens(request, known)) is not None:
             most = min(most, theirs)
         tokens, later = self._scheduler.get_num_new_matched_tokens(request, known, most)
+        if request.request_id in self.only_loads:
+            self.only_loads[request.request_id] = True
+            return tokens or None, later
         return tokens, later
 
     def loads(self, request: Request, blocks: KVCacheBlocks) -> None:
@@ -79,14 +90,14 @@ class HostBlocks:
     is told anew where they ask again, and where the tier was emptied."""
 
     def __init__(self, manager: CPUOffloadingManager) -> None:
-        self._manager = manager
+        self.manager = manager
         self._followed = False
         self.anew = False
 
     def follow(self) -> None:
         """Tell what is there from the next record on, all of it in that one."""
         self._followed = self.anew = True
-        self._manager.events = []
+        self.manager.events = []
 
     def forget(self) -> None:
         """The tier was emptied."""
@@ -99,7 +110,7 @@ class HostBlocks:
             return None
         came: dict[bytes, None] = {}
         went: dict[bytes, None] = {}
-        for event in self._manager.take_events():
+        for event in self.manager.take_events():
             to, back = (went, came) if event.removed else (came, went)
             for key in event.keys:
                 if key in back:
@@ -108,7 +119,7 @@ class HostBlocks:
                     to[key] = None
         if self.anew:
             self.anew = False
-            chunks = self._manager._policy.chunks.items()
+            chunks = self.manager._policy.chunks.items()
             return Caching(_packed(key for key, chunk in chunks if chunk.is_ready), b"", True)
         return Caching(_packed(came), _packed(went)) if came or went else None
 
