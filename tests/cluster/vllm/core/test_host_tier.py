@@ -293,3 +293,19 @@ def test_a_loan_that_nobody_waits_for_any_more_is_given_up() -> None:
     here.run(lambda: not here.scheduler.requests)
     assert here.instance.used() == 0
     assert len(here.scheduler.prefixes._loans) == 0
+
+
+def test_statistics_of_both_connectors_come_back_as_what_they_were() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+
+    from taichi_serve.cluster.vllm.tiered import TieredConnector
+
+    ours, host = NixlKVConnectorStats(), OffloadingConnectorStats()
+    host.increase_counter("vllm:kv_offload_load_bytes", 5)
+    data = {"FlowConnector": ours.to_dict(), "OffloadingConnector": host.to_dict()}
+    found = TieredConnector.build_kv_connector_stats(data)
+    assert found is not None
+    assert found.to_dict() == data
+    assert not found.is_empty()
+    assert TieredConnector.build_kv_connector_stats().is_empty()  # type: ignore[union-attr]
