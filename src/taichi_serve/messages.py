@@ -66,8 +66,8 @@ class Arrived:
 @dataclass(frozen=True, slots=True)
 class Prefilled:
     """The first token of a request is out, computed by the leg's instance. `cached` prompt tokens were not
-    computed, and `fetched` of these came from another instance. With `held` the leg ended there and its KV
-    waits for a Decode; otherwise it decodes in place."""
+    computed; `fetched` of these came from another instance, `loaded` from the memory of its host. With `held`
+    the leg ended there and its KV waits for a Decode; otherwise it decodes in place."""
 
     at: float
     request: str
@@ -76,6 +76,7 @@ class Prefilled:
     cached: int = 0
     held: bool = False
     fetched: int = 0
+    loaded: int = 0
 
 
 @dataclass(frozen=True, slots=True)

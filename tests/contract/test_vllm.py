@@ -865,3 +865,173 @@ def test_everything_that_sampling_parameters_can_ask_for_is_known_to_move_or_to_
     asked = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
     stays = (BOUND_BY_PARAMS.keys() - {"logits_processors"}) | {"extra_args"}
     assert asked - moves - stays == set(), "new parameters: can a request that uses them move?"
+
+
+# --------------------------------------------------------------- tiered.py, core/host_tier.py: KV on the host
+
+
+def test_kv_offloading_takes_the_place_of_whatever_connector_was_set() -> None:
+    from vllm.config import CacheConfig, VllmConfig
+
+    assert {"kv_offloading_size", "kv_offloading_backend"} <= {field.name for field in fields(CacheConfig)}
+    assert not mentions(
+        VllmConfig._post_init_kv_transfer_config,
+        "(kv_offloading_size := self.cache_config.kv_offloading_size) is None",
+        "VLLM_USE_SIMPLE_KV_OFFLOAD",
+        'config_connector = "OffloadingConnector"',
+        "self.kv_transfer_config.kv_connector = config_connector",
+        '{"cpu_bytes_to_use": kv_offloading_size * (1 << 30)}',
+    )
+
+
+def test_several_connectors_are_made_from_a_list_and_asked_one_after_the_other() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+        MultiConnector,
+        MultiKVConnectorMetadata,
+        MultiKVConnectorStats,
+        MultiKVConnectorWorkerMetadata,
+    )
+
+    assert not mentions(
+        MultiConnector,
+        'kv_connector_extra_config.get(\n            "connectors"',
+        "self._connectors: list[KVConnectorBase_V1] = []",
+        "self._requests_to_connector[request.request_id] = i",
+        "connector = self._connectors[self._requests_to_connector[request.request_id]]",
+        "chosen_connector = self._requests_to_connector.get(request.request_id, -1)",
+        "self._requests_to_connector.pop(request.request_id, None)",
+        "connector_id = c.__class__.__name__",
+        "prom_metrics[connector_cls.__name__] = connector_prom",
+    )
+    assert names(MultiConnector.get_num_new_matched_tokens) == ["request", "num_computed_tokens"]
+    assert names(MultiConnector.update_state_after_alloc) == ["request", "blocks", "num_external_tokens"]
+    assert names(MultiConnector.build_connector_meta) == ["scheduler_output"]
+    assert names(MultiConnector.request_finished_all_groups) == ["request", "block_ids"]
+    assert names(MultiConnector.reset_cache) == names(MultiConnector.take_events) == []
+    assert next(field.name for field in fields(MultiKVConnectorMetadata)) == "metadata"
+    assert [field.name for field in fields(MultiKVConnectorWorkerMetadata)] == ["metadata"]
+    assert MultiKVConnectorStats().is_empty()
+
+
+def test_a_connector_that_was_not_chosen_is_told_of_no_blocks_that_the_offloading_would_look_at() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+
+    # Which is why blocks that are given to a leg of ours are told to it by us.
+    assert not mentions(
+        OffloadingConnectorScheduler.update_state_after_alloc,
+        "if num_external_tokens == 0:\n            return",
+        "self._current_batch_allocated_block_ids.update(",
+    )
+    assert not mentions(
+        OffloadingConnectorScheduler.build_connector_meta,
+        "not self._block_id_to_pending_jobs.keys().isdisjoint(",
+        "self._current_batch_jobs_to_flush.update(",
+        "self._current_batch_allocated_block_ids = set()",
+    )
+
+
+def test_the_offloading_side_stores_no_more_of_a_request_than_its_state_says() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+        OffloadingConnectorScheduler,
+        RequestOffloadState,
+    )
+
+    state = {field.name for field in fields(RequestOffloadState)}
+    assert {"max_offload_tokens", "num_locally_computed_tokens"} <= state
+    assert not mentions(
+        OffloadingConnectorScheduler,
+        "max_offload_tokens = req_status.max_offload_tokens",
+        "num = min(num, max_offload_tokens)",
+        "self._req_status: dict[ReqId, RequestOffloadState] = {}",
+        "elif req.is_finished():",  # of such a one vLLM stores everything, whatever became of it
+    )
+    assert names(OffloadingConnectorScheduler.get_num_new_matched_tokens) == [
+        "request",
+        "num_computed_tokens",
+        "max_num_new_tokens",
+    ]
+
+
+def test_the_offloading_connector_names_its_two_sides_and_what_bounds_a_load() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
+    assert names(OffloadingConnector._max_loadable_tokens) == ["request", "num_computed_tokens"]
+    assert isinstance(OffloadingConnector.scheduler, property)
+    assert OffloadingConnector.build_kv_connector_stats({}) is not None
+    assert not mentions(OffloadingConnector, "spec = OffloadingSpecFactory.create_spec(offloading_config)")
+
+
+def test_what_the_host_stores_and_removes_is_noted_by_its_manager_in_order() -> None:
+    from vllm.v1.kv_offload.base import ReqContext, make_offload_key
+    from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+
+    manager = CPUOffloadingManager(num_chunks=2)
+    assert manager.events is None
+    manager.events = []
+    context = ReqContext("a")
+    keys = [make_offload_key(bytes([i]) * 32, 0) for i in range(3)]
+    manager.prepare_store(keys[:2], context)
+    assert list(manager.take_events()) == []  # they are not there yet
+    assert [chunk.is_ready for chunk in manager._policy.chunks.values()] == [False, False]
+    manager.complete_store(keys[:2], context)
+    manager.prepare_store(keys[2:], ReqContext("b"))
+    stored, removed = manager.take_events()
+    assert (stored.keys, stored.removed) == (keys[:2], False)
+    assert removed.removed and len(removed.keys) == 1
+    assert set(manager._policy.chunks) == {*keys} - {*removed.keys}
+    assert keys[0][:32] == bytes(32)  # a key begins with the hash of its block
+    manager.reset_cache()
+    assert list(manager.take_events()) == []  # of a reset nothing is said
+    assert not manager._policy.chunks
+
+
+def test_vllms_own_offloading_refuses_to_make_a_worker_on_a_cpu_and_takes_another_spec_by_name() -> None:
+    from vllm.v1.kv_offload.base import OffloadingWorker
+    from vllm.v1.kv_offload.cpu.gpu_worker import SingleDirectionOffloadingHandler
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+    assert not mentions(
+        CPUOffloadingSpec.get_worker,
+        "current_platform.is_cuda_alike() or current_platform.is_xpu()",
+        "CPU Offloading is currently only supported on CUDA-alike",
+    )
+    assert not mentions(SingleDirectionOffloadingHandler, "assert gpu_tensor.is_cuda or gpu_tensor.is_xpu")
+    settings = {"spec_name": "HostSpec", "spec_module_path": "taichi_serve.cluster.vllm.hostspec"}
+    assert issubclass(OffloadingSpecFactory.get_spec_cls(settings), CPUOffloadingSpec)
+    assert OffloadingWorker.__abstractmethods__ == {"submit_store", "submit_load", "get_finished", "wait"}
+
+
+def test_answers_are_offloaded_only_where_the_settings_say_so() -> None:
+    from vllm.v1.kv_offload.base import OffloadingSpec
+
+    assert not mentions(OffloadingSpec, 'self.extra_config.get("offload_prompt_only", True)')
+
+
+def test_a_worker_stores_what_must_be_stored_before_anything_else_of_a_step() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+    from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert not mentions(
+        OffloadingConnectorWorker.handle_preemptions, "self.worker.wait(kv_connector_metadata.jobs_to_flush)"
+    )
+    for runner in (GPUModelRunner.execute_model, ActiveKVConnector.pre_forward):
+        assert "handle_preemptions(" in inspect.getsource(runner)
+    source = inspect.getsource(ActiveKVConnector.pre_forward)
+    assert source.index("handle_preemptions") < source.index("_start_load_kv")
+
+
+def test_the_region_of_the_host_tier_is_a_file_in_shared_memory_until_all_workers_have_it() -> None:
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+    assert not mentions(SharedOffloadRegion, 'f"/dev/shm/vllm_offload_{engine_id}.mmap"')
+
+
+def test_external_hits_are_counted_by_the_tier_they_came_from() -> None:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    from vllm.v1.metrics.stats import PrefixCacheStats
+
+    stats = PrefixCacheStats()
+    stats.record(48, 32, False, {CacheHitSource.HOST: 32})
+    assert (stats.queries, stats.hits, stats.hits_by_source) == (48, 32, {CacheHitSource.HOST: 32})

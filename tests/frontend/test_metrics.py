@@ -24,7 +24,10 @@ def system() -> Any:
     scheduler = GlobalScheduler(
         Sliders(1, 1, 1024, 256), SLO(4.0, 0.07), Learned(), Policy(), {"i0": 100_000, "i1": 100_000}
     )
-    engines = [SimpleNamespace(index=0, cached_blocks=3), SimpleNamespace(index=1, cached_blocks=0)]
+    engines = [
+        SimpleNamespace(index=0, cached_blocks=3, host_blocks=9),
+        SimpleNamespace(index=1, cached_blocks=0, host_blocks=None),
+    ]
     cluster = SimpleNamespace(engines=engines)
     recorder = Recorder(scheduler, 2048)
     return SimpleNamespace(scheduler=scheduler, recorder=recorder, cluster=cluster, tuner=None)
@@ -79,3 +82,4 @@ def test_tokens_of_prefixes_are_summed_as_predicted_and_as_they_were() -> None:
 
 def test_blocks_of_the_prefix_caches_are_shown_for_each_instance() -> None:
     assert scraped(system(), "taichi_cached_blocks") == {("0",): 3, ("1",): 0}
+    assert scraped(system(), "taichi_host_blocks") == {("0",): 9}

@@ -19,7 +19,7 @@ from servers import Server, eventually, processes
 
 from taichi_serve import eventlog
 from taichi_serve.bench.client import stream
-from taichi_serve.messages import Arrived, Cached, Lost, Prefilled
+from taichi_serve.messages import Arrived, Cached, Lost, Prefilled, Tier
 
 BLOCK = 32  # a CPU instance takes multiples of it
 KV_BYTES = 3 << 20  # about 1,500 tokens
@@ -51,17 +51,19 @@ class Prompts:
 
 @dataclass
 class Played:
-    """What the log says: for each prompt the tokens that were known to be cached where it was computed."""
+    """What the log says: for each prompt the tokens that were known to be cached where it was computed, on
+    the device or on its host, those that were found, and how many of them on the host."""
 
     known: list[int] = field(default_factory=list)
     found: list[int] = field(default_factory=list)
+    loaded: list[int] = field(default_factory=list)
     removed: int = 0
     resets: int = 0
 
 
 def played(log: Path) -> Played:
     """Go through a log from its beginning."""
-    here, caches = Played(), dict[str, set[int]]()
+    here, caches = Played(), dict[tuple[str, Tier], set[int]]()
     blocks: dict[str, tuple[int, ...]] = {}
     at_arrival: dict[str, dict[str, int]] = {}
     with log.open() as lines:
@@ -71,22 +73,27 @@ def played(log: Path) -> Played:
                     blocks[request] = event.blocks
                     assert len(event.blocks) == tokens // BLOCK
                     at_arrival[request] = {
-                        name: _run(event.blocks[: (tokens - 1) // BLOCK], held) * BLOCK
-                        for name, held in caches.items()
+                        name: _run(event.blocks[: (tokens - 1) // BLOCK], _held(caches, name)) * BLOCK
+                        for name, _ in caches
                     }
-                case Cached(instance=name):
-                    held = set() if event.reset else caches.get(name, set())
+                case Cached(instance=name, tier=tier):
+                    held = set() if event.reset else caches.get((name, tier), set())
                     assert held.isdisjoint(event.stored)
                     assert held | set(event.stored) >= set(event.removed)
-                    caches[name] = held.union(event.stored).difference(event.removed)
+                    caches[name, tier] = held.union(event.stored).difference(event.removed)
                     here.removed += len(event.removed)
                     here.resets += event.reset
                 case Lost(instance=name):
-                    caches[name] = set()
+                    caches |= {(name, tier): set() for tier in Tier}
                 case Prefilled(request=request, instance=name):
                     here.known.append(at_arrival[request].get(name, 0))
                     here.found.append(event.cached)
+                    here.loaded.append(event.loaded)
     return here
+
+
+def _held(caches: dict[tuple[str, Tier], set[int]], name: str) -> set[int]:
+    return set().union(*(caches.get((name, tier), set()) for tier in Tier))
 
 
 def _run(blocks: tuple[int, ...], held: set[int]) -> int:

@@ -178,8 +178,9 @@ def _chosen(entry: Record) -> str:
 
 def _prefilled(entry: Record) -> Words:
     how = "its KV waits for the decode" if entry["held"] else "decodes here"
-    fetched = entry.get("fetched", 0)  # an older server does not say
+    fetched, loaded = entry.get("fetched", 0), entry.get("loaded", 0)  # an older server does not say
     came = f", {fetched} of these came from another instance" if fetched else ""
+    came += f", {loaded} of these came from the memory of its host" if loaded else ""
     what = f"{entry['cached']} prompt tokens were cached{came}; {how}"
     return [(f"first token from {entry['instance']}", what)]
 

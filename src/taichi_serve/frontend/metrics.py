@@ -123,9 +123,12 @@ def _prefixes(scheduler: GlobalScheduler) -> Iterator[Metric]:
 def _cached(system: System) -> Iterator[Metric]:
     """What the prefix caches hold."""
     blocks = GaugeMetricFamily("taichi_cached_blocks", "Blocks in the prefix cache", labels=["engine"])
+    offloaded = GaugeMetricFamily("taichi_host_blocks", "Blocks offloaded to the host", labels=["engine"])
     for engine in system.cluster.engines:
         blocks.add_metric([str(engine.index)], engine.cached_blocks)
-    yield blocks
+        if engine.host_blocks is not None:
+            offloaded.add_metric([str(engine.index)], engine.host_blocks)
+    yield from (blocks, offloaded)
 
 
 def _tuned(system: System) -> Iterator[Metric]:

@@ -127,6 +127,7 @@ def _instance(system: System, engine: Engine, places: Counter[tuple[str, str]]) 
         "kv_capacity": engine.kv_capacity,
         "kv_usage": engine.kv_tokens / engine.kv_capacity,
         "cached_blocks": engine.cached_blocks,
+        "host_blocks": engine.host_blocks,
         "steps": system.recorder.steps[engine.name],
         "prefill_tokens": system.recorder.prefill_tokens[engine.name],
         "late_kv": engine.recomputed_late,

@@ -57,6 +57,29 @@ def test_prefixes_are_fetched_unless_the_command_line_says_less() -> None:
         flags.parse([MODEL, "--prefixes", "all"])
 
 
+def test_memory_of_the_host_is_that_of_each_instance_and_goes_to_vllms_own_offloading() -> None:
+    words = [str(cached_tiny_model()), "--max-model-len", "512", "--enforce-eager"]
+    plain = flags.engine_config(words, "e0").kv_transfer_config
+    assert (plain.kv_connector, plain.engine_id) == ("FlowConnector", "e0")
+    made = flags.engine_config([*words, "--kv-offloading-size", "0.5"], "e0", "somewhere")
+    assert made.cache_config.kv_offloading_size is None
+    tiered = made.kv_transfer_config
+    assert (tiered.kv_connector, tiered.engine_id) == ("TieredConnector", "e0")
+    assert (tiered.kv_role, tiered.kv_load_failure_policy) == ("kv_both", "recompute")
+    ours, host = tiered.kv_connector_extra_config["connectors"]
+    assert ours["kv_connector_extra_config"]["taichi_directory"] == "somewhere"
+    assert host["kv_connector"] == "OffloadingConnector"
+    settings = host["kv_connector_extra_config"]
+    assert (settings["cpu_bytes_to_use"], settings["offload_prompt_only"]) == (1 << 29, False)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "inf", "nan"])
+def test_a_host_tier_without_a_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        flags.parse([MODEL, "--kv-offloading-size", size])
+    assert "--kv-offloading-size must be GiB above 0" in capsys.readouterr().err
+
+
 def test_our_watermark_does_not_reach_vllms_flag_of_that_name() -> None:
     assert flags.parse([MODEL, "--watermark", "0.9"]).watermark == 0.0
 

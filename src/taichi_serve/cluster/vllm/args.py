@@ -12,7 +12,6 @@ import re
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pydantic import ValidationError
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -20,10 +19,10 @@ from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, one_line
+from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, given, one_line, one_line_given
 from taichi_serve.cluster.vllm.patience import Patience
 from taichi_serve.cluster.vllm.refused import refusal
-from taichi_serve.cluster.vllm.transfer import transfer_config
+from taichi_serve.cluster.vllm.transfer import host_bytes, transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
 from taichi_serve.scheduling.policy import FETCH, PREFIXES, Policy
@@ -171,12 +170,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sliders(args)
         slo(args)
         supervision(args)
+        host_bytes(args)
         policy(args)
         patience(args)
         profile(args)
     except (TypeError, ValueError, VLLMError) as error:
         said = _with_flags(str(error))
-        parser.error(said if "--" in said else said + _given(argv))
+        parser.error(said if "--" in said else said + given(argv))
     return args
 
 
@@ -251,14 +251,17 @@ def engine_config(argv: list[str], engine_id: str, directory: str = "") -> VllmC
         _set(engine_args, args, engine_id, directory)
         config = engine_args.create_engine_config()
     except Exception as error:
-        raise ValueError(_one_line(error, argv)) from error
+        raise ValueError(one_line_given(error, argv)) from error
     _check(config, sliders(args))
     return config
 
 
 def _set(engine_args: AsyncEngineArgs, args: argparse.Namespace, engine_id: str, directory: str) -> None:
     engine_args.scheduler_cls = SCHEDULER
-    engine_args.kv_transfer_config = transfer_config(engine_id, directory, args.kv_over == "auto")
+    engine_args.kv_transfer_config = transfer_config(
+        engine_id, directory, args.kv_over == "auto", host_bytes(args)
+    )
+    engine_args.kv_offloading_size = None  # vLLM would put its own connector in the place of ours
     chosen = sliders(args)
     if engine_args.max_num_batched_tokens is None:
         seqs = engine_args.max_num_seqs or 256
@@ -269,21 +272,6 @@ def _set(engine_args: AsyncEngineArgs, args: argparse.Namespace, engine_id: str,
     if chosen.instances > 1:
         # The front end would believe that every engine has what one of them was sent.
         engine_args.mm_processor_cache_gb = 0
-
-
-def _one_line(error: Exception, argv: list[str]) -> str:
-    """vLLM's reason, without what pydantic puts around it, and the flags it may be about."""
-    said = str(error)
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = f"{first['loc'][0]}: " if first["loc"] else ""
-        said = where + first["msg"].removeprefix("Value error, ")
-    return " ".join(said.split()) + _given(argv)
-
-
-def _given(argv: list[str]) -> str:
-    given = [word.split("=")[0] for word in argv if word.startswith("--")]
-    return f" (given: {', '.join(given)})" if given else ""
 
 
 def _check(config: VllmConfig, chosen: Sliders) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import yaml
+from pydantic import ValidationError
 
 # What its reading of --config raises: no such file, no YAML, another suffix, two files, no mapping in it.
 CONFIG_FAULTS = (OSError, ValueError, AssertionError, AttributeError, yaml.YAMLError)
@@ -20,3 +21,19 @@ def one_line(wrong: BaseException) -> str:
     if isinstance(wrong, OSError) and wrong.filename:
         return f"{wrong.filename}: {wrong.strerror}"
     return " ".join(FRAME.sub("", str(wrong)).split()) or type(wrong).__name__
+
+
+def one_line_given(error: Exception, argv: list[str]) -> str:
+    """vLLM's reason, without what pydantic puts around it, and the flags it may be about."""
+    said = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        said = where + first["msg"].removeprefix("Value error, ")
+    return " ".join(said.split()) + given(argv)
+
+
+def given(argv: list[str]) -> str:
+    """The flags of a command line, in brackets."""
+    flags = [word.split("=")[0] for word in argv if word.startswith("--")]
+    return f" (given: {', '.join(flags)})" if flags else ""

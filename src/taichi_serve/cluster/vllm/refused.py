@@ -14,7 +14,7 @@ _CONTEXT = "context parallelism is not supported: KV would be spread over ranks 
 _SPECULATIVE = "speculative decoding is not supported yet"
 _TRANSFER = "TaiChi sets up the KV transfer between its instances itself"
 _EVENTS = "every instance would publish on the same port"
-_OFFLOAD = "KV that is offloaded cannot be moved between instances yet"
+_OFFLOAD = "only vLLM's own offloading is known to leave moves exact"
 _POOLING = "only models that generate are served: pooling models have nothing to move"
 _FRONT = "one HTTP front end serves all instances"
 _CHUNKS = "the chunk of an instance is set by --p-chunk and --d-chunk"
@@ -79,7 +79,6 @@ REFUSED: dict[str, str] = {
     "ec_transfer_config": "encoder outputs are not moved between instances",
     "mm_encoder_only": "an instance must be able to generate",
     "kv_events_config": _EVENTS,
-    "kv_offloading_size": _OFFLOAD,
     "kv_offloading_backend": _OFFLOAD,
     "kv_sharing_fast_prefill": "KV of layers that are skipped cannot be moved",
     "scheduler_cls": "TaiChi brings its own scheduler class",

@@ -143,6 +143,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     moved_in: dict[str, MovedIn] = {}
     news: dict[str, News] = {}
     cached: Caching | None = None
+    host: Caching | None = None  # the same of what is offloaded to the host
 
 
 # --------------------------------------------------------------------------------------- core and its workers

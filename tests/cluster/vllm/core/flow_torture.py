@@ -3,7 +3,7 @@ wrong does: reads fail or stand still, tails are late, legs are dropped and abor
 room, requests are preempted, an instance dies. Prompts fetch what others have of them meanwhile.
 Deterministic by its seed.
 
-    python tests/cluster/vllm/core/flow_torture.py SECONDS [SEED]
+    python tests/cluster/vllm/core/flow_torture.py SECONDS [SEED [host]]
 
 It runs until it finds something, or time is up.
 
@@ -77,7 +77,7 @@ class Job:
 class World:
     """Instances, jobs, and the messages between them, which take any time."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, host: bool = False) -> None:
         chance = self.chance = Random(seed)
         self.streams: dict[str, Stream] = {}
         count = chance.choice([2, 2, 3])
@@ -88,6 +88,9 @@ class World:
             "overlap": chance.choice([True, True, False]),
             "v2": chance.choice([True, False]),
         }
+        if host:
+            shape["host"] = Random(seed).choice([6, 40, 40])
+        self.host = host
         self.instances = [Instance(i, Random(seed * 7 + i), self.streams, **shape) for i in range(count)]
         peers = dict(enumerate(self.instances))
         failing = chance.choice([0.0, 0.05, 0.2])
@@ -112,6 +115,9 @@ class World:
         length = chance.randint(1, 90)
         common = chance.choice([0, min(length, 64), min(chance.randint(0, length), 64)])
         prompt = self.shared[:common] + [chance.randint(10, 5000) for _ in range(length - common)]
+        if self.host and self.jobs and chance.random() < 0.5:  # the next turn of a conversation
+            prompt = self.streams[chance.choice(list(self.jobs))].tokens[:70] + prompt[: max(1, length // 5)]
+            length = len(prompt)
         self.streams[name] = Stream(prompt)
         job = self.jobs[name] = Job(name, length, chance.randint(1, 30))
         job.at, job.leg = chance.randrange(len(self.instances)), name
@@ -466,10 +472,15 @@ class World:
                 self.heard[index].extend(one.step())
         self.answers()
         self.fetches()
-        if settle or not self.jobs:
+        if not self.jobs:
             return
-        job = chance.choice(list(self.jobs.values()))
-        what = chance.random()
+        if settle and self.host and chance.random() < 0.01:  # full of what waits for room elsewhere
+            self._patience_ends(chance.choice(list(self.jobs.values())))
+        if not settle:
+            self._something_else(chance.choice(list(self.jobs.values())), index)
+
+    def _something_else(self, job: Job, index: int) -> None:
+        one, what = self.instances[index], self.chance.random()
         if what < 0.12:
             self.begin_move(job)
         elif what < 0.13:
@@ -478,8 +489,16 @@ class World:
             self._patience_ends(job)
         elif what < 0.1604:
             self.lose(index)
-        elif what < 0.17 and not one.dead and one.scheduler.reset_prefix_cache():
+        elif what < 0.17 and not one.dead and self._reset(one):
             self.seen["reset"] += 1
+
+    def _reset(self, one: Instance) -> bool:
+        """Forget the prefix cache, and sometimes what is on the host."""
+        both = self.host and self.chance.random() < 0.3
+        done = bool(one.scheduler.reset_prefix_cache(reset_connector=both))
+        if done and both:
+            self.seen["host reset"] += 1
+        return done
 
     def _patience_ends(self, job: Job) -> None:
         move = job.move
@@ -507,8 +526,11 @@ class World:
                 found.append(f"i{one.index} still has {one.used()} blocks, {names}, {one.held}")
             if one.believed != one.cached():
                 found.append(f"i{one.index} is idle and has not told what its cache holds")
+            if one.believed_host != one.on_host():
+                found.append(f"i{one.index} is idle and has not told what its host holds")
             books = {"reads": len(one.scheduler._reads), "pins": len(one.scheduler._pins._blocks)}
             books |= {"arrivals": len(one.scheduler._arrivals), "pulled": len(one.scheduler._side.pulled)}
+            books |= {"loans": len(one.scheduler.prefixes._loans or ())}
             books |= {"asked": len(one.scheduler.prefixes._asked), "to fetch": len(one.scheduler.fetches)}
             books |= {"leaving": len(one.scheduler._leaving), "known": len(one.scheduler._side._known)}
             books |= {
@@ -520,9 +542,11 @@ class World:
         return found
 
 
-def torture(seed: int, jobs: int = 12, turns: int = 500) -> tuple[list[str], Counter[str]]:
-    """One run: the faults that it found, and what took place."""
-    world = World(seed)
+def torture(
+    seed: int, jobs: int = 12, turns: int = 500, host: bool = False
+) -> tuple[list[str], Counter[str]]:
+    """One run: the faults that it found, and what took place. With `host` KV is offloaded, too."""
+    world = World(seed, host)
     for _ in range(turns):
         if len(world.jobs) < jobs and world.chance.random() < 0.05:
             world.arrive()
@@ -542,11 +566,11 @@ def torture(seed: int, jobs: int = 12, turns: int = 500) -> tuple[list[str], Cou
     return world.faults(), world.seen
 
 
-def main(seconds: float, seed: int) -> int:
+def main(seconds: float, seed: int, host: bool) -> int:
     """Run until something is found."""
     ends, runs, seen = time.monotonic() + seconds, 0, Counter[str]()
     while time.monotonic() < ends:
-        found, counts = torture(seed + runs)
+        found, counts = torture(seed + runs, host=host)
         runs, seen = runs + 1, seen + counts
         if found:
             print(f"seed {seed + runs - 1} (run {runs}):", *found[:8], sep="\n  ")
@@ -556,4 +580,4 @@ def main(seconds: float, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))
+    sys.exit(main(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, "host" in sys.argv))

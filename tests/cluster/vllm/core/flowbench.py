@@ -25,6 +25,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from hostbench import PretendedHost
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
@@ -43,6 +44,7 @@ from taichi_serve.cluster.vllm.wire import KEY, Caching, Given, Marks, Return, d
 from taichi_serve.tiny import cached_tiny_model
 
 BLOCK = 16
+CHUNK_BYTES = 4096  # of one block on the host: 2,048 bytes, in whole pages
 WRONG = 1  # the token that comes out where attention read something else; no true stream has it
 PRIME = (1 << 61) - 1
 
@@ -70,11 +72,12 @@ def _directory() -> Path:
 
 
 @cache
-def _config(index: int, overlap: bool) -> Any:
+def _config(index: int, overlap: bool, tiered: bool) -> Any:
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(18900 + index)
     init_none_hash(sha256)
     flags = ["--max-model-len", "4096", "--enforce-eager", "--block-size", str(BLOCK), "--d-heavy", "3"]
+    flags += ["--kv-offloading-size", "1"] if tiered else []
     config = engine_config([str(cached_tiny_model()), *flags], f"e{index}", str(_directory()))
     logging.getLogger("vllm").setLevel(logging.ERROR)  # a thousand schedulers have a thousand greetings
     config.scheduler_config.async_scheduling = overlap  # as on a GPU; a CPU instance has none
@@ -102,10 +105,14 @@ def scheduler(
     seats: int = 16,
     overlap: bool = True,
     v2: bool = False,
+    host: int = 0,
 ) -> FlowScheduler:
     """The real one; with `overlap` a step is planned while the one before it runs, with `v2` for that
-    model runner."""
-    config = _config(index, overlap)
+    model runner. `host` is how many blocks its host has room for."""
+    config = _config(index, overlap, bool(host))
+    if host:
+        settings = config.kv_transfer_config.kv_connector_extra_config["connectors"][1]
+        settings["kv_connector_extra_config"]["cpu_bytes_to_use"] = host * CHUNK_BYTES
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
     kv = KVCacheConfig(
@@ -310,6 +317,8 @@ class Instance:
         self.told: list[Caching] = []
         self.believed: set[int] = set()  # to be in its cache, by all that it told
         self.peers: dict[int, Instance] = {}
+        self.host = PretendedHost(self) if shape.get("host") else None
+        self.believed_host: set[int] = set()
         self.dead = False
         self.stuck = False  # reads beside the steps do not end
         self.failing = 0.0  # the share of reads that fail
@@ -351,6 +360,9 @@ class Instance:
     def plan(self) -> SchedulerOutput:
         """Plan a step."""
         output = self.scheduler.schedule()
+        if any(leg.endswith("/loan") for leg in output.num_scheduled_tokens):
+            self.faults.append("what is there to load was about to be computed")
+        self.seen["loans"] = max(self.seen.get("loans", 0), len(self.scheduler.prefixes._loans or ()))
         sights = {leg: self._sight(leg, tokens) for leg, tokens in output.num_scheduled_tokens.items()}
         self.steps.append((output, sights))
         for _ in output.preempted_req_ids or ():
@@ -370,7 +382,10 @@ class Instance:
     def _hear(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """What the record says of the cache is what the cache holds."""
         records = [one.scheduler_stats.kv_connector_stats for one in outputs.values() if one.scheduler_stats]
-        caching = next((stats[KEY].cached for stats in records if stats and KEY in stats), None)
+        record = next((stats[KEY] for stats in records if stats and KEY in stats), None)
+        if record is not None and record.host is not None:
+            self._hear_host(record.host)
+        caching = record.cached if record is not None else None
         if caching is not None:
             self.told.append(caching)
             stored, removed = hashes(caching.stored), hashes(caching.removed)
@@ -384,6 +399,23 @@ class Instance:
             self.believed = ((set() if caching.reset else self.believed) | set(stored)) - set(removed)
         if self.believed != self.cached():
             self.faults.append(f"believed and cached differ in {self.believed ^ self.cached()}")
+
+    def _hear_host(self, caching: Caching) -> None:
+        before = set() if caching.reset else self.believed_host
+        stored, removed = set(hashes(caching.stored)), set(hashes(caching.removed))
+        if twice := (stored & before) | (removed - before):
+            self.faults.append(f"told once too often of the host: {twice}")
+        self.believed_host = (before | stored) - removed
+        if self.believed_host != self.on_host():
+            self.faults.append(f"believed to be on the host and there: {self.believed_host ^ self.on_host()}")
+        self._count("host told")
+
+    def on_host(self) -> set[int]:
+        """Hashes that a request would find on the host."""
+        if self.host is None:
+            return set()
+        manager = self.scheduler.connector._connectors[1].scheduler.manager
+        return {told(key) for key, chunk in manager._policy.chunks.items() if chunk.is_ready}
 
     def cached(self) -> set[int]:
         """Hashes that a request would find."""
@@ -399,10 +431,20 @@ class Instance:
     # ---------------------------------------------------------------------------------------- the worker
 
     def _work(self, output: SchedulerOutput, sights: dict[str, Any]) -> ModelRunnerOutput:
-        invalid = self._begin(output.kv_connector_metadata)
+        meta, on_host, words = output.kv_connector_metadata, None, None
+        if self.host is not None:
+            meta, on_host = meta.metadata
+            self.host.before(on_host)
+        invalid = self._begin(meta)
+        if self.host is not None and output.has_sync_kv_loads:
+            self.host.load(on_host)
         legs = list(output.num_scheduled_tokens)
         tokens = [self._compute(leg, *sights[leg]) for leg in legs]
         received: set[str] = set()
+        if self.host is not None:
+            if not output.has_sync_kv_loads:
+                self.host.load(on_host)
+            received, words = self.host.after(on_host)
         for _ in range(len(self.pulls)):
             pull = self.pulls.popleft()
             if self.stuck or self.chance.random() < 0.4:
@@ -421,7 +463,10 @@ class Instance:
             prompt_logprobs_dict={},
             pooler_output=[],
             kv_connector_output=KVConnectorOutput(
-                invalid_block_ids=invalid, finished_recving=received, finished_sending=self._sent()
+                invalid_block_ids=invalid,
+                finished_recving=received,
+                finished_sending=self._sent(),
+                kv_connector_worker_meta=words,
             ),
         )
 

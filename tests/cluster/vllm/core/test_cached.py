@@ -151,7 +151,7 @@ def test_a_cache_whose_blocks_say_little_is_not_told(specs: list[Any], caching: 
         hash_block_size=BLOCK,
         enable_caching=caching,
     )
-    made: Any = SimpleNamespace(kv_cache_manager=manager, has_requests=lambda: False)
+    made: Any = SimpleNamespace(kv_cache_manager=manager, has_requests=lambda: False, connector=None)
     cached = CachedBlocks(made)
     assert why in str(cached.follow(first_hash()))
     assert cached.take() is None

@@ -17,11 +17,7 @@ RUNS = 40
 
 @pytest.mark.parametrize("batch", range(6))
 def test_nothing_that_can_happen_between_instances_makes_a_wrong_token(batch: int) -> None:
-    seen: Counter[str] = Counter()
-    for seed in range(batch * RUNS, (batch + 1) * RUNS):
-        faults, counts = torture(seed)
-        assert faults == [], f"seed {seed}"
-        seen += counts
+    seen = tortured(batch, host=False)
     for what in (
         "ahead",
         "dropped",
@@ -39,6 +35,22 @@ def test_nothing_that_can_happen_between_instances_makes_a_wrong_token(batch: in
         "evicted",
     ):
         assert seen[what] > 0, what
+
+
+@pytest.mark.parametrize("batch", range(3))
+def test_nor_does_it_where_kv_is_offloaded_to_hosts_meanwhile(batch: int) -> None:
+    seen = tortured(100 + batch, host=True)
+    for what in ("stored", "loaded", "waited for", "host reset", "host told", "moved", "fetched", "unread"):
+        assert seen[what] > 0, what
+
+
+def tortured(batch: int, host: bool) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    for seed in range(batch * RUNS, (batch + 1) * RUNS):
+        faults, counts = torture(seed, host=host)
+        assert faults == [], f"seed {seed}"
+        seen += counts
+    return seen
 
 
 def test_a_run_is_told_by_its_seed() -> None:

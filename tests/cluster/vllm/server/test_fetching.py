@@ -87,6 +87,22 @@ def test_what_the_holder_has_is_copied_told_to_the_target_and_let_go() -> None:
     assert fetch.journey.first_token() == [Settle(fetch.here, "a")]
 
 
+def test_a_prompt_has_fetched_when_its_blocks_came_from_another_instance_and_not_before() -> None:
+    fetch = Fetch().copying()
+    assert not fetch.journey.has_fetched
+    fetch.journey.landed(fetch.passage)
+    assert fetch.journey.has_fetched
+    fetch.journey.lost(fetch.here)
+    fetch.journey.prefill(1, fetch.holder, False)
+    assert not fetch.journey.has_fetched, "another leg, which found on its own host what it did not compute"
+
+
+def test_a_prompt_that_goes_without_has_not_fetched() -> None:
+    fetch = Fetch()
+    fetch.journey.found(fetch.passage, [])
+    assert not fetch.journey.has_fetched
+
+
 def test_a_holder_that_lost_a_part_of_it_gives_what_it_has() -> None:
     fetch = Fetch()
     assert fetch.journey.found(fetch.passage, [7]) == [Copy(fetch.passage, [7], whole=True)]

@@ -17,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, FinishReason
 from vllm.v1.engine import EngineCoreRequest as Request
 from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import (
     FinishedRequestStats,
     IterationStats,
@@ -170,7 +171,7 @@ def test_a_preemption_after_a_move_is_counted() -> None:
 def test_a_prefix_that_was_fetched_from_another_instance_of_ours_was_cached() -> None:
     end = FrontEnd()
     output = made(1, events=events(QUEUED=100.0, SCHEDULED=101.0), prefill_stats=prefilled(4, 12))
-    prefill = figures.first(output, 0, 100.0)
+    prefill = figures.first(output, 0, 100.0, fetched=True)
     assert prefill == prefilled(16, 0)
     end.take(output, 103.0)
     end.take(made(2), 104.0)
@@ -179,6 +180,19 @@ def test_a_prefix_that_was_fetched_from_another_instance_of_ours_was_cached() ->
     stats = SchedulerStats(prefix_cache_stats=PrefixCacheStats())
     figures.looked_up(stats, [prefill])
     assert (stats.prefix_cache_stats.queries, stats.prefix_cache_stats.hits) == (20, 16)
+
+
+def test_what_came_from_the_memory_of_its_host_is_external_to_its_prefix_cache() -> None:
+    output = made(1, prefill_stats=prefilled(4, 12))
+    prefill = figures.first(output, 0, 100.0)
+    assert prefill == prefilled(4, 12)
+    came = PrefixCacheStats(requests=7, queries=99, hits=1, reset=True)
+    stats = SchedulerStats(prefix_cache_stats=PrefixCacheStats(), connector_prefix_cache_stats=came)
+    figures.looked_up(stats, [prefill], offloads=True)
+    assert (stats.prefix_cache_stats.queries, stats.prefix_cache_stats.hits) == (20, 4)
+    assert stats.connector_prefix_cache_stats == PrefixCacheStats(
+        requests=1, queries=16, hits=12, reset=True, hits_by_source={CacheHitSource.HOST: 12}
+    )
 
 
 def test_a_request_that_fails_without_a_token_was_queued_all_the_time() -> None:

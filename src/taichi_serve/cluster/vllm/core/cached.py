@@ -8,6 +8,7 @@ events say it once for each copy, with the tokens of each block, and cost five t
 Blocks of a leg whose KV is still to come are in no cache (unconfirmed.py), so they are not told. Those that a
 step fills are in it from when the step is planned: they may be told with the step that runs meanwhile, before
 they are filled, and who reads them for another instance waits until they are (prefixes.py).
+What is offloaded to the host is told with them (host_tier.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
     from vllm.v1.core.sched.scheduler import Scheduler
+
+    from taichi_serve.cluster.vllm.core.host_tier import HostBlocks
 
 
 class Noting(BlockHashToBlockMap):
@@ -63,6 +66,9 @@ class CachedBlocks:
     def __init__(self, scheduler: Scheduler) -> None:
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
+        self._host: HostBlocks | None = None
+        if (tier := getattr(scheduler.connector, "host_tier", None)) is not None:
+            self._host = tier.blocks
         self._noting: Noting | None = None
         self._anew = False
         self._has_requests = scheduler.has_requests
@@ -74,6 +80,8 @@ class CachedBlocks:
         if (why := self._untold(first)) is not None:
             return why
         self._note()
+        if self._host is not None:
+            self._host.follow()
         return int(self._pool.hash_block_size)
 
     def take(self) -> Caching | None:
@@ -95,6 +103,10 @@ class CachedBlocks:
         noting.went.clear()
         return caching
 
+    def take_host(self) -> Caching | None:
+        """The same of the host."""
+        return None if self._host is None else self._host.take()
+
     def _note(self) -> Noting:
         self._noting = Noting(self._pool.cached_block_hash_to_block)
         self._pool.cached_block_hash_to_block = self._noting
@@ -107,7 +119,10 @@ class CachedBlocks:
 
     def _due(self) -> bool:
         noting = self._noting
-        return noting is not None and (self._anew or self._pool.cached_block_hash_to_block is not noting)
+        if noting is None:
+            return False
+        anew = self._anew or (self._host is not None and self._host.anew)
+        return anew or self._pool.cached_block_hash_to_block is not noting
 
     def _untold(self, first: str) -> str | None:
         if not self._manager.enable_caching:

@@ -9,11 +9,11 @@ that no more will come, they are the request's own, and the rest is computed lik
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from taichi_serve.cluster.vllm.core.grammar import is_built
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
@@ -92,8 +92,8 @@ class Fetches:
     @contextlib.contextmanager
     def in_turn(self, chunk: int) -> Iterator[None]:
         """For the time of one step: those that are near are looked at for blocks, whatever the prompts take
-        of the budget; those whose prefix is here come behind requests that move in, and sit out a step that
-        running prompts fill."""
+        of the budget; those whose prefix is here come behind requests that move in, before those if these
+        find no room, as they have theirs, and sit out a step that running prompts fill."""
         scheduler, holding = self._scheduler, self._scheduler.kv_holding_waiting
         near = self._near(chunk) if self._queued else []
         beside = [request for request in holding if not marks_of(request).moved]
@@ -104,7 +104,14 @@ class Fetches:
         out = [request for request in beside if full and not waits_for_kv(scheduler, request)]
         scheduler.waiting.remove_requests(near)
         holding.remove_requests(beside)
-        for request in [*(r for r in beside if r not in out), *near]:
+        ready = [request for request in beside if request not in out]
+        if self._fits(holding):
+            for request in ready:
+                holding.add_request(request)
+        else:
+            for request in reversed(ready):
+                holding.prepend_request(request)
+        for request in near:
             holding.add_request(request)
         try:
             yield
@@ -116,6 +123,13 @@ class Fetches:
                 scheduler.waiting.prepend_request(request)
             for request in out:
                 holding.add_request(request)
+
+    def _fits(self, moving_in: Iterable[Request]) -> bool:
+        """Whether there is room for all of these that have none yet."""
+        scheduler = self._scheduler
+        new = (r for r in moving_in if r.status != RequestStatus.WAITING_FOR_REMOTE_KVS)
+        need = sum(-(-request.num_tokens // scheduler.block_size) for request in new)
+        return bool(need <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
     def _near(self, chunk: int) -> list[Request]:
         """Those that wait with little before them and would find room."""

@@ -17,6 +17,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+    from taichi_serve.cluster.vllm.core.loans import Loans
     from taichi_serve.cluster.vllm.core.pins import Pins
 
 GROUP = 0  # what moves has one group of KV (groups.py)
@@ -37,40 +38,77 @@ class Prefixes:
     """Answers who asks for a prefix. `under_way` has the steps that were scheduled and are not taken in."""
 
     def __init__(
-        self, manager: KVCacheManager, pins: Pins, under_way: Collection[object], stays: Collection[str]
+        self,
+        manager: KVCacheManager,
+        pins: Pins,
+        under_way: Collection[object],
+        stays: Collection[str],
+        loans: Loans | None = None,
     ) -> None:
         self._pool = manager.block_pool
         self._pins = pins
         self._under_way = under_way
         self._stays = stays
         self._asked: list[Asked] = []
+        self._loans = loans
 
     def ask(self, reader: str, hashes: list[bytes]) -> Future[list[int]] | list[int]:
         """The blocks with these hashes that are here, from the first one on and without a gap. They stay
-        until the reader's pins are released. None, where those who run here would need their room."""
+        until the reader's pins are released. None, where those who run here would need their room. What only
+        the host has is loaded first, if there is room."""
         if self._stays:
             return []
+        found = self._found(hashes)
+        if self._loans is not None:
+            more = self._loans.on_host(hashes[len(found) :])
+            if more and self._room(found, more):
+                return self._loans.begin(reader, hashes[: len(found) + more])
+        if not found or not self._room(found):
+            return []
+        answer: Future[list[int]] = Future()
+        self._pin(reader, found, answer, len(self._under_way))
+        return answer.result() if answer.done() else answer
+
+    def _found(self, hashes: list[bytes]) -> list[tuple[BlockHash, KVCacheBlock]]:
         found = []
         for one in map(BlockHash, hashes):
             blocks = self._pool.get_cached_block(one, [GROUP])
             if blocks is None:
                 break
             found.append((one, blocks[0]))
-        if not found or not self._room(found):
-            return []
-        self._pins.hold(reader, [block for _, block in found])
-        asked = Asked(reader, found, len(self._under_way))
-        if not asked.steps:
-            return self._still_here(asked)
-        self._asked.append(asked)
-        return asked.answer
+        return found
 
-    def _room(self, found: list[tuple[BlockHash, KVCacheBlock]]) -> bool:
-        unused = sum(
-            not block.ref_cnt for _, block in found
-        )  # those leave the free ones when they are pinned
-        left = self._pool.get_num_free_blocks() - unused
-        return bool(not unused or left >= SPARE * self._pool.num_gpu_blocks)
+    def _pin(
+        self, reader: str, found: list[tuple[BlockHash, KVCacheBlock]], answer: Future[list[int]], steps: int
+    ) -> None:
+        self._pins.hold(reader, [block for _, block in found])
+        asked = Asked(reader, found, steps, answer)
+        if steps:
+            self._asked.append(asked)
+        else:
+            answer.set_result(self._still_here(asked))
+
+    def _room(self, found: list[tuple[BlockHash, KVCacheBlock]], more: int = 0) -> bool:
+        unused = sum(not block.ref_cnt for _, block in found)  # they leave the free ones when they are pinned
+        left = self._pool.get_num_free_blocks() - unused - more
+        return bool(not (unused + more) or left >= SPARE * self._pool.num_gpu_blocks)
+
+    def let_go(self, reader: str) -> None:
+        """Nothing is read for it here any more, and nothing will be."""
+        self._pins.unpin(reader)
+        if self._loans is not None and (loan := self._loans.close(reader)) is not None:
+            loan.answer.set_result([])
+
+    def loaded(self) -> None:
+        """The step that is being taken in may have brought blocks from the host."""
+        if self._loans is None or not len(self._loans):
+            return
+        for loan in self._loans.over():
+            self._loans.close(loan.reader)
+            if found := self._found(loan.hashes):
+                self._pin(loan.reader, found, loan.answer, 1 + len(self._under_way))
+            else:
+                loan.answer.set_result([])
 
     def step_over(self) -> None:
         """The oldest step under way was taken in."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from taichi_serve.cluster.vllm.wire import Caching, MovedIn, News, Record
+from taichi_serve.cluster.vllm.wire import MovedIn, News, Record
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+
+    from taichi_serve.cluster.vllm.core.cached import CachedBlocks
 
 
 class Step(NamedTuple):
@@ -20,11 +22,12 @@ class Step(NamedTuple):
     moved_in: dict[str, MovedIn]  # by engine id
     reading: list[str]  # legs that it reads KV for, or whose last blocks it waits for
 
-    def told(self, since: float, held: int, news: dict[str, News], cached: Caching | None) -> Record:
+    def told(self, since: float, held: int, news: dict[str, News], cached: CachedBlocks) -> Record:
         """The record of it, now that it is done; the step before was done at `since`."""
         now = time.monotonic()
         seconds = now - max(self.scheduled_at, since)
-        return Record(now, seconds, self.prefill_tokens, self.decodes, held, self.moved_in, news, cached)
+        caching = cached.take(), cached.take_host()
+        return Record(now, seconds, self.prefill_tokens, self.decodes, held, self.moved_in, news, *caching)
 
 
 class Arrivals:

@@ -27,6 +27,7 @@ from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
 from taichi_serve.cluster.vllm.core.fetches import Fetches
 from taichi_serve.cluster.vllm.core.flight import Flight
 from taichi_serve.cluster.vllm.core.grammar import Grammars
+from taichi_serve.cluster.vllm.core.loans import loans
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
 from taichi_serve.cluster.vllm.core.pins import Pins
 from taichi_serve.cluster.vllm.core.prefixes import Prefixes
@@ -77,7 +78,7 @@ class FlowScheduler(AsyncScheduler):
         self._unconfirmed = Unconfirmed(self.kv_cache_manager, self._reads)
         self._grammars = Grammars(self.structured_output_manager)
         self.fetches = Fetches(self, self._reads)
-        self.prefixes = Prefixes(self.kv_cache_manager, self._pins, self._steps, self.stays)
+        self.prefixes = Prefixes(self.kv_cache_manager, self._pins, self._steps, self.stays, loans(self))
         self.cached = CachedBlocks(self)
         directory = self._side.directory
         self._flight = Flight(flight_file(directory, self._side.engine_id)) if directory else None
@@ -119,10 +120,10 @@ class FlowScheduler(AsyncScheduler):
         return output
 
     def _update_from_kv_xfer_finished(self, kv_connector_output: Any) -> None:
-        now = time.monotonic()
         for leg in kv_connector_output.finished_recving or ():
-            self._arrivals.landed(leg, now)
+            self._arrivals.landed(leg, time.monotonic())
         super()._update_from_kv_xfer_finished(kv_connector_output)
+        self.prefixes.loaded()
 
     def add_request(self, request: Request) -> None:
         """A request that moves in brings its output so far, where the runner can tell it from a prompt."""
@@ -191,7 +192,7 @@ class FlowScheduler(AsyncScheduler):
             if request is not None and request.is_finished() and leg not in self._reads:
                 self._side.release(leg)
         for reader in readers:
-            self._pins.unpin(reader)
+            self.prefixes.let_go(reader)
         return self._held_tokens(), time.monotonic()
 
     def drop(self, leg: str) -> Future[bool] | bool:
@@ -204,9 +205,8 @@ class FlowScheduler(AsyncScheduler):
         return self._reads.settled(leg)
 
     def _held_tokens(self) -> int:
-        pool = self.kv_cache_manager.block_pool
-        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's null block
-        return int(used * self.block_size)
+        pool = self.kv_cache_manager.block_pool  # one block of it is vLLM's null block
+        return int((pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * self.block_size)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
@@ -289,7 +289,7 @@ class FlowScheduler(AsyncScheduler):
             return stats
         here = (self.requests[i] for i in self._in_step if i in self.requests)  # looked at for prompts only
         news = self._pins.news(r for r in here if not r.is_finished()) if step.prefill_tokens else {}
-        record = step.told(self._stepped_at, self._held_tokens(), news, self.cached.take())
+        record = step.told(self._stepped_at, self._held_tokens(), news, self.cached)
         if step.prefill_tokens or step.decodes:
             self._stepped_at = record.made
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}

@@ -199,7 +199,7 @@ class VllmCluster:
         outputs.outputs = [output for output in outputs.outputs if self._kept(engine, output, now)]
         outputs.engine_index = engine.index
         if outputs.scheduler_stats is not None:
-            figures.looked_up(outputs.scheduler_stats, self._prefilled)
+            figures.looked_up(outputs.scheduler_stats, self._prefilled, engine.host_blocks is not None)
             self._prefilled.clear()
         if outputs.outputs or outputs.scheduler_stats is not None:
             self._deliver(outputs)
@@ -258,7 +258,7 @@ class VllmCluster:
         if not output.new_token_ids or len(journey.tokens) > len(output.new_token_ids):
             figures.later(output)
             return
-        prefilled = figures.first(output, journey.leg, journey.accepted_at)
+        prefilled = figures.first(output, journey.leg, journey.accepted_at, journey.has_fetched)
         looked_up = prefilled is not None and figures.looks_up(journey.request, self._caching)
         if prefilled is not None and looked_up and journey.warm is None:
             self._prefilled.append(prefilled)

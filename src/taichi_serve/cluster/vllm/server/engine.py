@@ -44,6 +44,7 @@ class Engine:
     moved_in: dict[str, MovedIn] = field(default_factory=dict)  # of its last step
     news: dict[str, News] = field(default_factory=dict)  # of its last step
     cached_blocks: int = 0  # of its prefix cache, by what it told
+    host_blocks: int | None = None  # of those it offloaded to its host; None where it does not
     recomputed_late: int = 0  # legs whose KV did not come in time
 
     @property

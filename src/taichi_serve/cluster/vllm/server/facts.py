@@ -9,7 +9,7 @@ import msgspec
 
 from taichi_serve.cluster.vllm.server.passage import Times
 from taichi_serve.cluster.vllm.wire import HASH_BYTES, KEY, Caching, MovedIn, Record
-from taichi_serve.messages import Cached, Flowed, Prefilled, Stepped, Timeline
+from taichi_serve.messages import Cached, Flowed, Prefilled, Stepped, Tier, Timeline
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -31,8 +31,9 @@ def told(engine: Engine, outputs: EngineCoreOutputs, now: float) -> list[Cached 
     engine.holds(step.kv_tokens, step.made)
     engine.running, engine.waiting = stats.num_running_reqs, stats.num_waiting_reqs
     found: list[Cached | Stepped] = []
-    if step.cached is not None:
-        found.append(_cached(engine, step.cached, now))
+    for caching, tier in ((step.cached, Tier.DEVICE), (step.host, Tier.HOST)):
+        if caching is not None:
+            found.append(_cached(engine, caching, tier, now))
     if step.prefill_tokens or step.decodes:
         missed = engine.residents.keys() - {output.request_id for output in outputs.outputs}
         found.append(
@@ -50,10 +51,13 @@ def told(engine: Engine, outputs: EngineCoreOutputs, now: float) -> list[Cached 
     return found
 
 
-def _cached(engine: Engine, caching: Caching, now: float) -> Cached:
-    fact = Cached(now, engine.name, hashes(caching.stored), hashes(caching.removed), caching.reset)
-    before = 0 if fact.reset else engine.cached_blocks
-    engine.cached_blocks = before + len(fact.stored) - len(fact.removed)
+def _cached(engine: Engine, caching: Caching, tier: Tier, now: float) -> Cached:
+    fact = Cached(now, engine.name, hashes(caching.stored), hashes(caching.removed), caching.reset, tier)
+    more = len(fact.stored) - len(fact.removed)
+    if tier is Tier.DEVICE:
+        engine.cached_blocks = more + (0 if fact.reset else engine.cached_blocks)
+    else:
+        engine.host_blocks = more + (0 if fact.reset else engine.host_blocks or 0)
     return fact
 
 
@@ -69,8 +73,10 @@ def began(
     now = journey.last_at
     if journey.placed:
         stats, waits = output.prefill_stats, held and journey.going is None
-        cached, fetched = (stats.num_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
-        return Prefilled(now, journey.id, journey.leg, engine.name, int(cached), waits, int(fetched))
+        cached, came = (stats.num_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
+        fetched, loaded = (came, 0) if journey.has_fetched else (0, came)
+        where = journey.id, journey.leg, engine.name
+        return Prefilled(now, *where, int(cached), waits, int(fetched), int(loaded))
     moved_in = engine.moved_in.get(journey.leg_id, MovedIn())
     return Flowed(
         now,

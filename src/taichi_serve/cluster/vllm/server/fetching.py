@@ -67,8 +67,13 @@ class Fetching(Itinerary):
         """The target has it all."""
         if passage.passing is not Passing.COPYING:
             return []
-        self.fetch = None
+        self.fetch, self.fetched = None, self.leg_id
         return [Fetched(passage, passage.found), *passage.close()]
+
+    @property
+    def has_fetched(self) -> bool:
+        """Whether a prefix of the leg that runs came from another instance."""
+        return bool(self.fetched) and self.fetched == self.leg_id
 
     def silent(self, seat: Seat) -> Acts:
         """An instance does not answer: what it was asked about a prefix is not waited for."""

@@ -20,17 +20,22 @@ from vllm.v1.engine import (
     EngineCoreRequest,
     FinishReason,
 )
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import PrefillStats, PrefixCacheStats, SchedulerStats
 
 QUEUED, SCHEDULED = EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED
 
 
-def first(output: EngineCoreOutput, leg: int, accepted_at: float) -> PrefillStats | None:
+def first(
+    output: EngineCoreOutput, leg: int, accepted_at: float, fetched: bool = False
+) -> PrefillStats | None:
     """Correct the first output that the front end gets of a request; gives what was prefilled for it.
 
     On leg 0 that is what the engine says. A later leg began when its first instance was lost, and the time
     since the request was `accepted_at` (`time.monotonic()`) is time in which it was queued: without that,
-    vLLM would take the time since the host was started.
+    vLLM would take the time since the host was started. With `fetched` a prefix of it came from another
+    instance; else what is not from its own prefix cache is from the memory of its host, which vLLM calls
+    external, too.
     """
     if leg > 0:
         events = [event for event in output.events or () if event.type != QUEUED]
@@ -38,7 +43,7 @@ def first(output: EngineCoreOutput, leg: int, accepted_at: float) -> PrefillStat
             events.insert(0, EngineCoreEvent.new_event(SCHEDULED, accepted_at))
         output.events = [EngineCoreEvent.new_event(QUEUED, accepted_at), *events]
     prefilled = output.prefill_stats
-    if prefilled is not None:
+    if prefilled is not None and fetched:
         # What a prompt got from another instance of ours was in the prefix cache there.
         prefilled.num_local_cached_tokens += prefilled.num_external_cached_tokens
         prefilled.num_external_cached_tokens = 0
@@ -67,12 +72,13 @@ def looks_up(request: EngineCoreRequest, caching: bool) -> bool:
     return caching and not (params is not None and params.skip_reading_prefix_cache)
 
 
-def looked_up(stats: SchedulerStats, prefills: Iterable[PrefillStats]) -> None:
+def looked_up(stats: SchedulerStats, prefills: Iterable[PrefillStats], offloads: bool = False) -> None:
     """Make the look-ups in the prefix cache those of `prefills`, whose first tokens came with these `stats`.
 
     An engine counts a look-up for every leg, and one that died has counted those that are made again
     elsewhere. What comes over in a move is no hit in somebody else's cache. A request is counted when its
-    first token is out; one that ends before that is not.
+    first token is out; one that ends before that is not. An engine that `offloads` looks for the rest in the
+    memory of its host.
     """
     told = stats.prefix_cache_stats
     counted = PrefixCacheStats(
@@ -81,10 +87,15 @@ def looked_up(stats: SchedulerStats, prefills: Iterable[PrefillStats]) -> None:
         preempted_queries=told.preempted_queries,
         preempted_hits=told.preempted_hits,
     )
+    outside = stats.connector_prefix_cache_stats
+    host = PrefixCacheStats(reset=outside is not None and outside.reset)
     for prefill in prefills:
-        counted.record(prefill.num_prompt_tokens, prefill.num_local_cached_tokens, preempted=False)
+        tokens, local = prefill.num_prompt_tokens, prefill.num_local_cached_tokens
+        counted.record(tokens, local, preempted=False)
+        loaded = prefill.num_external_cached_tokens
+        host.record(tokens - local, loaded, False, {CacheHitSource.HOST: loaded})
     stats.prefix_cache_stats = counted
-    stats.connector_prefix_cache_stats = None
+    stats.connector_prefix_cache_stats = host if offloads else None
 
 
 def gone(index: int) -> EngineCoreOutputs:

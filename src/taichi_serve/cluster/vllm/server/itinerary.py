@@ -78,6 +78,7 @@ class Itinerary:
     leg: int = 0  # by the scheduler's count
     legs: int = 0  # engine requests so far: each has an id of its own, or it would meet its own old blocks
     seat: Seat | None = None  # where its leg runs
+    fetched: str = ""  # the leg whose prefix came from another instance
     leg_id: str = ""
     placed: bool = (
         True  # whether the leg was begun as a prompt: its first token is a Prefilled, else a Flowed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 # In /proc/PID/maps: the queues and locks between an engine core and its workers, and among the workers. A
 # model that lies in /dev/shm is not one of these.
-SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_|vllm_offload_)[^/\s]+)$", re.MULTILINE)
 # vLLM's own sockets inside an instance: their names say nothing of their owner.
 UNNAMED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 KEPT_LOGS = 4  # of an instance's dead processes
