@@ -256,7 +256,7 @@ def tables(judged: dict[Cell, Row], args: argparse.Namespace) -> Iterator[str]:
         for family in dict.fromkeys(f for f, _ in mine):
             yield f"| {family} | " + " | ".join(_figures(mine, family, k) for k in PREFIXES) + " |"
         if leads := [_lead(mine, knowing) for knowing in PREFIXES]:
-            yield "| hybrid's lead, its ends among it | " + " | ".join(leads) + " |"
+            yield "| hybrid between the ends, against the better of the two | " + " | ".join(leads) + " |"
 
 
 def _figures(mine: dict[tuple[str, str], Row], family: str, knowing: str) -> str:
@@ -272,8 +272,7 @@ def _lead(mine: dict[tuple[str, str], Row], knowing: str) -> str:
     rates = {family: row["goodput"] for (family, known), row in mine.items() if known == knowing}
     if not set(FAMILIES) <= set(rates):
         return "-"
-    best = max(rates["aggregation"], rates["disaggregation"])
-    return f"{max(rates.values() if ONE_TOKEN not in rates else [rates[HYBRID], best]) / best - 1:+.1%}"
+    return f"{rates[HYBRID] / max(rates['aggregation'], rates['disaggregation']) - 1:+.1%}"
 
 
 def main() -> None:
