@@ -84,6 +84,17 @@ async def instances_of(client: httpx.AsyncClient, request_id: str) -> list[str]:
     return [leg["instance"] for leg in (await view(client, request_id))["legs"]]
 
 
+async def tokens_of_prefixes(client: httpx.AsyncClient) -> dict[str, float]:
+    """What /metrics says of all instances: predicted and actual."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    sums = {"predicted": 0.0, "actual": 0.0}
+    for line in lines:
+        if line.startswith("taichi_prefix_tokens_total{"):
+            of = line.split('of="')[1].split('"')[0]
+            sums[of] += float(line.rsplit(" ", 1)[1])
+    return sums
+
+
 def moves(instances: Sequence[str]) -> int:
     """How often a request changed instance."""
     return sum(a != b for a, b in pairwise(instances))

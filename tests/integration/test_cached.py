@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from load import PATH, Wish, pusher
+from load import PATH, Wish, pusher, tokens_of_prefixes
 from servers import Server, eventually, processes
 
 from taichi_serve import eventlog
@@ -125,17 +125,6 @@ async def ask(client: httpx.AsyncClient, server: Server, prompt: list[int]) -> i
 def cached(server: Server) -> list[int]:
     """Blocks of every instance."""
     return [instance["cached_blocks"] for instance in server.state()["instances"]]
-
-
-async def tokens_of_prefixes(client: httpx.AsyncClient) -> dict[str, float]:
-    """What /metrics says of both instances: predicted and actual."""
-    lines = (await client.get("/metrics")).text.splitlines()
-    sums = {"predicted": 0.0, "actual": 0.0}
-    for line in lines:
-        if line.startswith("taichi_prefix_tokens_total{"):
-            of = line.split('of="')[1].split('"')[0]
-            sums[of] += float(line.rsplit(" ", 1)[1])
-    return sums
 
 
 def is_back(server: Server) -> bool:
