@@ -224,9 +224,8 @@ def policy(args: argparse.Namespace) -> Policy:
             f"--watermark {args.degrade_watermark} is below 0.5: here it is the share of KV memory above "
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
-    margins = args.ttft_margin, args.tpot_margin
-    fetch, within = args.prefixes == FETCH, args.move_timeout
-    return Policy(args.degrade_watermark, args.alpha, *margins, ahead=True, fetch=fetch, fetch_within=within)
+    knobs = args.degrade_watermark, args.alpha, args.ttft_margin, args.tpot_margin
+    return Policy(*knobs, ahead=True, fetch=args.prefixes == FETCH, fetch_within=args.move_timeout)
 
 
 def patience(args: argparse.Namespace) -> Patience:
