@@ -142,3 +142,11 @@ def test_every_two_contenders_are_a_pair_and_far_ones_have_no_rate_in_common() -
 def test_there_is_no_ratio_with_a_goodput_that_is_only_a_bound() -> None:
     (pair,) = pairs(play({"A": 0.0, "B": 2.4}))
     assert (pair.ratio, pair.differences) == (None, ())
+
+
+def test_a_rate_that_both_saw_whole_with_some_seeds_only_is_no_common_rate() -> None:
+    contest = play({"A": 2.4, "B": 2.6})
+    last = max(number for number, done in enumerate(contest.rounds) if done.rung == 11)
+    del contest.rounds[last]
+    (pair,) = pairs(contest)
+    assert [round(one.rate / 1.1**9, 2) for one in pair.differences] == [1.0, 1.1]

@@ -92,13 +92,15 @@ def outcomes(run: Run, warm_up: int) -> Outcomes:
 
 
 def differences(contest: Contest, first: str, second: str) -> tuple[Difference, ...]:
-    """At every rate at which both were seen whole in the same rounds, the last one of each seed."""
+    """At every rate at which both were seen whole in the same rounds with every seed, the last of each."""
     last = {(r.rung, r.seed): r for r in contest.rounds if r.whole(first, second)}
     found: dict[int, list[list[int]]] = {}
     for (rung, _), done in sorted(last.items(), key=lambda item: item[0]):
         ours, theirs = (_outcomes(contest, done.run(name)) for name in (first, second))
         found.setdefault(rung, []).append([a - b for a, b in zip(ours, theirs, strict=True)])
-    return tuple(difference(contest.grid.rate(rung), series) for rung, series in found.items())
+    # Where only some seeds were seen whole, that they were may hang on what came of them.
+    whole = {rung: series for rung, series in found.items() if len(series) == len(contest.trial.seeds)}
+    return tuple(difference(contest.grid.rate(rung), series) for rung, series in whole.items())
 
 
 def difference(rate: float, series: Sequence[Sequence[int]]) -> Difference:
@@ -189,10 +191,11 @@ def _ratio(contest: Contest, first: str, second: str) -> Ratio | None:
 
 
 def _decided(contest: Contest, name: str) -> Decided | None:
-    """None where it has no two such rates that were seen whole."""
+    """None where it has no two such rates that were seen whole with every seed."""
     rungs = contest.climb(name).deciding
     seeds = [contest.seeds(name, rung) for rung in rungs]
-    if len(rungs) < 2 or not all(run.whole for each in seeds for run in each.values()):
+    count = len(contest.trial.seeds)
+    if len(rungs) < 2 or not all(sum(run.whole for run in each.values()) == count for each in seeds):
         return None
     low, high = ({seed: _outcomes(contest, run) for seed, run in each.items()} for each in seeds)
     return Decided(contest.grid.rate(rungs[0]), contest.grid.rate(rungs[1]), low, high)
