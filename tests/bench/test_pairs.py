@@ -110,6 +110,17 @@ def test_what_is_a_grid_step_apart_is_told_apart() -> None:
     assert ratio_of(theirs, further, 0.9).verdict == "behind"
 
 
+def test_seeds_that_disagree_make_the_interval_of_a_ratio_wide() -> None:
+    """The second seed had a bad round at the higher rate for the one, and the first seed for the other."""
+    good, bad = shares(0.95, 0.89), shares(0.95, 0.75)
+    ours = Decided(10.0, 11.0, good.at_low, {0: good.at_high[0], 1: bad.at_high[1]})
+    theirs = Decided(10.0, 11.0, good.at_low, {0: bad.at_high[0], 1: good.at_high[1]})
+    found = ratio_of(ours, theirs, 0.9)
+    assert found.value == pytest.approx(1.0)
+    assert found.low < 0.97
+    assert found.high > 1.03
+
+
 def test_nothing_is_said_of_a_pair_for_which_the_machine_was_not_the_same() -> None:
     assert Ratio(1.3, 1.2, 1.4, drift=0.06).verdict == "open: the machine's speed differed by 6%"
     assert Ratio(1.3, 1.2, 1.4, drift=0.04).verdict == "ahead"

@@ -170,16 +170,23 @@ class Decided:
 
 
 def ratio_of(ours: Decided, theirs: Decided, target: float, apart: float = 0.0) -> Ratio:
-    """By drawing blocks again and again (paired bootstrap): the same blocks for both, at all rates."""
+    """By drawing again and again (paired bootstrap): the same seeds, and of each the same blocks, for both
+    and at all rates. Seeds are drawn too, as each had rounds of its own and the machine as it was then."""
     size = BLOCK if sum(map(len, ours.at_low.values())) >= LEAST_BLOCKS * BLOCK else 1
-    units = [(seed, at, at + size) for seed, each in ours.at_low.items() for at in range(0, len(each), size)]
+    blocks = [
+        [(seed, at, at + size) for at in range(0, len(each), size)] for seed, each in ours.at_low.items()
+    ]
     chance = random.Random(0)
-    drawn = sorted(
-        ours.goodput(some, target) / theirs.goodput(some, target)
-        for some in (chance.choices(units, k=len(units)) for _ in range(DRAWS))
-    )
-    low, high = drawn[round(0.025 * DRAWS)], drawn[round(0.975 * DRAWS) - 1]
-    return Ratio(ours.goodput(units, target) / theirs.goodput(units, target), low, high, apart)
+
+    def ratio(drawn: list[list[Unit]]) -> float:
+        units = [unit for each in drawn for unit in each]
+        return ours.goodput(units, target) / theirs.goodput(units, target)
+
+    def draw() -> list[list[Unit]]:
+        return [chance.choices(each, k=len(each)) for each in chance.choices(blocks, k=len(blocks))]
+
+    found = sorted(ratio(draw()) for _ in range(DRAWS))
+    return Ratio(ratio(blocks), found[round(0.025 * DRAWS)], found[round(0.975 * DRAWS) - 1], apart)
 
 
 def _ratio(contest: Contest, first: str, second: str) -> Ratio | None:
