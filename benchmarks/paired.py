@@ -29,11 +29,14 @@ class Figure:
     at_least: float = 0.0
     at_most: float = float("inf")
 
-    def verdict(self, ratio: float) -> str:
-        """What a median ratio says about the bound."""
+    def verdict(self, ratio: float, within: tuple[float, float] | None = None) -> str:
+        """What a median ratio says about the bound; open where the bound lies within the interval."""
         if self.at_least == 0.0 and self.at_most == float("inf"):
             return ""
         bound = f">= {self.at_least:g}" if self.at_least else f"<= {self.at_most:g}"
+        low, high = within or (ratio, ratio)
+        if any(low < limit < high for limit in (self.at_least, self.at_most)):
+            return f"open {bound}"
         return f"{'within' if self.at_least <= ratio <= self.at_most else 'MISSES'} {bound}"
 
 
@@ -58,7 +61,7 @@ class Ratios:
         median, found = statistics.median(ratios), interval(ratios)
         within = f"({found[0]:.3f} to {found[1]:.3f})" if found else "(too few)"
         every = " ".join(f"{ratio:.3f}" for ratio in ratios)
-        return f"{figure.name:20} {median:.3f} {within:16} {figure.verdict(median):13} of {every}"
+        return f"{figure.name:20} {median:.3f} {within:16} {figure.verdict(median, found):14} of {every}"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from contests import play
 
@@ -85,20 +86,37 @@ def shares(low: float, high: float, seeds: int = 2, requests: int = 200) -> Deci
     return Decided(10.0, 11.0, {s: one(low) for s in range(seeds)}, {s: one(high) for s in range(seeds)})
 
 
-WHOLE = [(seed, at, at + 20) for seed in (0, 1) for at in range(0, 200, 20)]
-
-
-def test_a_goodput_lies_where_the_line_between_two_rates_crosses_the_target() -> None:
-    assert shares(0.95, 0.85).goodput(WHOLE, 0.9) == pytest.approx(math.sqrt(110), rel=1e-3)
-    assert shares(0.90, 0.80).goodput(WHOLE, 0.9) == pytest.approx(10.0)
-    assert shares(0.95, 0.85).goodput(WHOLE, 0.5) == pytest.approx(11.0 * 1.1)  # at most a rung outside
-    assert shares(0.95, 0.95).goodput(WHOLE, 0.9) == pytest.approx(11.0 * 1.1)  # not seen to fall
-    assert shares(0.85, 0.85).goodput(WHOLE, 0.9) == pytest.approx(10.0 / 1.1)
+@pytest.mark.parametrize(
+    ("low", "high", "target", "goodput"),
+    [
+        (0.95, 0.85, 0.9, math.sqrt(110)),
+        (0.90, 0.80, 0.9, 10.0),
+        (0.95, 0.85, 0.5, 11.0 * 1.1),  # at most a rung outside
+        (0.95, 0.95, 0.9, 11.0 * 1.1),  # not seen to fall
+        (0.85, 0.85, 0.9, 10.0 / 1.1),
+    ],
+)
+def test_a_goodput_lies_where_the_line_between_two_rates_crosses_the_target(
+    low: float, high: float, target: float, goodput: float
+) -> None:
+    found = shares(low, high).goodput(np.array([low]), np.array([high]), target)
+    assert found == pytest.approx(goodput)
 
 
 def test_a_contender_is_level_with_itself_whatever_blocks_are_drawn() -> None:
     found = ratio_of(shares(0.95, 0.8), shares(0.95, 0.8), 0.9)
     assert (found.value, found.low, found.high, found.verdict) == (1.0, 1.0, 1.0, "no difference seen")
+
+
+def test_with_few_blocks_it_is_single_requests_that_say_how_far_a_ratio_may_be_off() -> None:
+    """40 requests, two blocks, in which by chance as many are good: blocks alone would know it exactly."""
+    high = tuple(number % 2 == 0 for number in range(40))
+    ours = Decided(10.0, 11.0, {0: (True,) * 40}, {0: high})
+    theirs = Decided(10.0, 11.0, {0: (True,) * 40}, {0: tuple(not one for one in high)})
+    found = ratio_of(ours, theirs, 0.9)
+    assert found.value == pytest.approx(1.0)
+    assert found.low < 0.995
+    assert found.high > 1.005
 
 
 def test_what_is_a_grid_step_apart_is_told_apart() -> None:
@@ -108,6 +126,17 @@ def test_what_is_a_grid_step_apart_is_told_apart() -> None:
     assert found.value == pytest.approx(1.331)
     assert (found.low > 1.3, found.verdict) == (True, "ahead")
     assert ratio_of(theirs, further, 0.9).verdict == "behind"
+
+
+def test_seeds_that_disagree_make_the_interval_of_a_ratio_wide() -> None:
+    """The second seed had a bad round at the higher rate for the one, and the first seed for the other."""
+    good, bad = shares(0.95, 0.89), shares(0.95, 0.75)
+    ours = Decided(10.0, 11.0, good.at_low, {0: good.at_high[0], 1: bad.at_high[1]})
+    theirs = Decided(10.0, 11.0, good.at_low, {0: bad.at_high[0], 1: good.at_high[1]})
+    found = ratio_of(ours, theirs, 0.9)
+    assert found.value == pytest.approx(1.0)
+    assert found.low < 0.97
+    assert found.high > 1.03
 
 
 def test_nothing_is_said_of_a_pair_for_which_the_machine_was_not_the_same() -> None:
@@ -142,3 +171,11 @@ def test_every_two_contenders_are_a_pair_and_far_ones_have_no_rate_in_common() -
 def test_there_is_no_ratio_with_a_goodput_that_is_only_a_bound() -> None:
     (pair,) = pairs(play({"A": 0.0, "B": 2.4}))
     assert (pair.ratio, pair.differences) == (None, ())
+
+
+def test_a_rate_that_both_saw_whole_with_some_seeds_only_is_no_common_rate() -> None:
+    contest = play({"A": 2.4, "B": 2.6})
+    last = max(number for number, done in enumerate(contest.rounds) if done.rung == 11)
+    del contest.rounds[last]
+    (pair,) = pairs(contest)
+    assert [round(one.rate / 1.1**9, 2) for one in pair.differences] == [1.0, 1.1]

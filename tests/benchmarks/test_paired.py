@@ -45,6 +45,12 @@ def test_throughput_must_not_be_below_its_bound_and_ttft_not_above_its_own() -> 
     assert TPOT.verdict(3.0) == ""
 
 
+def test_nothing_is_said_about_a_bound_that_lies_within_the_interval_of_the_median() -> None:
+    assert THROUGHPUT.verdict(0.99, (0.93, 1.02)) == "open >= 0.95"
+    assert THROUGHPUT.verdict(0.99, (0.96, 1.02)) == "within >= 0.95"
+    assert TTFT.verdict(1.08, (1.06, 1.2)) == "MISSES <= 1.05"
+
+
 def test_the_cpu_time_of_a_server_is_that_of_what_it_started_too() -> None:
     burn = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); sys.stdin.read()"
     start = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])"

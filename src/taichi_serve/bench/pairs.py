@@ -8,11 +8,13 @@ next ones wait. So what is drawn again, or counted as one, are blocks of consecu
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from taichi_serve.bench.contest import Contest
 from taichi_serve.bench.probe import drift
@@ -21,7 +23,7 @@ from taichi_serve.bench.score import DRIFT, Run
 BLOCK = 20  # consecutive requests that count as one draw
 LEAST_BLOCKS = 4  # below, nothing can be said of how requests hang together
 DRAWS = 2000
-Unit = tuple[int, int, int]  # a seed, and from which request of it to which
+Shares = NDArray[np.float64]
 Outcomes = tuple[bool, ...]  # whether each counted request of a seed was good, in the order of sending
 
 
@@ -92,13 +94,15 @@ def outcomes(run: Run, warm_up: int) -> Outcomes:
 
 
 def differences(contest: Contest, first: str, second: str) -> tuple[Difference, ...]:
-    """At every rate at which both were seen whole in the same rounds, the last one of each seed."""
+    """At every rate at which both were seen whole in the same rounds with every seed, the last of each."""
     last = {(r.rung, r.seed): r for r in contest.rounds if r.whole(first, second)}
     found: dict[int, list[list[int]]] = {}
     for (rung, _), done in sorted(last.items(), key=lambda item: item[0]):
         ours, theirs = (_outcomes(contest, done.run(name)) for name in (first, second))
         found.setdefault(rung, []).append([a - b for a, b in zip(ours, theirs, strict=True)])
-    return tuple(difference(contest.grid.rate(rung), series) for rung, series in found.items())
+    # Where only some seeds were seen whole, that they were may hang on what came of them.
+    whole = {rung: series for rung, series in found.items() if len(series) == len(contest.trial.seeds)}
+    return tuple(difference(contest.grid.rate(rung), series) for rung, series in whole.items())
 
 
 def difference(rate: float, series: Sequence[Sequence[int]]) -> Difference:
@@ -151,33 +155,57 @@ class Decided:
     at_low: Mapping[int, Outcomes]
     at_high: Mapping[int, Outcomes]
 
-    def goodput(self, units: Sequence[Unit], target: float) -> float:
-        """Where the attainment of these blocks of requests crosses the target: on a line through the two
-        rates, over the logarithm of the rate, and at most a rung outside them."""
-        low, high = (self._share(each, units) for each in (self.at_low, self.at_high))
-        if low > high:
-            part = min(2.0, max(-1.0, (low - target) / (low - high)))
-        else:
-            part = 2.0 if low >= target else -1.0
-        return self.low * math.exp(part * math.log(self.high / self.low))
-
-    @staticmethod
-    def _share(outcomes: Mapping[int, Outcomes], units: Sequence[Unit]) -> float:
-        blocks = [outcomes[seed][start:end] for seed, start, end in units]
-        return sum(map(sum, blocks)) / sum(map(len, blocks))
+    def goodput(self, low: Shares, high: Shares, target: float) -> Shares:
+        """Where the attainment crosses the target, with these at the two rates: on a line through them, over
+        the logarithm of the rate, and at most a rung outside."""
+        falls = low > high
+        part = np.clip((low - target) / np.where(falls, low - high, 1.0), -1.0, 2.0)
+        part = np.where(falls, part, np.where(low >= target, 2.0, -1.0))
+        made: Shares = self.low * (self.high / self.low) ** part
+        return made
 
 
 def ratio_of(ours: Decided, theirs: Decided, target: float, apart: float = 0.0) -> Ratio:
-    """By drawing blocks again and again (paired bootstrap): the same blocks for both, at all rates."""
-    size = BLOCK if sum(map(len, ours.at_low.values())) >= LEAST_BLOCKS * BLOCK else 1
-    units = [(seed, at, at + size) for seed, each in ours.at_low.items() for at in range(0, len(each), size)]
-    chance = random.Random(0)
-    drawn = sorted(
-        ours.goodput(some, target) / theirs.goodput(some, target)
-        for some in (chance.choices(units, k=len(units)) for _ in range(DRAWS))
-    )
-    low, high = drawn[round(0.025 * DRAWS)], drawn[round(0.975 * DRAWS) - 1]
-    return Ratio(ours.goodput(units, target) / theirs.goodput(units, target), low, high, apart)
+    """By drawing again and again (paired bootstrap): the same seeds, and of each the same blocks, for both
+    and at all rates. Seeds are drawn too, as each had rounds of its own and the machine as it was then.
+
+    Few blocks vary too little among themselves: where single requests give a wider interval, that counts.
+    """
+    four = (ours.at_low, ours.at_high, theirs.at_low, theirs.at_high)
+
+    def ratio(sums: Shares) -> Shares:
+        shares = sums[..., :4] / sums[..., 4:]
+        mine = ours.goodput(shares[..., 0], shares[..., 1], target)
+        made: Shares = mine / theirs.goodput(shares[..., 2], shares[..., 3], target)
+        return made
+
+    drawn = [ratio(_drawn(_sums(four, size))) for size in (BLOCK, 1)]
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=1)
+    value = ratio(sum(each.sum(axis=0) for each in _sums(four, 1)))
+    return Ratio(float(value), float(low.min()), float(high.max()), apart)
+
+
+def _sums(four: Sequence[Mapping[int, Outcomes]], size: int) -> list[Shares]:
+    """For each seed and block the good requests of all four, and how many it has: [block, 5]."""
+    made = []
+    for seed, each in four[0].items():
+        starts = np.arange(0, len(each), size)
+        counts = [*(np.array(one[seed], dtype=float) for one in four), np.ones(len(each))]
+        made.append(np.stack([np.add.reduceat(count, starts) for count in counts], axis=1))
+    return made
+
+
+def _drawn(seeds: Sequence[Shares]) -> Shares:
+    """The sums of as many seeds, and of as many blocks of each, as there are: [draw, 5]."""
+    chance = np.random.default_rng(0)
+    total = np.zeros((DRAWS, 5))
+    for _ in seeds:
+        chosen = chance.integers(len(seeds), size=DRAWS)
+        for number, blocks in enumerate(seeds):
+            here = chosen == number
+            picks = chance.integers(len(blocks), size=(int(here.sum()), len(blocks)))
+            total[here] += blocks[picks].sum(axis=1)
+    return total
 
 
 def _ratio(contest: Contest, first: str, second: str) -> Ratio | None:
@@ -189,10 +217,11 @@ def _ratio(contest: Contest, first: str, second: str) -> Ratio | None:
 
 
 def _decided(contest: Contest, name: str) -> Decided | None:
-    """None where it has no two such rates that were seen whole."""
+    """None where it has no two such rates that were seen whole with every seed."""
     rungs = contest.climb(name).deciding
     seeds = [contest.seeds(name, rung) for rung in rungs]
-    if len(rungs) < 2 or not all(run.whole for each in seeds for run in each.values()):
+    count = len(contest.trial.seeds)
+    if len(rungs) < 2 or not all(sum(run.whole for run in each.values()) == count for each in seeds):
         return None
     low, high = ({seed: _outcomes(contest, run) for seed, run in each.items()} for each in seeds)
     return Decided(contest.grid.rate(rungs[0]), contest.grid.rate(rungs[1]), low, high)
