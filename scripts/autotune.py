@@ -228,10 +228,10 @@ def another_workload(seed: int, number: int) -> None:
     ahead, scene = scene_of(profile, load, slo), scene_of(profile, then, slo)
     begin, end = CHANGE + SETTLED, CHANGE + SETTLED + JUDGED
 
-    later = at_rate(scene, SETTLED + JUDGED, seed, CHANGE * 1.01)
+    later = at_rate(scene, SETTLED + JUDGED, seed, CHANGE)
 
     def calls(rate: float) -> Iterator[Call]:
-        yield from at_rate(ahead, CHANGE, seed)(before)
+        yield from (call for call in at_rate(ahead, CHANGE * 1.2, seed)(before) if call.at < CHANGE)
         yield from later(rate)
 
     course = Course(scene, INSTANCES[profile], calls, begin, end)
