@@ -288,13 +288,9 @@ def mix(seed: int, number: int) -> None:
 
     course = Course(chat, INSTANCES[profile], calls, SETTLED, end)
     best, rate = course.best(baselines(INSTANCES[profile]), 1.5 * INSTANCES[profile])
-    told(
-        f"mix {number}: {named(profile, '80 % chat, 20 % summarization', slo, seed)}",
-        course,
-        rate,
-        1.08,
-        best,
-    )
+    name = f"mix {number}: {named(profile, '80 % chat, 20 % summarization', slo, seed)}"
+    for share in (1.0, 1.08):
+        told(name, course, rate, share, best)
 
 
 SCENARIOS: dict[str, tuple[int, Callable[[int, int], None]]] = {
