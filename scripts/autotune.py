@@ -228,10 +228,10 @@ def another_workload(seed: int, number: int) -> None:
     ahead, scene = scene_of(profile, load, slo), scene_of(profile, then, slo)
     begin, end = CHANGE + SETTLED, CHANGE + SETTLED + JUDGED
 
-    later = at_rate(scene, SETTLED + JUDGED, seed, CHANGE * 1.01)
+    later = at_rate(scene, SETTLED + JUDGED, seed, CHANGE)
 
     def calls(rate: float) -> Iterator[Call]:
-        yield from at_rate(ahead, CHANGE, seed)(before)
+        yield from (call for call in at_rate(ahead, CHANGE * 1.2, seed)(before) if call.at < CHANGE)
         yield from later(rate)
 
     course = Course(scene, INSTANCES[profile], calls, begin, end)
@@ -288,13 +288,9 @@ def mix(seed: int, number: int) -> None:
 
     course = Course(chat, INSTANCES[profile], calls, SETTLED, end)
     best, rate = course.best(baselines(INSTANCES[profile]), 1.5 * INSTANCES[profile])
-    told(
-        f"mix {number}: {named(profile, '80 % chat, 20 % summarization', slo, seed)}",
-        course,
-        rate,
-        1.08,
-        best,
-    )
+    name = f"mix {number}: {named(profile, '80 % chat, 20 % summarization', slo, seed)}"
+    for share in (1.0, 1.08):
+        told(name, course, rate, share, best)
 
 
 SCENARIOS: dict[str, tuple[int, Callable[[int, int], None]]] = {

@@ -38,6 +38,7 @@ from taichi_serve.slo import SLO
 from taichi_serve.tuning import proposal
 from taichi_serve.tuning.beliefs import Limits
 from taichi_serve.tuning.proposal import Proposal, Question
+from taichi_serve.tuning.rehearsal import Standing
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.tuner import FIRST, HURRY, KIND_STEADY, LOOK, RECENT, SETTLED, Tuner
 
@@ -68,6 +69,14 @@ class Said:
     def answer(self, now: float) -> Proposal | None:
         found, self.proposal = self.proposal, None
         return found
+
+
+POOR, FINE = Standing(good=0.5, used=1.4), Standing(good=0.8, used=1.1)
+
+
+def better(there: Setting) -> Proposal:
+    """A proposal that promises 30 % of all requests."""
+    return Proposal(there, POOR, FINE, 1.2, 30)
 
 
 def tuner_of(act: bool = True, adviser: Said | None = None) -> Tuner:
@@ -139,19 +148,21 @@ def test_instances_change_their_kind_one_at_a_time() -> None:
     adviser = Said()
     tuner = tuner_of(adviser=adviser)
     there = Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8)
-    adviser.proposal = Proposal(there, 0.3, 1.2, 0.95, 30)
+    adviser.proposal = better(there)
     served(tuner, 0.0, ttft=0.2, tpot=0.03, count=300)  # all good: steady
     splits = [(change.sliders.p_heavy, change.sliders.d_chunk) for change in tuner.changes]
     assert splits == [(1, 512), (0, 512)]
     assert tuner.changes[1].at - tuner.changes[0].at >= KIND_STEADY
     assert tuner.core.policy.ttft_margin == 1.0
-    assert tuner.changes[0].gain == 0.3
+    assert round(tuner.changes[0].gain or 0.0, 9) == 0.3
+    words = "at 1.20 times their rate 80% of the last requests would be good, not 50%"
+    assert words in tuner.changes[0].why
 
 
 def test_what_an_operator_set_is_not_undone_by_an_older_proposal() -> None:
     adviser = Said()
     tuner = tuner_of(adviser=adviser)
-    adviser.proposal = Proposal(Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8), 0.3, 1.2, 0.95, 30)
+    adviser.proposal = better(Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8))
     served(tuner, 0.0, ttft=0.2, tpot=0.03, count=20)
     assert len(tuner.changes) == 1  # one instance so far
     tuner.on(Slid(11.0, START))
@@ -249,7 +260,7 @@ def test_a_long_answer_is_followed_by_a_rest_of_ten_times_as_long() -> None:
     tuner = known(adviser)
     asked_at(adviser, tuner, 0.0, 70)
     adviser.took = 20.0
-    adviser.proposal = Proposal(tuner.now, 0.0, 1.0, 0.5, 30)  # heard at the look that follows
+    adviser.proposal = Proposal(tuner.now, POOR, POOR, 1.0, 30)  # heard at the look that follows
     later = asked_at(adviser, tuner, 35.0, 500)
     assert later[0] >= 35.0 + 200.0
 

@@ -45,21 +45,27 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A setting, and by which share of all requests more would be good with it than with the one in force, at
-    `load` times the rate that was seen. It may be the one in force: then nothing better was found."""
+    """A setting, and how it stands beside the one in force (`now`) at `load` times the rate that was seen. It
+    may be the one in force: then nothing better was found."""
 
     setting: Setting
-    gain: float
+    now: Standing
+    then: Standing
     load: float
-    good: float  # share of good requests with it, at that load
     runs: int  # rehearsals that this took
+
+    @property
+    def gain(self) -> float:
+        """The share of all requests by which more would be good."""
+        return self.then.good - self.now.good
 
     @property
     def why(self) -> str:
         """In words."""
+        now, then = self.now, self.then
         return (
-            f"of the last requests {self.good:.0%} would be good at {self.load:.2f} times their rate, "
-            f"{self.gain:+.0%} against the setting in force"
+            f"at {self.load:.2f} times their rate {then.good:.0%} of the last requests would be good, not "
+            f"{now.good:.0%}, with P90 at {then.used:.0%} of the scarcer SLO, not {now.used:.0%}"
         )
 
 
@@ -125,7 +131,7 @@ def propose(question: Question) -> Proposal:
     ours, theirs = climb.at(now), climb.at(best)
     if not _worth(now, ours, best, theirs):
         best, theirs = now, ours
-    return Proposal(best, theirs.good - ours.good, climb.load, theirs.good, len(climb.seen))
+    return Proposal(best, ours, theirs, climb.load, len(climb.seen))
 
 
 def _worth(now: Setting, ours: Standing, best: Setting, theirs: Standing) -> bool:
