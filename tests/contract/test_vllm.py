@@ -952,6 +952,16 @@ def test_the_offloading_side_stores_no_more_of_a_request_than_its_state_says() -
     ]
 
 
+def test_a_tier_that_is_emptied_twice_between_two_steps_ends_in_an_error() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
+
+    assert not mentions(
+        OffloadingConnectorScheduler.reset_cache,
+        "assert not self._current_batch_jobs_to_flush",
+        "self._current_batch_jobs_to_flush.update(self._jobs.keys())",
+    )
+
+
 def test_the_offloading_connector_names_its_two_sides_and_what_bounds_a_load() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 

@@ -136,9 +136,12 @@ async def test_an_instance_that_dies_and_a_reset_leave_nothing_on_the_host(
     reference = await said(single, kept)
     async with server.client() as client:
         assert wrong(await streamed(client, kept), reference) == []
+        before = on_hosts(server)[1]
+        assert before > 100
         processes(server, "i1")[0].kill()
         eventually(lambda: is_back(server), BACK_SECONDS, "i1 is back")
-        eventually(lambda: on_hosts(server)[1] == 0, 10, "that it has nothing any more is known")
+        # It has rehearsed its moves again, and that is all that is there.
+        eventually(lambda: 0 <= (on_hosts(server)[1] or 0) < before / 2, 10, "that it has lost it is known")
         assert on_hosts(server)[0] > 0
         assert wrong(await streamed(client, kept), reference) == []
         server.quiet(10)

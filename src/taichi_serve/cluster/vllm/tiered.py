@@ -85,7 +85,9 @@ class TieredConnector(MultiConnector):
         return super().request_finished_all_groups(request, block_ids)
 
     def reset_cache(self) -> bool:
-        """Forget what the host has."""
+        """Forget what the host has. vLLM's own ends in an error where no step came since the last time."""
+        if self.host_tier.just_reset:
+            return True
         done = super().reset_cache()
         self.host_tier.blocks.forget()
         return done

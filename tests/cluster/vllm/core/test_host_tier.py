@@ -196,6 +196,18 @@ def test_who_asks_again_and_a_reset_of_the_tier_are_told_from_the_beginning() ->
     assert prefilled(here.compute("b")) == (0, 0)
 
 
+def test_the_tier_may_be_emptied_twice_between_two_steps() -> None:
+    here = Here()
+    here.scheduler.add_request(request("a", PROMPT, 1))
+    here.instance.plan()
+    here.instance.take_in()
+    assert here.scheduler.connector.has_pending_push_work(), "something is being stored"
+    for _ in range(2):
+        assert here.scheduler.reset_prefix_cache(reset_connector=True)
+    here.run(lambda: True)
+    assert here.instance.believed_host == set()
+
+
 def test_a_prompt_whose_kv_is_here_goes_before_a_request_that_moves_in_and_finds_no_room() -> None:
     here = Here(host=40, c=[9] * 40)
     here.compute("a")

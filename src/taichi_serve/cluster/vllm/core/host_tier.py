@@ -44,6 +44,11 @@ class HostTier:
         chunk = self.blocks.manager._policy.get(make_offload_key(block_hash, 0))
         return chunk is not None and bool(chunk.is_ready)
 
+    @property
+    def just_reset(self) -> bool:
+        """Whether the tier was emptied since the last step, and its workers are still to hear of it."""
+        return bool(self._scheduler._current_batch_jobs_to_flush)
+
     def matched(self, request: Request, known: int) -> tuple[int | None, bool]:
         """Tokens that the host has beyond the `known` ones, and whether to wait for them outside the step;
         None where that is not known yet. The last token is computed in any case, into a block that nobody
