@@ -40,7 +40,7 @@ def test_nothing_that_can_happen_between_instances_makes_a_wrong_token(batch: in
 @pytest.mark.parametrize("batch", range(3))
 def test_nor_does_it_where_kv_is_offloaded_to_hosts_meanwhile(batch: int) -> None:
     seen = tortured(100 + batch, host=True)
-    for what in ("stored", "loaded", "loans", "waited for", "host reset", "host told", "fetched", "unread"):
+    for what in ("stored", "loaded", "waited for", "host reset", "host told", "moved", "fetched", "unread"):
         assert seen[what] > 0, what
 
 
