@@ -362,7 +362,8 @@ class Instance:
         output = self.scheduler.schedule()
         if any(leg.endswith("/loan") for leg in output.num_scheduled_tokens):
             self.faults.append("what is there to load was about to be computed")
-        self.seen["loans"] = max(self.seen.get("loans", 0), len(self.scheduler.prefixes._loans or ()))
+        if loans := self.scheduler.prefixes._loans:
+            self.seen["loans"] = max(self.seen.get("loans", 0), len(loans))
         sights = {leg: self._sight(leg, tokens) for leg, tokens in output.num_scheduled_tokens.items()}
         self.steps.append((output, sights))
         for _ in output.preempted_req_ids or ():
