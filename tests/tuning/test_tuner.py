@@ -60,7 +60,7 @@ class Said:
     took = 0.0
 
     def __init__(self) -> None:
-        self.proposal: Proposal | None = None
+        self.proposal: Proposal | None = None  # what it will say
         self.questions: list[Question] = []
 
     def ask(self, now: float, question: Question) -> None:
@@ -148,6 +148,7 @@ def test_instances_change_their_kind_one_at_a_time() -> None:
     adviser = Said()
     tuner = tuner_of(adviser=adviser)
     there = Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8)
+    tuner._asked_of = tuner.now
     adviser.proposal = better(there)
     served(tuner, 0.0, ttft=0.2, tpot=0.03, count=300)  # all good: steady
     splits = [(change.sliders.p_heavy, change.sliders.d_chunk) for change in tuner.changes]
@@ -159,9 +160,22 @@ def test_instances_change_their_kind_one_at_a_time() -> None:
     assert words in tuner.changes[0].why
 
 
+def test_an_answer_about_a_setting_that_is_in_force_no_more_is_not_followed() -> None:
+    adviser = Said()
+    tuner = known(adviser)
+    asked_at(adviser, tuner, 0.0, 70)
+    assert len(adviser.questions) == 1
+    tuner.on(Tuned(35.0, Sliders(2, 2, 1024, 192), 0.5, 0.8, "the fast loop was faster"))
+    adviser.proposal = better(Setting(Sliders(2, 2, 1024, 320), 0.5, 0.8))
+    served(tuner, 36.0, ttft=0.2, tpot=0.03, count=40)
+    assert adviser.proposal is None  # it was heard
+    assert tuner.core.sliders.d_chunk == 192
+
+
 def test_what_an_operator_set_is_not_undone_by_an_older_proposal() -> None:
     adviser = Said()
     tuner = tuner_of(adviser=adviser)
+    tuner._asked_of = tuner.now
     adviser.proposal = better(Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8))
     served(tuner, 0.0, ttft=0.2, tpot=0.03, count=20)
     assert len(tuner.changes) == 1  # one instance so far

@@ -30,7 +30,7 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.adviser import Adviser
 from taichi_serve.tuning.beliefs import Beliefs, Limits
-from taichi_serve.tuning.nudge import nudge
+from taichi_serve.tuning.nudge import ENOUGH, nudge
 from taichi_serve.tuning.past import Sort, life_of, past_of
 from taichi_serve.tuning.proposal import Proposal, Question
 from taichi_serve.tuning.setting import Setting
@@ -93,6 +93,8 @@ class Tuner:
         # What was before these is of no interest: to the slow loop, and to the fast one.
         self._cut = self._since = float("-inf")
         self._asked_at = self._rest_until = float("-inf")
+        self._steady = True  # most requests are good
+        self._asked_of: Setting | None = None  # the setting in force when the last question was asked
         self._open = False  # whether a question is
         self._chunk_at = self._kind_at = float("-inf")  # when these last changed
 
@@ -137,7 +139,8 @@ class Tuner:
         if not self._calm():
             self._since, self._target = now, None
             return None
-        self.view = self.watch.view(now, self.core.slo, max(self._since, now - WINDOW), self._made)
+        since = max(self._since, now - WINDOW)
+        self._seen(self.watch.view(now, self.core.slo, since, self._made))
         self.pace, self._paces = self._paces.value(0.0) / self.core.slo.tpot, Average()
         self._advised(now)
         if self._target is not None:
@@ -150,8 +153,11 @@ class Tuner:
         kinds = self.core.sliders.kinds()
         return all(i.serving and i.kind is kind for i, kind in zip(instances, kinds, strict=True))
 
-    def _steady(self) -> bool:
-        return self.view is None or self.view.good >= GOOD
+    def _seen(self, view: View) -> None:
+        """Of a few requests those that are late are known first: they say nothing about all."""
+        self.view = view
+        if view.judged >= ENOUGH:
+            self._steady = view.good >= GOOD
 
     def _made(self, name: str) -> int:
         """Output tokens of a request under way."""
@@ -171,16 +177,17 @@ class Tuner:
         if proposal is not None:
             self.proposal, self._open = proposal, False
             self._rest_until = now + REST * self.adviser.took
+        if proposal is not None and self._asked_of == self.now:  # else it is an answer to another question
             better = proposal.setting != self.now and not self._too_little(proposal)
             self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
-            if not better and self._steady():
+            if not better and self._steady:
                 self._ask_at = now + CONTENT
         recent = list(self.watch.since(now - RECENT))
         known = self._sort
         if known and len(recent) >= RECENT_REQUESTS and Sort.of(recent, RECENT).differs(known):
             self._cut, self._sort = now - RECENT, None
             self._ask_anew(now)
-        if not self._steady():
+        if not self._steady:
             self._ask_at = min(self._ask_at, now + LATER)
         gap = PATIENCE if self._open else SOON
         if now >= max(self._ask_at, self._rest_until) and now - self._asked_at >= gap:
@@ -204,18 +211,19 @@ class Tuner:
             return
         self._ask_at = now + (SOON if self._sort is None else LATER)
         self._sort, self._open, self._asked_at = Sort.of(seen, past.span), True, now
+        self._asked_of = self.now
         policy = replace(self.core.policy, ahead=False)
         adviser.ask(now, Question(plant, past, self.core.slo, policy, self.now, life_of(seen)))
 
     def _approach(self, now: float, target: Setting) -> Tuned | None:
         """Go to where the slow loop wants to be, one instance at a time."""
         here = self.now
-        if now - self._chunk_at < (STEADY if self._steady() else HURRY):
+        if now - self._chunk_at < (STEADY if self._steady else HURRY):
             return None
         there, self._nudged = target, None
         wanted, count = target.sliders.p_heavy, here.sliders.p_heavy
         if wanted != count:
-            if now - self._kind_at < (KIND_STEADY if self._steady() else KIND_HURRY):
+            if now - self._kind_at < (KIND_STEADY if self._steady else KIND_HURRY):
                 return None
             most = self.beliefs.limits.max_chunk
             there = target.with_p_heavy(count + (1 if wanted > count else -1), most)
@@ -228,7 +236,7 @@ class Tuner:
 
     def _nudge(self, now: float) -> Tuned | None:
         assert self.view is not None
-        if now - self._chunk_at < (STEADY if self._steady() else HURRY):
+        if now - self._chunk_at < (STEADY if self._steady else HURRY):
             return None
         if now - self._since < SETTLED + self.core.slo.ttft:
             return None
