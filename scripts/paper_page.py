@@ -85,20 +85,7 @@ def noted(row: Json) -> str:
     return f"{label}; nobody degraded" if alone else label
 
 
-def before(name: str) -> str:
-    """What the page had under this name before the search judged on seeds of its own."""
-    text = (ROOT / "scripts/paper.before.md").read_text()
-    return text.partition(f"## {name}\n\n")[2].partition("\n\n##")[0].strip()
-
-
-def not_run_again(name: str, rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The rows of then, marked, whose setting is not among these."""
-    then = [[cell.strip() for cell in line.strip("|").split("|")] for line in before(name).splitlines()]
-    now = {row[0] for row in rows}
-    return [[f"{row[0]} {MARK}", *row[1:]] for row in then if row[0] not in now]
-
-
-def page_goodput(kept: Json, stage: str) -> str:
+def page_goodput(kept: Json) -> str:
     """Goodput of every family, tuned."""
     rows = []
     for r in kept["rows"]:
@@ -123,9 +110,8 @@ def page_goodput(kept: Json, stage: str) -> str:
         "bound",
         "hybrid of bound",
     )
-    then = not_run_again(stage, rows)
-    told = table((*head, "hybrid against best baseline"), [*rows, *then])
-    return "\n\n".join([told, *([stood_on(kept)] if rows else []), *([THEN] if then else [])])
+    told = table((*head, "hybrid against best baseline"), rows)
+    return f"{told}\n\n{stood_on(kept)}" if rows else told
 
 
 def page_leads(kept: Path) -> str:
@@ -137,7 +123,7 @@ def page_leads(kept: Path) -> str:
             leads = [paired(mine["hybrid"], mine[base]) for base in ("aggregation", "disaggregation")]
             size = name.removeprefix("goodput_").upper()
             rows.append([f"{size} {r['workload']} {r['slo'][0]:g} s, {r['slo'][1] * 1e3:g} ms", *leads])
-    return table(("", "over aggregation", "over disaggregation"), [*rows, *not_run_again("leads", rows)])
+    return table(("", "over aggregation", "over disaggregation"), rows)
 
 
 def page_ablation(kept: Json) -> str:
@@ -163,11 +149,6 @@ def page_interference(kept: Json) -> str:
     )
 
 
-MARK = "†"
-THEN = (
-    f"{MARK} Not run again since 2026-11-24 (2af2f29): tuned on one seed, the mean over five others of what "
-    "each held, and the bound as a limit; the search that chose them threw away settings that had held."
-)
 PARTS = {
     "goodput_14b": "qwen2.5-14b",
     "goodput_32b": "qwen2.5-32b",
@@ -182,14 +163,14 @@ def settings(kept: Path, name: str) -> Json:
 
 
 def write(kept: Path) -> None:
-    """Fill the page's places with the figures that are there, and with those of then where none are."""
+    """Fill the page's places with the figures that are there."""
     pages = {"table2": page_table2, "ablation": page_ablation, "interference": page_interference}
     (DOCS / "paper").mkdir(parents=True, exist_ok=True)
     text = (ROOT / "scripts/paper.template.md").read_text()
     for name, page in pages.items():
         path = kept / f"{name}.json"
-        told = page(json.loads(path.read_text())) if path.exists() else before(name)
+        told = page(json.loads(path.read_text())) if path.exists() else "Not run yet."
         text = text.replace("{{" + name + "}}", told)
     for name in PARTS:
-        text = text.replace("{{" + name + "}}", page_goodput(settings(kept, name), name))
+        text = text.replace("{{" + name + "}}", page_goodput(settings(kept, name)))
     (DOCS / "paper.md").write_text(text.replace("{{leads}}", page_leads(kept)))

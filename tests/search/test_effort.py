@@ -117,12 +117,12 @@ def test_more_traffic_makes_longer_runs_and_fewer_seeds_but_never_fewer_than_fiv
 
 def test_where_the_limit_cuts_the_plan_says_so():
     # 200,000 requests are asked for, 60,000 allowed: sqrt(20 / 60,000) = 1.8 %. Runs of 8,000, 4,000 allowed.
-    made = planned(20.0, 1.0, Effort(), 0)
+    made = planned(20.0, 1.0, Effort(most=4000), 0)
     assert made.requests * len(made.judging) == 60_000
     assert made.error == pytest.approx(0.01826, rel=1e-3)
     assert made.cut
     assert not planned(20.0, 1.0, Effort(most=8000, judging=200_000), 0).cut
-    assert planned(20.0, 1.0, Effort(judging=200_000), 0).cut  # each run is still too short
+    assert planned(20.0, 1.0, Effort(most=4000, judging=200_000), 0).cut  # each run is still too short
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])

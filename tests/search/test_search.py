@@ -263,7 +263,7 @@ def test_a_promise_says_on_how_many_seeds_it_stands_and_what_was_cut():
     whole = promise(planned(2.0, 1.0, Effort(), 0))
     assert "90 % good of the requests of 25 seeds, 800 each; tuned on 3 other seeds; standard error" in whole
     assert "CUT" not in whole
-    cut = promise(planned(20.0, 1.0, Effort(), 0))
+    cut = promise(planned(20.0, 1.0, Effort(most=4000), 0))
     assert "judged with 1.8%. CUT SHORT" in cut
     assert "not judged" in promise(planned(2.0, 1.0, Effort(judging=0), 0))
 

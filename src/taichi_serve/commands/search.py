@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="of traffic in a full run, at least")
     parser.add_argument(
-        "--most", type=int, default=4000, help="requests in a full run, whatever asks for more"
+        "--most", type=int, default=16_000, help="requests in a full run, whatever asks for more"
     )
     parser.add_argument(
         "--error",

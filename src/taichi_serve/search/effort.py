@@ -35,7 +35,7 @@ class Effort:
 
     seconds: float = 120.0  # of traffic that a run has at least
     least: int = 800  # requests of a run
-    most: int = 4000  # the same, whatever else asks for more
+    most: int = 16_000  # the same, whatever else asks for more
     tolerance: float = 0.02  # between the rates about a goodput; within, it lies on a straight line
     knobs: bool = False
     tuners: tuple[int, int] = (3, 8)  # at least and at most so many seeds tune
