@@ -175,7 +175,7 @@ async def test_64_requests_of_conversations_say_what_they_say_undisturbed(
 
     here = told(log)
     LOG.info("%s, %s; %d to the holder that died", counted, here, len(here.bereft))
-    assert len(here.fetched) >= 8 and sum(here.fetched) >= 8 * SYSTEM_TOKENS
+    assert len(here.fetched) >= 8 and sum(here.fetched) >= 1000
     assert here.moves >= TALKS
     assert here.removed >= 100, "blocks were evicted"
     assert here.lost == {"i2": 1} and here.bereft, "prompts lost the holder of their prefix"
