@@ -71,6 +71,7 @@ def main() -> int:
     load = ["--workload", args.workload, "--ttft-slo", ttft, "--tpot-slo", tpot, "--out", str(args.out)]
     load += ["--requests", str(args.requests), "--warm-up", "40", "--seeds", args.seeds]
     load += ["--start", str(args.start), "--tolerance", str(args.tolerance), "--instances", str(args.gpus)]
+    load += ["--redo", "0"]  # the probes see the host's cores, and nothing of its GPUs
     names = args.contenders.split(",")
     compared = [word for name in names if not name.startswith("stock") for word in ours(name, args.gpus)]
     if stock := ",".join(name for name in names if name.startswith("stock")):
