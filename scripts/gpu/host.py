@@ -34,7 +34,7 @@ from taichi_serve.tiny import cached_tiny_model
 
 REHEARSAL = bool(os.environ.get("TAICHI_REHEARSAL"))
 COUNT, SIZE, ANSWER, MORE = (6, 600, 40, 20) if REHEARSAL else (12, 8000, 200, 60)  # conversations, tokens
-DEVICE = 3 << 20 if REHEARSAL else 3 << 29  # bytes of KV: of about three conversations
+DEVICE = 3 << 19 if REHEARSAL else 3 << 29  # bytes of KV: of two or three conversations
 HOST = ("--kv-offloading-size", "0.125" if REHEARSAL else "8")
 LIMIT = 1024 if REHEARSAL else 10240
 PATH = "/v1/completions"
