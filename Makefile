@@ -31,7 +31,7 @@ check: $(READY) ## format, lint, strict types, import contracts, tests without e
 
 test: check ## the whole test suite: check, then the tests that start real vLLM engines
 	timeout --foreground --kill-after=30 $(ENGINE_LIMIT) \
-		$(BIN)/pytest -m "(engine or long) and not gpu" --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+		$(BIN)/pytest -m "(engine or long) and not gpu" --durations=25 --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
 
 torture: $(READY) ## 20,000 worlds of the server's side over pretended engines (RUNS=N for another number)
 	$(BIN)/python tests/torture/torture.py --runs $(or $(RUNS),20000)
