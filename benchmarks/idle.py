@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 from generator import Generator
 from overhead import Stock, measure, start
-from paired import family
 from servers import Server
+
+from taichi_serve.commands.family import cpu_seconds
 
 
 def shares(pid: int, seconds: float) -> dict[str, float]:
@@ -53,9 +54,9 @@ def main() -> None:
                 measure(generator, server.url, Path(name), 20, "inf", seed=number)
         time.sleep(args.after)
         for kind, server in servers.items():
-            before, began = family(server.process.pid), time.monotonic()
+            before, began = cpu_seconds(server.process.pid), time.monotonic()
             each = shares(server.process.pid, args.seconds)
-            share = (family(server.process.pid) - before) / (time.monotonic() - began)
+            share = (cpu_seconds(server.process.pid) - before) / (time.monotonic() - began)
             print(f"{kind}: {share:.2%} of a core while idle", flush=True)
             for process, part in each.items():
                 print(f"  {process:32} {part:.2%}", flush=True)

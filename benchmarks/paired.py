@@ -12,6 +12,8 @@ from typing import Literal
 
 import psutil
 
+from taichi_serve.commands.family import cpu_seconds
+
 Kind = Literal["ours", "stock"]
 
 
@@ -90,13 +92,6 @@ def busy() -> float:
     return sum(times.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
-def family(pid: int) -> float:
-    """CPU seconds of a process and of all below it, so far."""
-    this = psutil.Process(pid)
-    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
-
-
 class Watch:
     """CPU time of a server and all below it, and what neither they nor our other children took."""
 
@@ -106,8 +101,8 @@ class Watch:
         self._at, self._before = time.monotonic(), self._read()
 
     def _read(self) -> tuple[float, float]:
-        server = family(self._pid)
-        besides = sum(map(family, self._besides))
+        server = cpu_seconds(self._pid)
+        besides = sum(map(cpu_seconds, self._besides))
         ended = os.times()  # of children of ours that have ended: the load generator
         return server, busy() - server - besides - ended.children_user - ended.children_system
 

@@ -15,10 +15,8 @@ from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.rehearsal import Plant
 
-KEPT, ENOUGH = (
-    400,
-    60,
-)  # steps of either sort that a model without a profile is fitted to, and at least so many
+# Steps of either sort that a model without a profile is fitted to, and at least so many.
+KEPT, ENOUGH = 400, 60
 
 
 @dataclass(frozen=True, slots=True)
