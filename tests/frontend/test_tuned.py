@@ -18,7 +18,7 @@ from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
-from taichi_serve.tuning.beliefs import Limits
+from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.tuner import Tuner
 
 

@@ -16,13 +16,13 @@ from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 from taichi_serve.tuning import proposal
 from taichi_serve.tuning.proposal import Question, far, near, propose
-from taichi_serve.tuning.rehearsal import Past, Plant, rehearse
+from taichi_serve.tuning.rehearsal import Limits, Past, Plant, rehearse
 from taichi_serve.tuning.setting import Setting
 
 # A step takes 10 ms, a prompt token 0.1 ms, whatever else is in it.
 MODEL = Roofline(launch=0.01, token=1e-4)
 LINKS = tuple(Transfer(a, b, 0.005, 1e10) for a in Kind for b in Kind)
-PLANT = Plant(MODEL, (), 1.0, 1.0, 100_000, 64, 8192, 2048, 16, 1000, LINKS)
+PLANT = Plant(MODEL, (), 1.0, 1.0, Limits(100_000, 64, 8192, 2048, 16, 1000), LINKS)
 LONG = Past(tuple(Call(n * 0.25, 2000, 50) for n in range(60)), 15.0)
 NOW = Setting(Sliders(1, 1, 2048, 1024), 0.5, 10.0)
 

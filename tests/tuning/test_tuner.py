@@ -36,9 +36,8 @@ from taichi_serve.search.goodput import Contender, Scene, attain, attain_tuned
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 from taichi_serve.tuning import proposal
-from taichi_serve.tuning.beliefs import Limits
 from taichi_serve.tuning.proposal import Proposal, Question
-from taichi_serve.tuning.rehearsal import Standing
+from taichi_serve.tuning.rehearsal import Limits, Standing
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.tuner import FIRST, HURRY, KIND_STEADY, LOOK, RECENT, SETTLED, Tuner
 

@@ -48,7 +48,7 @@ from taichi_serve.latency.profile import ProfileError
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import OFF, ON
-from taichi_serve.tuning.beliefs import Limits
+from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.tuner import Tuner
 
 log = logging.getLogger("taichi")

@@ -24,7 +24,7 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 from taichi_serve.tuning.adviser import AtOnce
-from taichi_serve.tuning.beliefs import Limits
+from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.tuner import Tuner
 
 TARGET = 0.9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.fit import Sample
@@ -13,22 +12,10 @@ from taichi_serve.latency.profile import Transfer
 from taichi_serve.latency.profiled import Profiled, bounded
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
-from taichi_serve.tuning.rehearsal import Plant
+from taichi_serve.tuning.rehearsal import Limits, Plant
 
 # Steps of either sort that a model without a profile is fitted to, and at least so many.
 KEPT, ENOUGH = 400, 60
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What instances can hold and take, in tokens and requests; they are all alike."""
-
-    kv_capacity: int
-    max_running: int
-    max_model_len: int
-    max_chunk: int
-    block_size: int
-    bytes_per_token: int
 
 
 class Beliefs:
@@ -74,20 +61,7 @@ class Beliefs:
         plain: float,
         transfers: tuple[Transfer, ...],
     ) -> Plant:
-        limits = self.limits
-        return Plant(
-            model,
-            steps,
-            mixed,
-            plain,
-            limits.kv_capacity,
-            limits.max_running,
-            limits.max_model_len,
-            limits.max_chunk,
-            limits.block_size,
-            limits.bytes_per_token,
-            transfers,
-        )
+        return Plant(model, steps, mixed, plain, self.limits, transfers)
 
     def _links(self, predictor: Predictor) -> tuple[Transfer, ...]:
         """As fast as moves were: all of a gap counts as latency."""

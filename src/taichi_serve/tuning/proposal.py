@@ -120,7 +120,7 @@ class Climb:
 def propose(question: Question) -> Proposal:
     """The best setting that a climb of a few steps finds."""
     question = replace(question, plant=question.plant.fitted())
-    now, most = question.now, question.plant.max_chunk
+    now, most = question.now, question.plant.limits.max_chunk
     climb = Climb(question)
     climb.begin()
     best = climb.race(now, far(question))
@@ -147,7 +147,7 @@ def far(asked: Question) -> Iterator[Setting]:
     """Settings that differ from the one in force in R_PD and S_D together, for one asks for the other: with
     fewer D-heavy instances each has more decodes, which leave less time for prompts beside them; and in one
     other thing."""
-    now, most = asked.now, asked.plant.max_chunk
+    now, most = asked.now, asked.plant.limits.max_chunk
     p_heavy, instances = now.sliders.p_heavy, now.sliders.instances
     for count in range(max(1, p_heavy - 2), min(instances - 1, p_heavy + 2) + 1):
         split = now.with_p_heavy(count, most)
@@ -167,10 +167,10 @@ def fitting(asked: Question, d_heavy: int) -> Iterator[int]:
     calls, tpot = asked.past.calls, asked.slo.tpot
     prompt = sum(call.prompt_tokens for call in calls) / len(calls)
     output = sum(call.output_tokens for call in calls) / len(calls)
-    decodes = min(asked.past.rate * output * tpot / d_heavy, float(asked.plant.max_running))
+    decodes = min(asked.past.rate * output * tpot / d_heavy, float(asked.plant.limits.max_running))
     context = decodes * (prompt + output / 2)
     for share in FILLED:
-        low, high = 0, asked.plant.max_chunk // UNIT
+        low, high = 0, asked.plant.limits.max_chunk // UNIT
         while low < high:  # the largest that still fits
             middle = (low + high + 1) // 2
             chunk = middle * UNIT

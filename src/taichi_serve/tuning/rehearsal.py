@@ -58,21 +58,28 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Plant:
-    """The instances, all alike: `model` says what steps take, times `mixed` with prompt tokens in them and
-    times `plain` without, as was observed; limits in tokens and requests; how KV moves between two of them.
-    Where there is no model it is to be fitted to `steps`."""
+class Limits:
+    """What instances can hold and take, in tokens and requests; they are all alike."""
 
-    model: Roofline | None
-    steps: tuple[Sample, ...]
-    mixed: float
-    plain: float
     kv_capacity: int
     max_running: int
     max_model_len: int
     max_chunk: int
     block_size: int
     bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """The instances, all alike: `model` says what steps take, times `mixed` with prompt tokens in them and
+    times `plain` without, as was observed; how KV moves between two of them.
+    Where there is no model it is to be fitted to `steps`."""
+
+    model: Roofline | None
+    steps: tuple[Sample, ...]
+    mixed: float
+    plain: float
+    limits: Limits
     transfers: tuple[Transfer, ...]
 
     def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
@@ -88,7 +95,8 @@ class Plant:
     @property
     def limit(self) -> int:
         """Tokens of prompt and output together that a request may have."""
-        return min(self.max_model_len, self.kv_capacity // self.block_size * self.block_size)
+        size = self.limits.block_size
+        return min(self.limits.max_model_len, self.limits.kv_capacity // size * size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +179,15 @@ def rehearse(
     cluster = SimulatedCluster(
         sliders,
         [plant],
-        EngineShape(plant.kv_capacity, plant.max_running, plant.block_size),
-        Link(plant.bytes_per_token, link.bytes_per_second, link.latency),
+        EngineShape(plant.limits.kv_capacity, plant.limits.max_running, plant.limits.block_size),
+        Link(plant.limits.bytes_per_token, link.bytes_per_second, link.latency),
         past.again(load, count),
-        max_model_len=plant.max_model_len,
+        max_model_len=plant.limits.max_model_len,
     )
     transfers = {(t.source, t.target): t for t in plant.transfers}
     assert plant.model is not None
-    predictor = Profiled(plant.model, transfers, plant.bytes_per_token)
-    known = plant.block_size if past.shares else 0
+    predictor = Profiled(plant.model, transfers, plant.limits.bytes_per_token)
+    known = plant.limits.block_size if past.shares else 0
     scheduler = GlobalScheduler(sliders, slo, predictor, setting.policy(policy), cluster.capacities, known)
     judge = Judge(scheduler, slo, int(SKIPPED * count), count)
     for event in cluster.facts():

@@ -29,10 +29,11 @@ from taichi_serve.messages import (
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.adviser import Adviser
-from taichi_serve.tuning.beliefs import Beliefs, Limits
+from taichi_serve.tuning.beliefs import Beliefs
 from taichi_serve.tuning.nudge import ENOUGH, nudge
 from taichi_serve.tuning.past import Sort, life_of, past_of
 from taichi_serve.tuning.proposal import Proposal, Question
+from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.watch import View, Watch
 
