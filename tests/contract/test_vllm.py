@@ -303,6 +303,24 @@ def test_the_worker_side_has_what_a_read_from_another_thread_needs() -> None:
     assert names(NixlBaseConnectorWorker._logical_to_kernel_block_ids) == ["block_ids", "ratio"]
 
 
+def test_nixl_looks_after_its_transfers_at_every_step_whether_there_are_any_or_not() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import NixlBaseConnectorWorker
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+    from vllm.model_executor.layers.attention import kv_transfer_utils
+
+    looked_at = ("_recving_transfers", "_recving_metadata", "_recv_failures", "_failed_recv_reqs.empty()")
+    look = NixlBaseConnectorWorker.get_transfer_results
+    assert mentions(look, *looked_at, "self._get_new_notifs()", "self._reap_expired_send_leases(") == []
+    held = "not in self._reqs_to_send", "not in self._reqs_to_process"
+    assert mentions(NixlPullConnectorWorker._get_new_notifs, *held) == []
+    # Layers ask whether there is metadata, and NIXL has nothing to do for one.
+    assert mentions(kv_transfer_utils.maybe_transfer_kv_layer, "connector.has_connector_metadata()") == []
+    for name in ("wait_for_layer_load", "save_kv_layer"):
+        body = inspect.getsource(getattr(NixlBaseConnector, name)).rsplit('"""', 1)[-1]
+        assert body.strip() == "pass", name
+
+
 def test_workers_look_after_loads_before_a_step_only_if_it_says_so() -> None:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker import kv_connector_model_runner_mixin

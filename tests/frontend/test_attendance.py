@@ -6,17 +6,13 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 
 pytest.importorskip("vllm")
 
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
-from taichi_serve.frontend.attendance import Attendance, RetryAfter
+from taichi_serve.frontend.attendance import Attendance
 
 
 class Two:
@@ -66,19 +62,3 @@ def test_silent_ones_live_and_do_not_answer() -> None:
     two.keeper.silent.append(two.engines[1])
     assert two.attendance.none_answers()
     assert not two.attendance.none_lives()
-
-
-@pytest.mark.parametrize(
-    ("status", "seconds", "said"), [(503, 7, "7"), (503, None, None), (200, 7, None), (500, 7, None)]
-)
-async def test_a_503_has_a_retry_after_where_it_is_known(
-    status: int, seconds: int | None, said: str | None
-) -> None:
-    async def answer(_: Any) -> JSONResponse:
-        return JSONResponse({}, status_code=status)
-
-    app = RetryAfter(Starlette(routes=[Route("/", answer)]), lambda: seconds)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        reply = await client.get("/")
-    assert reply.status_code == status
-    assert reply.headers.get("retry-after") == said

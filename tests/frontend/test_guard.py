@@ -33,6 +33,7 @@ class Door:
         self.got: list[bytes] = []
         self.closing = False
         self.status = 200
+        self.back_in: int | None = None  # seconds until an instance is expected back
         self.intake = intake or Intake()
         methods = ["GET", "POST", "PATCH", "OPTIONS", "DELETE"]
         self.app = Starlette(
@@ -46,6 +47,7 @@ class Door:
                     keys=Keys(list(keys), metrics_open),
                     intake=self.intake,
                     closing=lambda: self.closing,
+                    retry_after=lambda: self.back_in,
                 )
             ],
         )
@@ -297,7 +299,12 @@ async def test_while_the_server_ends_new_work_is_refused_and_the_rest_is_not() -
     assert (await door.client.get("/metrics")).status_code == 200
 
 
-async def test_whoever_says_503_says_when_to_come_back() -> None:
+@pytest.mark.parametrize(
+    ("status", "seconds", "said"), [(503, None, "1"), (503, 7, "7"), (200, 7, None), (500, 7, None)]
+)
+async def test_whoever_says_503_says_when_to_come_back(
+    status: int, seconds: int | None, said: str | None
+) -> None:
     door = Door()
-    door.status = 503
-    assert (await door.post(b"{}")).headers["retry-after"] == "1"
+    door.status, door.back_in = status, seconds
+    assert (await door.post(b"{}")).headers.get("retry-after") == said

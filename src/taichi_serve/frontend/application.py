@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server import entry
 
 from taichi_serve.frontend import parsed
-from taichi_serve.frontend.attendance import RetryAfter
 from taichi_serve.frontend.body import Intake
 from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.guard import MAX_HEADERS, Guard
@@ -63,9 +62,10 @@ def furnish(
         intake=Intake(),
         closing=closing,
         max_headers=args.h11_max_header_count or MAX_HEADERS,
+        retry_after=retry_after,
     )
     # vLLM has built the stack already, so it is built anew.
-    app.user_middleware[:0] = [door, Middleware(RetryAfter, seconds=retry_after)]
+    app.user_middleware.insert(0, door)
     app.middleware_stack = app.build_middleware_stack()
 
 

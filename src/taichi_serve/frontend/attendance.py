@@ -1,13 +1,11 @@
-"""Who of the instances is there, in the words of the HTTP server: 503 with Retry-After while none is."""
+"""Who of the instances is there, in the words of the HTTP server: what a client is told while none is."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import GracefulHTTPError
 
 if TYPE_CHECKING:
@@ -39,27 +37,3 @@ class Attendance:
         seconds = self.retry_after()
         when = "none will come back" if seconds is None else f"one is expected back in about {seconds} s"
         return GracefulHTTPError(f"No instance is up; {when}.", HTTPStatus.SERVICE_UNAVAILABLE)
-
-
-class RetryAfter:
-    """Pure ASGI middleware: a 503 says when to come back, where that is known."""
-
-    def __init__(self, app: ASGIApp, seconds: Callable[[], int | None]) -> None:
-        self.app = app
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let it through, and look at the answer."""
-
-        async def sent(message: Message) -> None:
-            if (
-                message["type"] == "http.response.start"
-                and message["status"] == HTTPStatus.SERVICE_UNAVAILABLE
-            ):
-                seconds, headers = self._seconds(), message.get("headers", [])
-                if seconds is not None and not any(name == b"retry-after" for name, _ in headers):
-                    headers = [*headers, (b"retry-after", b"%d" % seconds)]
-                    message = {**message, "headers": headers}
-            await send(message)
-
-        await self.app(scope, receive, sent)

@@ -35,12 +35,15 @@ class Guard:
         intake: Intake,
         closing: Callable[[], bool] = lambda: False,
         max_headers: int = MAX_HEADERS,
+        retry_after: Callable[[], int | None] = lambda: None,
     ) -> None:
+        """`retry_after` is in how many seconds an instance is expected back, while none lives."""
         self.app = app
         self._keys = keys
         self._intake = intake
         self._closing = closing
         self._max_headers = max_headers
+        self._retry_after = retry_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer at the door, or let the request in."""
@@ -48,9 +51,22 @@ class Guard:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "http":
             names.asking.set(scope.setdefault("state", {}))
-            await self._http(scope, receive, _with_retry_after(send))
+            await self._http(scope, receive, self._with_retry_after(send))
         else:
             await self.app(scope, receive, send)
+
+    def _with_retry_after(self, send: Send) -> Send:
+        """Whoever says 503 says when to come back, vLLM's routes too."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 503:
+                headers = message.setdefault("headers", [])
+                if not any(name.lower() == b"retry-after" for name, _ in headers):
+                    seconds = self._retry_after() or RETRY_AFTER
+                    message = {**message, "headers": [*headers, (b"retry-after", b"%d" % seconds)]}
+            await send(message)
+
+        return sent
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._keys.admit(scope, Headers(scope=scope)):
@@ -96,16 +112,3 @@ class Guard:
 def _ends_or_steers(path: str) -> bool:
     """Whether a request makes no new work: it is taken while the server ends, too."""
     return path.startswith("/taichi/") or path == "/ping" or path.endswith(("/abort_requests", "/cancel"))
-
-
-def _with_retry_after(send: Send) -> Send:
-    """Whoever says 503 says when to come back, vLLM's routes too."""
-
-    async def sent(message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 503:
-            headers = message.setdefault("headers", [])
-            if not any(name.lower() == b"retry-after" for name, _ in headers):
-                message = {**message, "headers": [*headers, (b"retry-after", b"%d" % RETRY_AFTER)]}
-        await send(message)
-
-    return sent

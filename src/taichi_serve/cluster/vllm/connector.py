@@ -28,3 +28,8 @@ class FlowConnector(NixlPullConnector):
             from taichi_serve.cluster.vllm.worker.connector import FlowConnectorWorker
 
             self.connector_worker = FlowConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+
+    def has_connector_metadata(self) -> bool:
+        """Never, where vLLM asks: before and after each layer, to wait for its KV and to save it. NIXL does
+        neither by layers."""
+        return False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,7 +198,8 @@ def test_what_came_from_the_memory_of_its_host_is_external_to_its_prefix_cache()
 
 def test_a_request_that_fails_without_a_token_was_queued_all_the_time() -> None:
     end = FrontEnd()
-    end.take(figures.unserved("a", FinishReason.ERROR, 100.0, 107.0), 107.0)
+    journey: Any = SimpleNamespace(id="a", tokens=[], accepted_at=100.0)
+    end.take(figures.failed(journey, 107.0), 107.0)
     (done,) = end.finished
     assert (done.queued_time, done.prefill_time, done.inference_time) == (7.0, 0.0, 0.0)
 

@@ -22,6 +22,7 @@ from taichi_serve.cluster.vllm.core.fetches import no_more
 from taichi_serve.cluster.vllm.core.groups import stays
 from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.reads import Reads
+from taichi_serve.cluster.vllm.nothing import NOTHING, is_nothing
 from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct
 
 if TYPE_CHECKING:
@@ -160,7 +161,10 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         awaited = [given for leg in here if (given := self.reads.lent(leg)) is not None]
         if awaited:  # workers look after loads before the step's own work only if there are such
             scheduler_output.has_sync_kv_loads = True
-        meta.taichi, self._orders = Orders(self._orders, awaited), []
+        orders, self._orders = Orders(self._orders, awaited), []
+        if is_nothing(meta, orders):
+            return NOTHING
+        meta.taichi = orders
         return meta
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

@@ -132,8 +132,8 @@ class FlowScheduler(AsyncScheduler):
         if here is not None and here.streaming_queue is None:  # vLLM's own would end the engine
             log.error("%s is here already: the second one is passed over", request.request_id)
             return
-        if ours.ahead and self.stays:
-            return  # it is not here, and whoever asks hears so
+        if ours.ahead and self.stays:  # it is not here, and whoever asks hears so
+            return
         if ours.output:
             self._arrivals.came(request.request_id, time.monotonic())
             if self.use_v2_model_runner:
@@ -142,6 +142,8 @@ class FlowScheduler(AsyncScheduler):
             self._pins.follow(request, ours.reader)
         if ours.ahead:
             keep_room(request, ours.ahead)
+        if ours.hand_over and not self.stays:
+            self._leaving.add(request.request_id)  # its first token is its last one here
         super().add_request(request)
         self.fetches.came(request)
 
@@ -212,8 +214,7 @@ class FlowScheduler(AsyncScheduler):
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
-        wanted = request.request_id in self._leaving or (marks_of(request).hand_over and not self.stays)
-        if wanted and not stopped and new_token_ids and request.status == RequestStatus.RUNNING:
+        if request.request_id in self._leaving and new_token_ids and request.status == RequestStatus.RUNNING:
             self._side.leave(request)
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = LEFT
@@ -230,8 +231,8 @@ class FlowScheduler(AsyncScheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """Take the step's tokens, and remember for make_stats which step this is."""
-        step, self._in_step = self._steps.popleft(), scheduler_output.num_scheduled_tokens
-        self._step = step
+        self._step, self._in_step = self._steps.popleft(), scheduler_output.num_scheduled_tokens
+        step = self._step
         kv = model_runner_output.kv_connector_output
         struck = self._reads.struck(kv.invalid_block_ids if kv is not None else ())
         for leg in step.reading:
@@ -252,8 +253,7 @@ class FlowScheduler(AsyncScheduler):
         return outputs
 
     def _runs(self, leg: str) -> bool:
-        request = self.requests.get(leg)
-        return request is not None and not request.is_finished()
+        return (request := self.requests.get(leg)) is not None and not request.is_finished()
 
     def _handle_invalid_blocks(
         self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]

@@ -148,11 +148,9 @@ class VllmCluster:
     def abandon(self, request_id: str, cancelled: bool) -> None:
         """Nobody wants the rest: the client left (`cancelled`), or a stop string was found."""
         journey = self.journeys.get(request_id)
-        if journey is None:
-            return
-        if cancelled:
+        if journey is not None and cancelled:
             self.tell(Cancelled(time.monotonic(), request_id))
-        else:
+        elif journey is not None:
             self.hands.take(journey, journey.end, Outcome.FINISHED)
 
     def rehearse(
@@ -171,12 +169,7 @@ class VllmCluster:
         return cast("asyncio.Future[int]", journey.warm)
 
     def _fail(self, journey: Journey) -> None:
-        if journey.tokens:
-            output = EngineCoreOutput(journey.id, [], finish_reason=FinishReason.ERROR)
-        else:
-            since, now = journey.accepted_at, time.monotonic()
-            output = figures.unserved(journey.id, FinishReason.ERROR, since, now)
-        self._deliver(EngineCoreOutputs(outputs=[output]))
+        self._deliver(EngineCoreOutputs(outputs=[figures.failed(journey, time.monotonic())]))
 
     # ------------------------------------------------------------------------------ from the engines
 
@@ -189,14 +182,13 @@ class VllmCluster:
         """The outputs of one step: facts first, then the users' tokens."""
         if not engine.alive:
             return
-        now = time.monotonic()
-        engine.heard_at = now
+        engine.heard_at = now = time.monotonic()
         if told := facts.told(engine, outputs, now):
             if self._joined[engine.name] is engine:
                 for fact in told:
                     self.tell(fact)
             self._take_news(engine)
-        outputs.outputs = [output for output in outputs.outputs if self._kept(engine, output, now)]
+        outputs.outputs = self._of_users(engine, outputs, now)
         outputs.engine_index = engine.index
         if outputs.scheduler_stats is not None:
             figures.looked_up(outputs.scheduler_stats, self._prefilled, engine.host_blocks is not None)
@@ -204,22 +196,30 @@ class VllmCluster:
         if outputs.outputs or outputs.scheduler_stats is not None:
             self._deliver(outputs)
 
-    def _kept(self, engine: Engine, output: EngineCoreOutput, now: float) -> bool:
-        """Take an output in; whether its user is to have it, under the request's own id."""
-        journey = engine.legs.get(output.request_id)
-        if journey is None:  # a late word about a leg that is over: it may have left before it was ended
-            if output.stop_reason == LEFT:
-                engine.release(output.request_id, None)
-            elif output.finish_reason is FinishReason.ERROR:  # or about one that is copied ahead
-                self.hands.hear(Failed(output.request_id, "its target gave it up"))
-            return False
-        if output.finish_reason is None and journey.stage in STREAMING:
-            journey.tokens.extend(output.new_token_ids)
-            journey.last_at = now
-            output.request_id = journey.id
-        else:
-            self._take(engine, journey, output, now)
-        return journey.warm is None and bool(output.new_token_ids or output.finish_reason is not None)
+    def _of_users(self, engine: Engine, step: EngineCoreOutputs, now: float) -> list[EngineCoreOutput]:
+        """Take its outputs in; those that users are to have, under their requests' own ids."""
+        kept = []
+        for output in step.outputs:
+            journey = engine.legs.get(output.request_id)
+            if journey is None:
+                self._late(engine, output)
+                continue
+            if output.finish_reason is None and journey.stage in STREAMING:  # nearly all of them
+                journey.tokens.extend(output.new_token_ids)
+                journey.last_at = now
+                output.request_id = journey.id
+            else:
+                self._take(engine, journey, output, now)
+            if journey.warm is None and (output.new_token_ids or output.finish_reason is not None):
+                kept.append(output)
+        return kept
+
+    def _late(self, engine: Engine, output: EngineCoreOutput) -> None:
+        """A word about a leg that is over: it may have left before it was ended."""
+        if output.stop_reason == LEFT:
+            engine.release(output.request_id, None)
+        elif output.finish_reason is FinishReason.ERROR:  # or about one that is copied ahead
+            self.hands.hear(Failed(output.request_id, "its target gave it up"))
 
     def _take_news(self, engine: Engine) -> None:
         for leg, (reader, blocks) in engine.news.items():

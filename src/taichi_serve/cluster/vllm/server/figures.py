@@ -11,6 +11,7 @@ These are functions of what an engine said: nothing here knows of connections or
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from vllm.v1.engine import (
     EngineCoreEvent,
@@ -22,6 +23,9 @@ from vllm.v1.engine import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.metrics.stats import PrefillStats, PrefixCacheStats, SchedulerStats
+
+if TYPE_CHECKING:
+    from taichi_serve.cluster.vllm.server.journey import Journey
 
 QUEUED, SCHEDULED = EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED
 
@@ -57,13 +61,11 @@ def later(output: EngineCoreOutput) -> None:
         output.events = [event for event in output.events if event.type != QUEUED] or None
 
 
-def unserved(request_id: str, reason: FinishReason, accepted_at: float, now: float) -> EngineCoreOutput:
-    """The end of a request that never had a token: all its time was spent in the queue."""
-    events = [
-        EngineCoreEvent.new_event(QUEUED, accepted_at),
-        EngineCoreEvent.new_event(SCHEDULED, now),
-    ]
-    return EngineCoreOutput(request_id, [], finish_reason=reason, events=events)
+def failed(journey: Journey, now: float) -> EngineCoreOutput:
+    """The end of a request with an error. If it never had a token, all its time was spent in the queue."""
+    since = () if journey.tokens else ((QUEUED, journey.accepted_at), (SCHEDULED, now))
+    events = [EngineCoreEvent.new_event(kind, at) for kind, at in since]
+    return EngineCoreOutput(journey.id, [], finish_reason=FinishReason.ERROR, events=events or None)
 
 
 def looks_up(request: EngineCoreRequest, caching: bool) -> bool:
