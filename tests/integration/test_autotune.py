@@ -1,4 +1,4 @@
-"""A server moves its own sliders: the requests change from chat to summarization, and S_D follows."""
+"""A server moves its own sliders: requests change from chat to summarization, and most miss their TPOT."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from taichi_serve.messages import Tuned
 
 STREAMS = 6
 D_CHUNK = 512
-# TTFT has all the time in the world, so every prompt goes to the D-heavy instance; and so has TPOT until the
-# test has seen what it is beside such steps, on whatever machine this is.
+TTFT_SLO = 20.0  # seconds; what a change does is waited for as long, and 10 s more
+# TTFT has time to spare, so every prompt goes to the D-heavy instance; so has TPOT until the test has seen
+# what it is beside such steps, on whatever machine this is.
 FLAGS = (
     "--p-heavy",
     "1",
@@ -31,7 +32,7 @@ FLAGS = (
     "--d-chunk",
     str(D_CHUNK),
     "--ttft-slo",
-    "60",
+    str(TTFT_SLO),
     "--tpot-slo",
     "5",
 )
@@ -58,23 +59,22 @@ async def worked_off(client: httpx.AsyncClient, queue: list[Wish], answers: list
         answers.append(await stream(client, PATH, queue.pop().body()))
 
 
-async def test_summaries_after_chat_make_the_d_heavy_chunk_smaller(tuned: Server, tmp_path: Path) -> None:
+async def test_when_summaries_follow_chat_a_server_moves_its_sliders(tuned: Server, tmp_path: Path) -> None:
     answers: list[Answer] = []
     async with tuned.client() as client:
         chat = list(CHAT)
         await asyncio.gather(*(worked_off(client, chat, answers) for _ in range(STREAMS)))
-        before = (await client.get("/taichi/state")).json()
         queue = list(SUMMARIES)
         streams = [asyncio.create_task(worked_off(client, queue, answers)) for _ in range(STREAMS)]
-
-        async def smaller() -> dict[str, Any] | None:
-            state: dict[str, Any] = (await client.get("/taichi/state")).json()
-            moved = [c for c in state["autotune"]["changes"] if c["at"] not in known]
-            return state if moved and state["sliders"]["d_chunk"] < before["sliders"]["d_chunk"] else None
-
-        known = [change["at"] for change in before["autotune"]["changes"]]
         promise = await missed(client, answers)
-        state = await until(smaller, 200, "the D-heavy chunk is smaller")
+        before = (await client.get("/taichi/state")).json()
+
+        async def moved() -> dict[str, Any] | None:
+            """Whether a slider or margin has moved: by the fast loop S_D, by the slow one what helps."""
+            state: dict[str, Any] = (await client.get("/taichi/state")).json()
+            return state if len(state["autotune"]["changes"]) > len(before["autotune"]["changes"]) else None
+
+        state = await until(moved, 200, "a slider has moved")
         queue.clear()
         await asyncio.gather(*streams)
         metrics = (await client.get("/metrics")).text
@@ -85,7 +85,7 @@ async def test_summaries_after_chat_make_the_d_heavy_chunk_smaller(tuned: Server
     assert 'taichi_tuned_total{act="made"}' in metrics
     assert 'taichi_trouble_total{what="autotune"} 0.0' in metrics
     tuned.stop()
-    check_log(tmp_path / "events.jsonl", answers)
+    check_log(tmp_path / "events.jsonl", answers, state["autotune"]["changes"][-1])
 
 
 async def missed(client: httpx.AsyncClient, answers: list[Answer]) -> float:
@@ -104,14 +104,14 @@ async def promised(client: httpx.AsyncClient, tpot: float) -> None:
     """The SLO is what was promised, and what makes no sense is not."""
     for body in ({"tpot": -1}, {"tpot": "fast"}, {"ttft": True}, {"goodput": 1}, {}):
         assert (await client.patch("/taichi/slo", json=body)).status_code == 400, body
-    assert (await client.get("/taichi/state")).json()["slo"] == {"ttft": 60.0, "tpot": tpot}
+    assert (await client.get("/taichi/state")).json()["slo"] == {"ttft": TTFT_SLO, "tpot": tpot}
 
 
-def check_log(path: Path, answers: list[Answer]) -> None:
+def check_log(path: Path, answers: list[Answer], change: dict[str, Any]) -> None:
     """The log says what was set and why; and a request that lived through it says so too."""
     with path.open() as entries:
         told = [event for event, _ in read(entries) if isinstance(event, Tuned)]
-    assert all(event.act for event in told)
-    assert any("S_D" in event.why for event in told)
+    assert all(event.act and event.why for event in told)
+    assert change["at"] in [event.at for event in told]
     there = (line for answer in answers for line in lines(logged(path, answer.id)[0]))
     assert any(what == "sliders set themselves" for _, what, _ in there)

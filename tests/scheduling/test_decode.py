@@ -207,10 +207,12 @@ def test_the_first_to_cross_is_found_without_looking_at_the_others() -> None:
 
 
 def test_what_an_instance_has_of_the_newcomer_counts_as_room_when_targets_are_compared() -> None:
-    # 0.6 with the newcomer against 0.5; 200 tokens of it in the cache are not enough, 1,100 are.
+    # 0.6 with the newcomer against 0.5; 200 tokens of it in the cache are not enough, 1,100 are, unless they
+    # are on its host.
     instances = [d_heavy("i1", 5_000), d_heavy("i2", 4_000)]
     assert choose_target(instances, 1_000, 0.95, STILL, {"i1": Prefix(200, 200)}) is instances[1]
-    assert choose_target(instances, 1_500, 0.95, STILL, {"i1": Prefix(0, 1_100)}) is instances[0]
+    assert choose_target(instances, 1_500, 0.95, STILL, {"i1": Prefix(1_100, 1_100)}) is instances[0]
+    assert choose_target(instances, 1_500, 0.95, STILL, {"i1": Prefix(0, 1_100)}) is instances[1]
 
 
 def test_cached_blocks_save_room_only_where_they_are_in_use() -> None:

@@ -132,6 +132,15 @@ def test_hand_over_goes_where_the_decode_finds_most_of_its_kv() -> None:
     assert (decode.on, s.instances["i2"].reserved_tokens) == ("i2", 51 + 8)
 
 
+def test_what_is_on_the_host_of_a_target_alone_is_copied_and_does_not_draw_a_decode_there() -> None:
+    s = scheduler(Sliders(1, 2, 4096, 0))
+    s.on(Cached(0.0, "i2", CHAIN, tier=Tier.HOST))
+    arrive(s, "a", 1_050, CHAIN)
+    (decode,) = s.on(Prefilled(0.5, "a", 0, "i0", held=True))
+    assert isinstance(decode, Decode)
+    assert decode.on == "i1"  # the first of equals
+
+
 def busy(s: GlobalScheduler, tokens: int) -> None:
     """i0 has so many tokens queued by somebody else."""
     s.instances["i1"].silent = True

@@ -31,7 +31,8 @@ def choose_target(
     """The least loaded instance within `mark` (share of KV) with the newcomer; the first of equals.
 
     What an instance has of the newcomer is not new KV: it is not copied there, and is taken off its load when
-    instances are compared. Room it saves only where others use it already.
+    instances are compared. What is on its host alone does not count: a move copies it all the same. Room it
+    saves only where others use it already.
     """
     best, best_load = None, mark
     for instance in instances:
@@ -42,7 +43,7 @@ def choose_target(
         if load > mark:
             continue
         if here:
-            load -= max(0, here.held - here.claimed) / instance.kv_capacity
+            load -= max(0, here.device - here.claimed) / instance.kv_capacity
         if best is None or load < best_load:
             best, best_load = instance, load
     return best
@@ -118,7 +119,7 @@ def choose_degrade(
         target = choose_target(helpers, kv_tokens, policy.full_mark, policy, prefixes)
         if target is None:
             continue
-        gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).held)
+        gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).device)
         if residents.slack(request, now, source.ticks) <= gap or request.max_tokens - output <= policy.growth:
             continue
         return request, target
@@ -152,7 +153,7 @@ def choose_backflow(
         if target is None:
             continue
         saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)
-        gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).held)
+        gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).device)
         if saved * (request.max_tokens - output) > gap:
             return request, target
     return None

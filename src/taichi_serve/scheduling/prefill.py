@@ -216,7 +216,7 @@ def _roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instanc
     least, roomiest = float("inf"), (decoders[0], 0)
     for decoder in decoders:
         prefix = prefixes.get(decoder.name)
-        held = 0 if prefix is None else prefix.held
+        held = 0 if prefix is None else prefix.device
         used = (decoder.kv_tokens - held) / decoder.kv_capacity
         if used < least:
             least, roomiest = used, (decoder, held)
