@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("prometheus_client")  # it comes with vLLM
 from taichi_serve.frontend.metrics import TaichiCollector
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.predict import Learned
-from taichi_serve.messages import Outcome
+from taichi_serve.messages import Arrived, Finished, Outcome, Prefilled
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
@@ -83,3 +84,28 @@ def test_tokens_of_prefixes_are_summed_as_predicted_and_as_they_were() -> None:
 def test_blocks_of_the_prefix_caches_are_shown_for_each_instance() -> None:
     assert scraped(system(), "taichi_cached_blocks") == {("0",): 3, ("1",): 0}
     assert scraped(system(), "taichi_host_blocks") == {("0",): 9}
+
+
+def test_sliders_are_gauges() -> None:
+    assert scraped(system(), "taichi_slider") == {
+        ("p_heavy",): 1,
+        ("d_heavy",): 1,
+        ("p_chunk",): 1024,
+        ("d_chunk",): 256,
+    }
+
+
+def test_attainment_of_the_last_minutes_is_there_once_a_request_ended() -> None:
+    here = system()
+    assert scraped(here, "taichi_window_attainment") == {}
+    now = time.monotonic()
+    for event in (
+        Arrived(now - 5.0, "a", 100, 50),
+        Prefilled(now - 4.0, "a", 0, "i1"),  # TTFT 1 s of 4 s
+        Finished(now, "a", 11),  # TPOT 400 ms of 70 ms
+    ):
+        here.recorder.attainment.on(event)
+    shares = {("both", 0.0), ("ttft", 1.0), ("tpot", 0.0)}
+    assert scraped(here, "taichi_window_attainment") == {
+        (of, window): share for of, share in shares for window in ("1m", "10m")
+    }

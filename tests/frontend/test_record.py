@@ -15,6 +15,7 @@ from taichi_serve.messages import (
     Cancelled,
     Command,
     Decode,
+    Drained,
     Event,
     Finished,
     Flow,
@@ -166,3 +167,26 @@ def test_hashes_of_a_prompt_go_to_the_log_and_not_into_the_memory() -> None:
     here.on(arrived)
     assert here.histories["a"][0] == Arrived(0.0, "a", 100, 5)
     assert written == [arrived]
+
+
+def test_who_looks_is_told_facts_with_their_decisions_and_nobody_afterwards() -> None:
+    here, seen = recorder(), []
+    here.observers.append(lambda event, commands: seen.append((type(event), [type(c) for c in commands])))
+    here.on(Arrived(0.0, "a", 100, 5))
+    here.on(Stepped(1.0, "i0", 0.5, 100, 0, 112))  # decides nothing, and comes by the thousand
+    here.on(Prefilled(1.0, "a", 0, "i0", 0, held=True))
+    assert seen == [(Arrived, [Prefill]), (Prefilled, [Decode])]
+    here.observers.clear()
+    here.on(Cancelled(2.0, "a"))
+    assert len(seen) == 2
+
+
+def test_what_happened_to_instances_is_remembered_and_requests_are_not() -> None:
+    here = recorder()
+    one_life(here, "a")
+    here.on(Drained(2.0, "i0"))
+    here.on(Drained(3.0, "i0", on=False))
+    assert [event.at for event in here.happened] == [2.0, 3.0]
+    for number in range(500):
+        here.on(Drained(4.0 + number, "i0"))
+    assert len(here.happened) == record.KEEP_HAPPENED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from taichi_serve.dashboard.attainment import MINUTE, TEN_MINUTES
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import PrefixTokens
 
@@ -39,6 +41,8 @@ class TaichiCollector(Collector):
             (_prefixes, scheduler),
             (_cached, self._system),
             (_tuned, self._system),
+            (_sliders, scheduler),
+            (_attainment, recorder),
         )
         trouble = recorder.trouble
         for part, of in parts:
@@ -152,6 +156,28 @@ def _tuned(system: System) -> Iterator[Metric]:
     used.add_metric(["tpot"], tuner.view.tpot)
     yield used
     yield GaugeMetricFamily("taichi_attainment", "Share of recent requests that were good", tuner.view.good)
+
+
+def _sliders(scheduler: GlobalScheduler) -> Iterator[Metric]:
+    """Where the sliders are."""
+    sliders = GaugeMetricFamily("taichi_slider", "Where a slider is", labels=["slider"])
+    for name in ("p_heavy", "d_heavy", "p_chunk", "d_chunk"):
+        sliders.add_metric([name], getattr(scheduler.sliders, name))
+    yield sliders
+
+
+def _attainment(recorder: Recorder) -> Iterator[Metric]:
+    """Shares of the requests that ended lately; of none there is no share."""
+    shares = GaugeMetricFamily(
+        "taichi_window_attainment", "Share of ended requests within the SLO", labels=["of", "window"]
+    )
+    now = time.monotonic()
+    for window, seconds in (("1m", MINUTE), ("10m", TEN_MINUTES)):
+        sums = recorder.attainment.window(now, seconds)
+        for of, name in (("both", "good"), ("ttft", "ttft"), ("tpot", "tpot")):
+            if (share := sums.share(name)) is not None:
+                shares.add_metric([of, window], share)
+    yield shares
 
 
 @contextlib.contextmanager

@@ -12,20 +12,28 @@ from typing import Any
 
 import msgspec
 
+from taichi_serve.dashboard.attainment import Attainment
 from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.messages import (
     Arrived,
+    Cached,
     Command,
     Decode,
+    Drained,
     Event,
     Finished,
     Flow,
     Flowed,
+    Joined,
+    Lost,
     Move,
     Outcome,
     Prefilled,
+    Promised,
     Refused,
     SetChunk,
+    Silent,
+    Slid,
     Stepped,
     Tuned,
 )
@@ -33,8 +41,11 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 
 KEEP = 10_000
 KEEP_TUNED = 1000
+KEEP_HAPPENED = 100
+OFTEN = (Stepped, Cached)  # observers are told of these only where something was decided
 History = list[Event | Command]
 Write = Callable[[Event, Sequence[Command]], object]
+Observe = Callable[[Event, Sequence[Command]], object]
 
 
 class Recorder:
@@ -62,7 +73,13 @@ class Recorder:
         self.gaps: deque[float] = deque(maxlen=1000)  # seconds, of the last moves
         self.steps: Counter[str] = Counter()
         self.prefill_tokens: Counter[str] = Counter()
+        self.output_tokens: Counter[str] = Counter()  # of resident decodes, by instance
+        self.fetches = 0  # prompts for which a prefix came from another instance
         self.tuned: deque[Tuned] = deque(maxlen=KEEP_TUNED)
+        self.happened: deque[Event] = deque(maxlen=KEEP_HAPPENED)  # to instances, and by operators
+        self.attainment = Attainment(lambda: scheduler.slo)
+        # Who is told facts with their decisions while somebody looks; they may not raise.
+        self.observers: list[Observe] = []
         self._why: dict[str, Move] = {}
         self._write = self.trouble.guarded("event log", write) if write else None
         self._remember = self.trouble.guarded("record", self._remembered)
@@ -73,14 +90,19 @@ class Recorder:
         self._remember(event, commands)
         if self._write is not None:
             self._write(event, commands)
+        if self.observers and (commands or type(event) not in OFTEN):
+            for observe in self.observers:
+                observe(event, commands)
         return commands
 
     def _remembered(self, event: Event, commands: Sequence[Command]) -> None:
         if type(event) is Stepped:
             self.steps[event.instance] += 1
             self.prefill_tokens[event.instance] += event.prefill_tokens
+            self.output_tokens[event.instance] += event.decodes
         else:
             self._count(event)
+            self.attainment.on(event)
         if type(event) is Arrived and event.blocks:  # thousands of numbers that say nothing to a reader
             event = replace(event, blocks=())
         for request, part in parts(event, commands):
@@ -105,8 +127,13 @@ class Recorder:
             case Finished(request=request, outcome=outcome):
                 self.outcomes[outcome] += 1
                 self._why.pop(request, None)
+            case Prefilled(fetched=fetched):
+                self.fetches += fetched > 0
             case Tuned():
                 self.tuned.append(event)
+                self.happened.append(event)
+            case Lost() | Joined() | Silent() | Drained() | Slid() | Promised():
+                self.happened.append(event)
             case Flowed(request=request, kv_tokens=kv_tokens, gap=gap, reused=reused):
                 if (move := self._why.get(request)) is not None:
                     self.moves[move] += 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.wire import direct
+from taichi_serve.dashboard.attainment import WINDOWS
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN
 from taichi_serve.sliders import OFF, ON, SUGGEST
@@ -18,6 +19,7 @@ from taichi_serve.stage import Stage
 
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.engine import Engine
+    from taichi_serve.dashboard.attainment import Attainment
     from taichi_serve.frontend.server import System
 
 
@@ -33,6 +35,7 @@ def state(system: System) -> dict[str, Any]:
         "sliders": asdict(system.scheduler.sliders),
         "slo": asdict(system.scheduler.slo),
         "policy": asdict(system.scheduler.policy),
+        "attainment": attainment(system.recorder.attainment, time.monotonic()),
         "prefixes": _prefixes(system),
         "instances": [_instance(system, engine, places) for engine in system.cluster.engines],
         "requests": {
@@ -44,12 +47,24 @@ def state(system: System) -> dict[str, Any]:
             **{move.value: recorder.moves[move] for move in Move},
             "bytes": recorder.moved_bytes,
             "recomputes": recorder.recomputes,
+            "fetches": recorder.fetches,
             "median_gap": statistics.median(recorder.gaps) if recorder.gaps else None,
         },
         "bound": dict(recorder.bound),
         "kv_paths": _kv_paths(system.cluster.engines),
         "autotune": _autotune(system),
     }
+
+
+def attainment(seen: Attainment, now: float) -> dict[str, Any]:
+    """Of the requests that ended in the last minute and the last ten: how many, and which share of them kept
+    both SLOs (`good`), TTFT and TPOT; null where none ended."""
+    found = {}
+    for name, seconds in WINDOWS.items():
+        sums = seen.window(now, seconds)
+        shares = {of: sums.share(of) for of in ("good", "ttft", "tpot")}
+        found[name] = {"seconds": seconds, "requests": sums.requests, **shares}
+    return found
 
 
 def _autotune(system: System) -> dict[str, Any]:
@@ -130,6 +145,7 @@ def _instance(system: System, engine: Engine, places: Counter[tuple[str, str]]) 
         "host_blocks": engine.host_blocks,
         "steps": system.recorder.steps[engine.name],
         "prefill_tokens": system.recorder.prefill_tokens[engine.name],
+        "output_tokens": system.recorder.output_tokens[engine.name],
         "late_kv": engine.recomputed_late,
         "pid": engine.process.pid,
         "log": str(engine.process.log),
