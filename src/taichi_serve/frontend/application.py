@@ -20,6 +20,7 @@ from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.guard import MAX_HEADERS, Guard
 from taichi_serve.frontend.keys import Keys
 from taichi_serve.frontend.metrics import exported
+from taichi_serve.frontend.page import router as page
 from taichi_serve.frontend.routes import router
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def furnish(
     """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
     instance lives `retry_after` says in how many seconds one is expected back."""
     app.include_router(router)
+    app.include_router(page)
     app.exception_handler(parsed.Refusal)(parsed.answer)
     app.exception_handler(HTTPException)(_http_error)
     door = Middleware(

@@ -9,8 +9,11 @@ from starlette.types import Scope
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-# Whether the server lives, and which vLLM it is. Exactly these paths, so that a new route is closed.
-OPEN = frozenset({"/health", "/ping", "/version"})
+from taichi_serve.frontend.page import OPEN as PAGE
+
+# Whether the server lives, which vLLM it is, and the files of the page, which ask for a key before they show
+# anything. Exactly these paths, so that a new route is closed.
+OPEN = frozenset({"/health", "/ping", "/version"}) | PAGE
 METRICS = frozenset({"/metrics", "/metrics/"})
 
 
@@ -36,11 +39,18 @@ class Keys:
 
     def open(self, scope: Scope) -> bool:
         """Whether nobody is asked for a key here, and no body is read."""
-        return path_of(scope) in self._open or _preflight(scope)
+        return path_of(scope) in self._open or _preflight(scope) or _browser_at_root(scope)
 
     def admit(self, scope: Scope, headers: Headers) -> bool:
         """Whether this request or websocket may come in."""
         return self._verify is None or self.open(scope) or self._verify(headers)
+
+
+def _browser_at_root(scope: Scope) -> bool:
+    # Somebody who typed the address: a browser sends no key, and is led to the page.
+    if path_of(scope) != "/" or scope.get("method") != "GET":
+        return False
+    return any(name == b"accept" and b"text/html" in value for name, value in scope["headers"])
 
 
 def _preflight(scope: Scope) -> bool:

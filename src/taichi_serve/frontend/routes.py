@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from taichi_serve.dashboard.story import lines
 from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.state import state
 from taichi_serve.messages import Asked, Drained, Promised, Slid
@@ -65,12 +66,15 @@ def _behind(system: System, request_id: str) -> list[str]:
 # An id may have any character, slashes too: it is all between "/requests/" and the end.
 @router.get("/requests/{request_id:path}")
 async def get_request(request_id: str, request: Request) -> JSONResponse:
-    """The legs and decisions of a request, by its id in the OpenAI response."""
+    """The legs and decisions of a request, by its id in the OpenAI response; its `story` is the same in
+    words: seconds since its arrival, what happened, and why."""
     system = _system(request)
     found = _behind(system, request_id)
     if not found:
         return _missing(f"no request {request_id!r} among the last ones")
-    return JSONResponse({"id": request_id, "requests": [system.recorder.view(name) for name in found]})
+    views = [system.recorder.view(name) for name in found]
+    told = [{**view, "story": list(lines(view))} for view in views]
+    return JSONResponse({"id": request_id, "requests": told})
 
 
 @router.post("/requests/{request_id:path}/flow")

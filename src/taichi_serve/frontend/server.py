@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,9 +39,11 @@ from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.connection import Connection
 from taichi_serve.frontend.ending import STOP_SECONDS, Ending, no_longer_than
+from taichi_serve.frontend.glances import feed_of
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.frontend.trouble import Trouble
+from taichi_serve.frontend.viewers import Viewers
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
 from taichi_serve.latency.profile import ProfileError
@@ -71,6 +73,14 @@ class System:
     event_log: EventLog | None = None
     tuner: Tuner | None = None
     adviser: Rehearsing | None = None
+    viewers: Viewers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.viewers = Viewers(self.recorder, partial(feed_of, self), self.emptied)
+
+    def emptied(self) -> bool:
+        """Whether the server ends, and nothing is open any more: who only looks is to leave, too."""
+        return self.llm.closing and not self.llm.output_processor.has_unfinished_requests()
 
     def fail(self, why: str) -> None:
         """End the server because it cannot go on."""

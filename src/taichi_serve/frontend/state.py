@@ -53,6 +53,7 @@ def state(system: System) -> dict[str, Any]:
         "bound": dict(recorder.bound),
         "kv_paths": _kv_paths(system.cluster.engines),
         "autotune": _autotune(system),
+        "viewers": system.viewers.count,
     }
 
 
