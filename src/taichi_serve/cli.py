@@ -14,6 +14,7 @@ USAGE = """usage: taichi COMMAND ...
   serve MODEL   serve a model on several vLLM instances (taichi serve --help=TaiChi)
   demo          serve a tiny model on this machine, send it 40 requests, and show where they went
   bench goodput the highest request rate at which a real server keeps its SLOs
+  top           instances, requests and moves of a running server, live in the terminal
   explain ID    where a request went, and why: of a running server, or out of an event log
   profile MODEL measure real instances: what predictions of a server can start from
   simulate      one configuration on a virtual cluster: goodput, TTFT, TPOT
@@ -107,6 +108,12 @@ def _explain() -> Run:
     return run
 
 
+def _top() -> Run:
+    from taichi_serve.commands.top import main as run
+
+    return run
+
+
 def _profile() -> Run:
     from taichi_serve.commands.profile import main as run
 
@@ -129,6 +136,7 @@ COMMANDS: dict[str, Callable[[], Run]] = {
     "serve": _serve,
     "demo": _demo,
     "bench": _bench,
+    "top": _top,
     "explain": _explain,
     "profile": _profile,
     "simulate": _simulate,

@@ -66,12 +66,13 @@ def test_every_request_ends_and_the_totals_are_the_sums_of_the_rows(scratch: Pat
     assert not processes_of(scratch)
 
 
-@pytest.mark.parametrize("moment", ["model    ", "server   ready", "by hand"])
+@pytest.mark.parametrize("moment", ["model    ", "server   ready", "by hand", "page     "])
 def test_ctrl_c_leaves_nothing_behind(scratch: Path, moment: str) -> None:
     log = scratch / "out"
+    words = [*DEMO, "--page"] if moment == "page     " else DEMO
     with log.open("wb") as out:
         demo = subprocess.Popen(
-            DEMO, env=environment(scratch), stdout=out, stderr=subprocess.STDOUT, process_group=0
+            words, env=environment(scratch), stdout=out, stderr=subprocess.STDOUT, process_group=0
         )
     until = time.monotonic() + 400
     while moment not in log.read_text() and demo.poll() is None and time.monotonic() < until:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import sys
 import time
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=_rate, default=2.0, help="requests a second (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of lengths and arrivals (default: 0)")
     parser.add_argument("--json", metavar="FILE", help='write rows and totals there ("-": standard output)')
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="open the live page in a browser, and go on with requests until Ctrl-C",
+    )
 
 
 def _count(word: str) -> int:
@@ -119,8 +126,26 @@ async def _serve_and_load(
         async for line in server.sayings():
             status.update(line)
     console.print(f"server   ready on {server.url} after {time.monotonic() - began:.0f} s")
+    if args.page:
+        await _show_page(args, console, server)
     load = Load(server.url, MODEL, DEMO_SLO, console)
     return await load.run(plan(args.requests, args.rate, args.seed))
+
+
+async def _show_page(args: argparse.Namespace, console: Console, server: Subserver) -> None:
+    """Requests without end, for whoever looks at the page; a signal ends it."""
+    page = f"{server.url}/taichi/"
+    console.print(f"page     {page} until Ctrl-C", soft_wrap=True)
+    if can_open():
+        await asyncio.to_thread(webbrowser.open, page)
+    for seed in itertools.count(args.seed):
+        await Load(server.url, MODEL, DEMO_SLO, console).run(plan(args.requests, args.rate, seed))
+
+
+def can_open() -> bool:
+    """Whether there is a desktop for a browser: a text browser would take the terminal."""
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(shown) or sys.platform == "darwin"
 
 
 def report(rows: list[Row], state: dict[str, Any], path: str | None, console: Console) -> None:
