@@ -116,8 +116,10 @@ export class Board {
 
   press(event) {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    if (event.key === "Enter" && this.chosen) this.tell(this.chosen.id);
-    else if (event.key === "Escape") this.choose(null);
+    if (event.key === "Enter" && this.chosen) {
+      event.preventDefault(); // else the same stroke presses the button that has the focus next
+      this.tell(this.chosen.id);
+    } else if (event.key === "Escape") this.choose(null);
     else if (step) {
       const dots = this.dots.inOrder;
       const here = dots.indexOf(this.chosen);
