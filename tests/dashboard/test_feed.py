@@ -105,6 +105,13 @@ def test_a_move_that_began_before_anybody_looked_is_known_by_its_kind() -> None:
     assert world.update(1.1).hops[0].move == "hand-over"
 
 
+def test_a_hand_over_to_the_instance_of_the_prompt_is_no_move() -> None:
+    world = World()
+    world.on(*BORN)
+    world.feed.observe(Flowed(1.1, "a", 1, "i0", 2, kv_tokens=0, gap=0.1, reused=100), [])
+    assert not world.update(1.1).hops
+
+
 def test_a_refused_move_is_no_move() -> None:
     world = World()
     world.on(*BORN, Flowed(1.1, "a", 1, "i1", 2, kv_tokens=100, gap=0.1, reused=100))

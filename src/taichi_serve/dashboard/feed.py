@@ -77,8 +77,9 @@ class Feed:
     def _note(self, event: Event) -> None:
         if isinstance(event, Flowed):
             move, source = self._bound.pop(event.request, ("move", None))
-            hop = Hop(event.at, event.request, move, source, event.instance, event.kv_tokens, event.gap)
-            self._hops.append(hop)
+            if source != event.instance:  # else its decode begins where its prompt was: nothing moves
+                hop = Hop(event.at, event.request, move, source, event.instance, event.kv_tokens, event.gap)
+                self._hops.append(hop)
         elif isinstance(event, Refused | Finished):
             self._bound.pop(event.request, None)
         elif not isinstance(event, Arrived | Prefilled):
