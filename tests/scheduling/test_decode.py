@@ -30,6 +30,9 @@ class ByHand:
     def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         raise NotImplementedError
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        raise NotImplementedError
+
     def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         raise NotImplementedError
 

@@ -98,6 +98,14 @@ class Profiled:
         idle = self.now - seen.at
         return seconds * (seen.mixed_bias if idle <= FRESH else self._relaxed(seen.mixed_bias, idle))
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        """Its share of full chunks, beside the decodes there, and its attention (s)."""
+        chunk, tokens = instance.chunk or 1, prompt_tokens - cached
+        step = self.model.of(chunk, 0.0, instance.decodes, instance.context_tokens)
+        seconds = tokens / chunk * step + self.model.attention * prompt_attention(prompt_tokens, cached)
+        seen = self.seen.get(instance.name)
+        return seconds if seen is None else seconds * self._relaxed(seen.mixed_bias, self.now - seen.at)
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
         joined = 1 if kv_tokens else 0

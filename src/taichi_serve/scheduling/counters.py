@@ -29,6 +29,7 @@ class Counters:
     moves: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     refused: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    best_effort: int = 0  # requests that could no longer meet their TTFT
     prefixes: dict[str, PrefixTokens] = field(default_factory=dict)
     recent: Average = field(default_factory=Average)
 

@@ -12,6 +12,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
+from taichi_serve.scheduling.queue import Queue
 from taichi_serve.scheduling.residency import NOTHING, Prefixes, Residency
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.sliders import Kind, Sliders
@@ -37,8 +38,8 @@ class Ledger:
             if capacities.get(name, 0) < 1:
                 raise ValueError(f"the KV capacity of {name} is missing or not positive")
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
-        # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
-        self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
+        self.queues = {name: Queue() for name in self.instances}
+        self.best_effort: dict[str, None] = {}  # ids of the queued prompts that are: an ordered set
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
 
@@ -66,7 +67,9 @@ class Ledger:
         new = request.prompt_tokens - cached
         if not (instance.decodes or instance.queued_requests):  # idle: a step with it begins at once
             instance.running_tokens = min(instance.chunk, new)
-        self.queues[instance.name][request.id] = None
+        self.queues[instance.name].add(request.id, request.by)
+        if request.best_effort:
+            self.best_effort[request.id] = None
         instance.queued_tokens += new
         instance.queued_requests += 1
         instance.queued_attention += prompt_attention(request.prompt_tokens, cached)
@@ -83,9 +86,15 @@ class Ledger:
         instance = self.home(request)
         self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
 
-    def oldest(self, instance: Instance) -> Request | None:
+    def demote(self, request: Request, by: float) -> None:
+        """A queued prompt is best effort from now on, with another place in its queue."""
+        request.best_effort, request.by = True, by
+        self.queues[self.home(request).name].move(request.id, by)
+        self.best_effort[request.id] = None
+
+    def first(self, instance: Instance) -> Request | None:
         """The prompt that an instance is computing, or will compute next."""
-        name = next(iter(self.queues[instance.name]), None)
+        name = self.queues[instance.name].first()
         return None if name is None else self.requests[name]
 
     def take_back(self, request: Request) -> None:
@@ -94,10 +103,10 @@ class Ledger:
         request.leg += 1
 
     def _drop(self, request: Request) -> None:
-        # Not computed any further here. What was computed is that of the oldest prompt.
+        # Not computed any further here. What was computed is that of the first prompt.
         instance = self.home(request)
-        oldest = next(iter(self.queues[instance.name])) == request.id
-        self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
+        first = self.queues[instance.name].first() == request.id
+        self._unqueue(request, instance, 0 if first else instance.progress_tokens)
         self._unclaim(request)
 
     def _unclaim(self, request: Request) -> None:
@@ -105,13 +114,16 @@ class Ledger:
             self.residency.leave(request.instance, request.blocks)
 
     def _unqueue(self, request: Request, instance: Instance, progress: int) -> None:
-        del self.queues[instance.name][request.id]
+        self.queues[instance.name].remove(request.id)
+        self.best_effort.pop(request.id, None)
         instance.queued_tokens -= request.prompt_tokens - request.cached
         instance.queued_requests -= 1
         instance.queued_attention -= prompt_attention(request.prompt_tokens, request.cached)
         instance.queued_unused -= request.unused
         request.unused = 0
         instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
+        if instance.progress_tokens:
+            self.queues[instance.name].begin()
         instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
         self._rest(instance)
 
@@ -220,6 +232,8 @@ class Ledger:
         instance.kv_tokens = step.kv_tokens
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
+        if step.prefill_tokens:
+            self.queues[instance.name].begin()
         instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
         if instance.queued_unused and step.prefill_tokens:
             self._begun(instance)
@@ -238,7 +252,7 @@ class Ledger:
 
     def _begun(self, instance: Instance) -> None:
         # What the prompt under way found in the cache is in the instance's own figures from now on.
-        request = self.oldest(instance)
+        request = self.first(instance)
         if request is not None:
             instance.queued_unused -= request.unused
             request.unused = 0

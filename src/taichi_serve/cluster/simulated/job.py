@@ -54,7 +54,8 @@ class Job:
     """
 
     __slots__ = (
-        "arrived_at", "began", "blocks", "cached", "computed", "engine", "fetched", "filled", "finish_tick",
+        "arrived_at", "began", "best_effort", "blocks", "by", "cached", "computed", "engine", "fetched",
+        "filled", "finish_tick",
         "hand_over", "hashes", "id", "last", "last_at", "leg", "lender", "lent", "local", "made", "missing",
         "named", "need", "output", "pinned", "pinned_named", "prompt", "pulled", "read", "reading", "run",
         "since", "source", "stage", "target", "then", "where",
@@ -74,6 +75,8 @@ class Job:
         self.prompt = prompt
         self.output = output
         self.leg = 0
+        self.by = 0.0  # its place among the prompts queued where it is, the lowest first
+        self.best_effort = False
         self.stage = Stage.WAITING
         self.where: Where | None = None
         self.engine: Engine | None = None  # where it waits, runs or is held
