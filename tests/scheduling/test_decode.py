@@ -36,6 +36,9 @@ class ByHand:
     def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         raise NotImplementedError
 
+    def since(self, instance: Instance, elapsed: float) -> float:
+        return 0.0
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)
 

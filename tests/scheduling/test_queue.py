@@ -28,11 +28,19 @@ def test_a_prompt_that_is_put_off_comes_behind_those_with_an_earlier_place() -> 
 
 def test_nobody_overtakes_a_prompt_that_has_begun_nor_puts_it_off() -> None:
     made = queue(a=6.0)
-    made.begin()
+    made.begin(1)
     made.add("b", 4.0)
     made.move("a", 9.0)
     assert [*made] == ["a", "b"]
     assert made.first() == "a"
+
+
+def test_those_that_have_begun_stay_in_their_order() -> None:
+    made = queue(a=9.0, b=4.0, c=5.0)
+    made.begin(3)
+    made.remove("b")
+    assert [*made] == ["c", "a"]
+    assert made.waiting() == []
 
 
 def test_behind_a_newcomer_are_those_with_a_later_place_the_last_first() -> None:

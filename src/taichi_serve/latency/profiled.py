@@ -106,6 +106,17 @@ class Profiled:
         seen = self.seen.get(instance.name)
         return seconds if seen is None else seconds * self._relaxed(seen.mixed_bias, self.now - seen.at)
 
+    def since(self, instance: Instance, elapsed: float) -> float:
+        """What is left of the step that runs, beside the half of it that a prediction counts (s)."""
+        running, decodes = instance.running_tokens, instance.decodes
+        if not (running or decodes):
+            return 0.0
+        step = self.model.of(running, running * self._pairs(instance), decodes, instance.context_tokens)
+        seen = self.seen.get(instance.name)
+        if seen is not None:
+            step *= seen.mixed_bias if running else seen.plain_bias
+        return max(0.0, step - elapsed) - step / 2
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
         joined = 1 if kv_tokens else 0

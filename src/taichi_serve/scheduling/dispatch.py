@@ -106,19 +106,21 @@ class Dispatcher:
     def _choose(self, request: Request, now: float, able: list[Instance]) -> tuple[Placement, Known]:
         below = decoders(self.serving())
         known = self._known(request, now)
-        if self.policy.overload != SERVE and (after := self.triage.overtaken(request, able)):
-            known = replace(known, overtaken=after)
+        if self.policy.overload != SERVE:
+            known = replace(known, overtaken=self.triage.overtaken(request, now, able))
         return choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
         """Place a prompt by its deadline. Where it would be missed, it or the longest before it is best
         effort, or it is turned away."""
         triage, policy = self.triage, self.policy
+        if new:
+            triage.came(request)
         request.by = triage.deadline(request, policy, request.best_effort)
         placed, known = self._choose(request, now, able)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         slo = self.slo_of(request)
-        if request.best_effort or placed.ttft <= slo.ttft:
+        if request.best_effort or not triage.late(request, placed):
             return [self._enqueue(request, placed, known, now)]
         victim, late = triage.victim(request, placed), f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
         if new and policy.overload == REFUSE and request.work <= slo.ttft:  # else it is not for want of time
@@ -153,10 +155,14 @@ class Dispatcher:
         return Decline(request.id, self.triage.drained(able), why, placed.forecasts)
 
     def _enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
+        here = placed.instance
         if self.policy.overload != SERVE:
-            request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
+            request.work = self.predictor.work(here, request.prompt_tokens, placed.cached)
+        if not (here.decodes or here.queued_requests):  # idle: a step with it begins at once
+            here.stepped_at = now
         self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)
-        request.predicted_ttft = placed.ttft
+        after = known.overtaken.get(here.name)
+        request.predicted_ttft = placed.ttft - (after.reserve if after else 0.0)
         request.hand_over, request.ahead = placed.hand_over, None
         lender = placed.lender
         if lender is not None:

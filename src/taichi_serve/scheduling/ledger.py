@@ -76,6 +76,8 @@ class Ledger:
         instance.queued_unused += request.unused
         if request.blocks:
             self.residency.claim(instance.name, request.blocks)
+        if instance.running_tokens:
+            self._plan(instance)
 
     def lend(self, lender: Instance, now: float, seconds: float) -> None:
         """A prefix is copied from this instance, behind others: its port takes one after the other."""
@@ -122,9 +124,8 @@ class Ledger:
         instance.queued_unused -= request.unused
         request.unused = 0
         instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
-        if instance.progress_tokens:
-            self.queues[instance.name].begin()
         instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
+        self._plan(instance)
         self._rest(instance)
 
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
@@ -229,12 +230,11 @@ class Ledger:
     def step(self, instance: Instance, step: Stepped) -> None:
         """One step of an instance: its tick clock goes on, for everybody but those who missed it."""
         instance.ticks += 1
-        instance.kv_tokens = step.kv_tokens
+        instance.kv_tokens, instance.stepped_at = step.kv_tokens, step.at
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
-        if step.prefill_tokens:
-            self.queues[instance.name].begin()
         instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
+        self._plan(instance)
         if instance.queued_unused and step.prefill_tokens:
             self._begun(instance)
         for name in step.missed:
@@ -249,6 +249,20 @@ class Ledger:
                 instance.context_base -= 1
             if keyed:
                 self.residents[instance.name].add(request)
+
+    def _plan(self, instance: Instance) -> None:
+        # An engine plans one step ahead: nobody overtakes who is in the step that runs or in the next one.
+        queue = self.queues[instance.name]
+        if not queue.ordered:
+            return
+        ahead, planned, begun = -instance.progress_tokens, instance.running_tokens + instance.chunk, 0
+        for name in queue:
+            if ahead >= planned:
+                break
+            begun += 1
+            request = self.requests[name]
+            ahead += request.prompt_tokens - request.cached
+        queue.begin(begun)
 
     def _begun(self, instance: Instance) -> None:
         # What the prompt under way found in the cache is in the instance's own figures from now on.

@@ -59,7 +59,7 @@ class Policy:
     scan: int = 8
     overload: str = SERVE
     patience: float = 5.0
-    leftover: float = 0.1
+    leftover: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("watermark", "alpha", "ttft_margin", "tpot_margin", "fetch_within"):

@@ -22,10 +22,12 @@ from taichi_serve.slo import SLO
 
 @dataclass(slots=True)
 class Behind:
-    """What is queued on an instance and comes after a newcomer: prompt tokens, and seconds of work."""
+    """What is queued on an instance and comes after a newcomer: prompt tokens, and the seconds by which its
+    TTFT is shorter than predicted for the end of the queue."""
 
     tokens: int = 0
     seconds: float = 0.0
+    reserve: float = 0.0  # of these seconds, negative: time that is kept free for longer prompts
 
 
 ALL_BEFORE = Behind()

@@ -20,6 +20,7 @@ class Queue:
         self._order: list[Key] = []
         self._keys: dict[str, Key] = {}
         self._count = 0
+        self.ordered = False  # whether any came with a place of its own: else all are in order of arrival
 
     def __len__(self) -> int:
         return len(self._order)
@@ -34,6 +35,7 @@ class Queue:
     def add(self, name: str, by: float) -> None:
         """A prompt comes: behind those with the same `by`."""
         self._count += 1
+        self.ordered = self.ordered or by != 0.0
         self._put(name, (by, self._count, name))
 
     def move(self, name: str, by: float) -> None:
@@ -48,11 +50,16 @@ class Queue:
         key = self._keys.pop(name)
         del self._order[bisect_left(self._order, key)]
 
-    def begin(self) -> None:
-        """The first of them has begun."""
-        if self._order and self._order[0][0] != BEGUN:
-            _, count, name = self._order[0]
-            self._order[0] = self._keys[name] = (BEGUN, count, name)
+    def begin(self, count: int) -> None:
+        """The first so many have begun, in this order."""
+        for place, (by, _, name) in enumerate(self._order[:count]):
+            if by != BEGUN:
+                self._count += 1
+                self._order[place] = self._keys[name] = (BEGUN, self._count, name)
+
+    def waiting(self) -> list[str]:
+        """Those that have not begun, the next one first."""
+        return [name for by, _, name in self._order if by != BEGUN]
 
     def ends_after(self, by: float) -> bool:
         """Whether a newcomer with this `by` is computed before somebody."""

@@ -21,8 +21,6 @@ from taichi_serve.messages import (
     Cached,
     Cancelled,
     Command,
-    Decline,
-    Demote,
     Drained,
     Event,
     Finished,
@@ -32,7 +30,6 @@ from taichi_serve.messages import (
     Lost,
     Move,
     Outcome,
-    Prefill,
     Prefilled,
     Promised,
     Refused,
@@ -126,7 +123,8 @@ class GlobalScheduler:
         here = self.instances[event.instance]
         self.ledger.dequeue(request, event.cached)
         self.counters.through(here.name, request.prompt_tokens, request.cached, event.cached)
-        if not request.best_effort:  # nobody knows how many will go before it
+        if not request.best_effort:  # nobody knew how many would go before it
+            self._dispatcher.triage.through(request)
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
@@ -290,11 +288,5 @@ class GlobalScheduler:
 
     def _count(self, commands: list[Command]) -> list[Command]:
         """Count those that had to be given up, were turned away, or are best effort."""
-        for command in commands:
-            if isinstance(command, Abort):
-                self.counters.ended(command.outcome, 0)
-            elif isinstance(command, Decline):
-                self.counters.ended(Outcome.REFUSED, 0)
-            elif isinstance(command, Demote) or (isinstance(command, Prefill) and command.best_effort):
-                self.counters.best_effort += 1
+        self.counters.decided(commands)
         return commands

@@ -14,15 +14,22 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
 from taichi_serve.instance import Instance
-from taichi_serve.latency.predict import Predictor
+from taichi_serve.latency.predict import Average, Predictor
 from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.prefill import Behind, Placement
 from taichi_serve.slo import SLO
 
-# An engine plans one step ahead: the prompts of the step that runs and of the next one cannot be taken out.
-PLANNED = 2  # steps
+# Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
+# who is queued keeps its place until it is predicted to be later than its deadline by so much.
+SPARE, GRACE = 0.05, 0.05
+KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
+# Mean length of the prompts that are in time over that of all: down to FAIR nothing is done about it, from
+# UNFAIR on all that can be.
+FAIR, UNFAIR = 0.95, 0.9
+LONG = 1.3  # times the length of the prompt that a token belongs to on average: such prompts are protected
+MOST = 0.75  # of the TTFT SLO: where a long prompt takes more, none is waited for
 
 
 class Triage:
@@ -32,6 +39,38 @@ class Triage:
         self.ledger = ledger
         self.predictor = predictor
         self.slo_of = slo_of
+        self.arrived = Average()  # mean length of all prompts, and of those that were in time
+        self.kept = Average()
+        self.longer = Average()  # mean length of the prompt that a token belongs to
+
+    def came(self, request: Request) -> None:
+        """A request is new."""
+        length = float(request.prompt_tokens)
+        self.arrived.add(length, 1.0, KEEP)
+        self.longer.add(length * length, length, KEEP)
+
+    def through(self, request: Request) -> None:
+        """The first token of one that kept its deadline is out."""
+        self.kept.add(float(request.prompt_tokens), 1.0, KEEP)
+
+    def unfair(self) -> float:
+        """How much long prompts have to be protected, 0 to 1: those in time are shorter than all."""
+        if not (self.arrived.below and self.kept.below):
+            return 0.0
+        share = self.kept.value(0.0) / self.arrived.value(1.0)
+        return min(1.0, max(0.0, (FAIR - share) / (FAIR - UNFAIR)))
+
+    def reserve(self, request: Request, instance: Instance, unfair: float) -> float:
+        """Seconds that a prompt has to leave free before its deadline, where a longer one could be in time:
+        it gets in no easier than that one."""
+        if not unfair:
+            return 0.0
+        ttft = self.slo_of(request).ttft
+        longer = self.predictor.work(instance, int(LONG * self.longer.value(0.0)))
+        if longer > MOST * ttft:
+            return 0.0
+        own = self.predictor.work(instance, request.prompt_tokens)
+        return unfair * max(0.0, min(longer, ttft / 2) - own)
 
     def deadline(self, request: Request, policy: Policy, best_effort: bool = False) -> float:
         """Until when its first token is to be there (s). That of best effort comes one TTFT SLO before its
@@ -39,25 +78,35 @@ class Triage:
         ttft = self.slo_of(request).ttft
         return request.arrived_at + (ttft * (policy.patience - 1.0) if best_effort else ttft)
 
-    def overtaken(self, request: Request, instances: Iterable[Instance]) -> dict[str, Behind]:
+    def overtaken(self, request: Request, now: float, instances: Iterable[Instance]) -> dict[str, Behind]:
         """What would be computed after this newcomer, by instance."""
         found: dict[str, Behind] = {}
+        unfair = 0.0 if request.best_effort else self.unfair()
         for instance in instances:
-            queue = self.ledger.queues[instance.name]
+            queue, tokens = self.ledger.queues[instance.name], 0
+            seconds = -self.predictor.since(instance, now - instance.stepped_at)
             if queue.ends_after(request.by):
                 behind = [self.ledger.requests[name] for name in queue.behind(request.by)]
                 tokens = sum(other.prompt_tokens - other.cached for other in behind)
-                found[instance.name] = Behind(tokens, sum(other.work for other in behind))
+                seconds += sum(other.work for other in behind)
+            reserve = self.reserve(request, instance, unfair)
+            found[instance.name] = Behind(tokens, seconds - reserve, reserve)
         return found
+
+    def late(self, request: Request, placed: Placement, without: float = 0.0) -> bool:
+        """Whether it would miss its TTFT in this place, or even `without` so many seconds of work."""
+        return placed.ttft - without > self.slo_of(request).ttft * (1.0 - SPARE)
 
     def victim(self, request: Request, placed: Placement) -> Request:
         """Who is best effort, where the newcomer would be late in its place: the longest before it that has
         not begun, if it is longer and all are in time without it; else the newcomer."""
         longest = request
+        if self.unfair() >= 1.0:
+            return request
         for other in self._movable(placed.instance):
             if other.by <= request.by and other.work > longest.work:
                 longest = other
-        return longest if placed.ttft - longest.work <= self.slo_of(request).ttft else request
+        return request if self.late(request, placed, longest.work) else longest
 
     def room(self, request: Request, able: Sequence[Instance], policy: Policy) -> bool:
         """Whether best effort has time for one more before its patience ends: of what the instances can
@@ -74,7 +123,8 @@ class Triage:
         """Who of the queue is to be best effort, each for the sake of a prompt that would be late: seconds
         until its first token, and that prompt."""
         waiting = [self.ledger.requests[name] for name in self.ledger.queues[instance.name]]
-        end = now + self.predictor.ttft(instance, 0) - sum(other.work for other in waiting)
+        running = self.predictor.since(instance, now - instance.stepped_at)
+        end = now + self.predictor.ttft(instance, 0) + running - sum(other.work for other in waiting)
         movable = {other.id for other in self._movable(instance)}
         found: list[tuple[Request, float, Request]] = []
         longest: list[tuple[float, float, str]] = []
@@ -84,7 +134,7 @@ class Triage:
                 continue
             if other.id in movable:
                 heappush(longest, (-other.work, -other.by, other.id))
-            while end > other.by and longest:
+            while end > other.by + GRACE * self.slo_of(other).ttft and longest:
                 least, _, name = heappop(longest)
                 found.append((self.ledger.requests[name], end - now, other))
                 end += least
@@ -92,11 +142,5 @@ class Triage:
 
     def _movable(self, instance: Instance) -> list[Request]:
         """Those queued on an instance that keep their deadline so far and are in no step yet, in order."""
-        ahead, planned = -instance.progress_tokens, PLANNED * instance.chunk
-        found = []
-        for name in self.ledger.queues[instance.name]:
-            other = self.ledger.requests[name]
-            if ahead >= planned and not other.best_effort:
-                found.append(other)
-            ahead += other.prompt_tokens - other.cached
-        return found
+        waiting = (self.ledger.requests[name] for name in self.ledger.queues[instance.name].waiting())
+        return [other for other in waiting if not other.best_effort]

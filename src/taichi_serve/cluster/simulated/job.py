@@ -74,10 +74,8 @@ class Job:
         self.arrived_at = arrived_at
         self.prompt = prompt
         self.output = output
-        self.leg = 0
-        self.by = 0.0  # its place among the prompts queued where it is, the lowest first
-        self.best_effort = False
-        self.stage = Stage.WAITING
+        self.by, self.best_effort = 0.0, False  # its place where it is queued, the lowest first
+        self.leg, self.stage = 0, Stage.WAITING
         self.where: Where | None = None
         self.engine: Engine | None = None  # where it waits, runs or is held
         self.source: Engine | None = None  # where blocks of the leg before are pinned until it is pulled

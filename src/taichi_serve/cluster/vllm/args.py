@@ -80,6 +80,10 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "these: " + (", ".join(measured_names()) or "none yet"),
     ),
 )
+LATE = (
+    "what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or the longest "
+    "before it is best effort, or it is turned away with a 503 (default: serve)"
+)
 
 
 class OneLineParser(FlexibleArgumentParser):
@@ -129,13 +133,7 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
         "prefixes fetched from one instance to another, too (default: fetch)",
     )
-    group.add_argument(
-        "--overload",
-        choices=OVERLOAD,
-        default=SERVE,
-        help="what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or "
-        "the longest before it is best effort, or it is turned away with a 503 (default: serve)",
-    )
+    group.add_argument("--overload", choices=OVERLOAD, default=SERVE, help=LATE)
     group.add_argument(
         "--autotune",
         choices=MODES,

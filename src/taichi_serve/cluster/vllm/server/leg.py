@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from msgspec.structs import replace
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -22,8 +23,9 @@ def first_leg(
     leg = copy.copy(request)
     leg.request_id = name
     if reader is not None or fetch or place != ANY:
-        hand_over, by, late = reader is not None, place.by, place.best_effort
-        marks = Marks(hand_over=hand_over, reader=reader, fetch=fetch, by=by, best_effort=late)
+        marks = Marks(hand_over=reader is not None, reader=reader, fetch=fetch)
+        if place != ANY:
+            marks = replace(marks, by=place.by, best_effort=place.best_effort)
         leg.sampling_params = _with_extra(_params(request), marks.entry())
     return leg
 
