@@ -111,7 +111,12 @@ class Profiled:
         running, decodes = instance.running_tokens, instance.decodes
         if not (running or decodes):
             return 0.0
-        step = self.model.of(running, running * self._pairs(instance), decodes, instance.context_tokens)
+        # Written out as in `ttft`, for the same reason.
+        model, context = self.model, instance.context_base + decodes * instance.ticks
+        step = model.launch + model.decode * decodes + model.kv * context
+        step += model.token * max(model.knee, running + decodes)
+        if running:
+            step += model.mixed + model.attention * running * self._pairs(instance)
         seen = self.seen.get(instance.name)
         if seen is not None:
             step *= seen.mixed_bias if running else seen.plain_bias

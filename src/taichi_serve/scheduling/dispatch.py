@@ -5,8 +5,6 @@ A command and its booking are made in one place, so that none goes out that the 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
@@ -107,7 +105,8 @@ class Dispatcher:
         below = decoders(self.serving())
         known = self._known(request, now)
         if self.policy.overload != SERVE:
-            known = replace(known, overtaken=self.triage.overtaken(request, now, able))
+            after = self.triage.overtaken(request, now, able)
+            known = Known(known.prefixes, known.lender, known.lent, known.behind, after)
         return choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
@@ -133,6 +132,7 @@ class Dispatcher:
             return [demoted, self._enqueue(request, placed, known, now)]
         request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
         placed, known = self._choose(request, now, able)
+        request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         placed.why = f"best effort: {late}; {placed.why}"
         return [self._enqueue(request, placed, known, now)]
 
@@ -156,8 +156,6 @@ class Dispatcher:
 
     def _enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
         here = placed.instance
-        if self.policy.overload != SERVE:
-            request.work = self.predictor.work(here, request.prompt_tokens, placed.cached)
         if not (here.decodes or here.queued_requests):  # idle: a step with it begins at once
             here.stepped_at = now
         self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)

@@ -63,8 +63,6 @@ class Triage:
     def reserve(self, request: Request, instance: Instance, unfair: float) -> float:
         """Seconds that a prompt has to leave free before its deadline, where a longer one could be in time:
         it gets in no easier than that one."""
-        if not unfair:
-            return 0.0
         ttft = self.slo_of(request).ttft
         longer = self.predictor.work(instance, int(LONG * self.longer.value(0.0)))
         if longer > MOST * ttft:
@@ -81,15 +79,16 @@ class Triage:
     def overtaken(self, request: Request, now: float, instances: Iterable[Instance]) -> dict[str, Behind]:
         """What would be computed after this newcomer, by instance."""
         found: dict[str, Behind] = {}
+        queues, since = self.ledger.queues, self.predictor.since
         unfair = 0.0 if request.best_effort else self.unfair()
         for instance in instances:
-            queue, tokens = self.ledger.queues[instance.name], 0
-            seconds = -self.predictor.since(instance, now - instance.stepped_at)
+            queue, tokens = queues[instance.name], 0
+            seconds = -since(instance, now - instance.stepped_at)
             if queue.ends_after(request.by):
                 behind = [self.ledger.requests[name] for name in queue.behind(request.by)]
                 tokens = sum(other.prompt_tokens - other.cached for other in behind)
                 seconds += sum(other.work for other in behind)
-            reserve = self.reserve(request, instance, unfair)
+            reserve = self.reserve(request, instance, unfair) if unfair else 0.0
             found[instance.name] = Behind(tokens, seconds - reserve, reserve)
         return found
 
