@@ -41,7 +41,8 @@ class Policy:
     `overload`      what becomes of a request that can no longer meet its TTFT.
     `patience`      how many times its TTFT SLO best effort may wait for its first token, at most.
     `leftover`      share of the instances' time that is kept for best effort, however many come: what would
-                    have to wait longer than its patience for it is turned away.
+                    have to wait longer than its patience for it is turned away. It is more while
+                    nobody else waits.
     `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
     """
 

@@ -109,8 +109,11 @@ class Triage:
 
     def room(self, request: Request, able: Sequence[Instance], policy: Policy) -> bool:
         """Whether best effort has time for one more before its patience ends: of what the instances can
-        compute until then it gets the share that is kept for it. One alone always has."""
-        seconds = self.slo_of(request).ttft * (policy.patience - 1.0) * policy.leftover * len(able)
+        compute until then it gets the share that is kept for it, and half of all while nobody else waits.
+        One alone always has."""
+        others = sum(instance.queued_requests for instance in able) - len(self.ledger.best_effort)
+        share = policy.leftover if others > 0 else 0.5
+        seconds = self.slo_of(request).ttft * (policy.patience - 1.0) * share * len(able)
         queued = sum(self.ledger.requests[name].work for name in self.ledger.best_effort)
         return not queued or queued + request.work <= seconds
 
