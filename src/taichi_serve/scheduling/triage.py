@@ -24,6 +24,7 @@ from taichi_serve.slo import SLO
 # Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
 # who is queued keeps its place until it is predicted to be later than its deadline by so much.
 SPARE, GRACE = 0.05, 0.05
+LARGE = 512  # prompt tokens of a step that is long enough to ask when it began
 KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
 # Mean length of the prompts that are in time over that of all: down to FAIR nothing is done about it, from
 # UNFAIR on all that can be.
@@ -77,14 +78,18 @@ class Triage:
         return request.arrived_at + (ttft * (policy.patience - 1.0) if best_effort else ttft)
 
     def overtaken(self, request: Request, now: float, instances: Iterable[Instance]) -> dict[str, Behind]:
-        """What would be computed after this newcomer, by instance."""
+        """What would be computed after this newcomer, by instance; only where there is something to say."""
         found: dict[str, Behind] = {}
         queues, since = self.ledger.queues, self.predictor.since
         unfair = 0.0 if request.best_effort else self.unfair()
         for instance in instances:
-            queue, tokens = queues[instance.name], 0
-            seconds = -since(instance, now - instance.stepped_at)
-            if queue.ends_after(request.by):
+            queue, tokens, seconds = queues[instance.name], 0, 0.0
+            large, overtakes = instance.running_tokens >= LARGE, queue.ends_after(request.by)
+            if not (large or overtakes or unfair):
+                continue
+            if large:
+                seconds -= since(instance, now - instance.stepped_at)
+            if overtakes:
                 behind = [self.ledger.requests[name] for name in queue.behind(request.by)]
                 tokens = sum(other.prompt_tokens - other.cached for other in behind)
                 seconds += sum(other.work for other in behind)
