@@ -233,11 +233,11 @@ def test_long_prompts_are_protected_when_those_in_time_are_shorter_than_all() ->
         triage.came(Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10))
         triage.through(Request(f"r{n}", 0.0, 100, 10))
     assert triage.unfair() == 1.0
-    short, long = Request("short", 0.0, 100, 10), Request("long", 0.0, 2000, 10)
+    short, long = Request("short", 0.0, 100, 10), Request("long", 0.0, 2400, 10)
     here = s.instances["i0"]
     # A short one leaves the time of one of 1.3 x 1810 tokens, but no more than half of the SLO.
-    assert triage.reserve(short, here, 1.0) == pytest.approx(2.0 - 0.1)
-    assert triage.reserve(long, here, 1.0) == 0.0
+    assert triage.reserve(short, here, 1.0, triage.protected()) == pytest.approx(2.0 - 0.1)
+    assert triage.reserve(long, here, 1.0, triage.protected()) == 0.0
     arrive(s, a=300, b=1500)
     (placed,) = arrive(s, c=500)
     assert isinstance(placed, Prefill)

@@ -61,14 +61,20 @@ class Triage:
         share = self.kept.value(0.0) / self.arrived.value(1.0)
         return min(1.0, max(0.0, (FAIR - share) / (FAIR - UNFAIR)))
 
-    def reserve(self, request: Request, instance: Instance, unfair: float) -> float:
+    def protected(self) -> int:
+        """Tokens of a long prompt, as long ones are lately."""
+        return int(LONG * self.longer.value(0.0))
+
+    def reserve(self, request: Request, instance: Instance, unfair: float, length: int) -> float:
         """Seconds that a prompt has to leave free before its deadline, where a longer one could be in time:
-        it gets in no easier than that one."""
+        it gets in no easier than that one. `length` is of the longer one (tokens)."""
+        if request.prompt_tokens >= length:
+            return 0.0
         ttft = self.slo_of(request).ttft
-        longer = self.predictor.work(instance, int(LONG * self.longer.value(0.0)))
+        longer = self.predictor.work(instance, length)
         if longer > MOST * ttft:
             return 0.0
-        own = self.predictor.work(instance, request.prompt_tokens)
+        own = longer * request.prompt_tokens / length  # nearly: attention is more than linear
         return unfair * max(0.0, min(longer, ttft / 2) - own)
 
     def deadline(self, request: Request, policy: Policy, best_effort: bool = False) -> float:
@@ -82,6 +88,7 @@ class Triage:
         found: dict[str, Behind] = {}
         queues, since = self.ledger.queues, self.predictor.since
         unfair = 0.0 if request.best_effort else self.unfair()
+        length = self.protected() if unfair else 0
         for instance in instances:
             queue, tokens, seconds = queues[instance.name], 0, 0.0
             large, overtakes = instance.running_tokens >= LARGE, queue.ends_after(request.by)
@@ -93,7 +100,7 @@ class Triage:
                 behind = [self.ledger.requests[name] for name in queue.behind(request.by)]
                 tokens = sum(other.prompt_tokens - other.cached for other in behind)
                 seconds += sum(other.work for other in behind)
-            reserve = self.reserve(request, instance, unfair) if unfair else 0.0
+            reserve = self.reserve(request, instance, unfair, length) if unfair else 0.0
             found[instance.name] = Behind(tokens, seconds - reserve, reserve)
         return found
 
