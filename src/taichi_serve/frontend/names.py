@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from starlette.types import Scope
+if TYPE_CHECKING:  # a log is explained where no server is installed
+    from starlette.types import Scope
 
 KEEP = 10_000
 # What vLLM's routes know of the HTTP request in whose context we are (`request.state`).
