@@ -108,6 +108,13 @@ class Triage:
         """Whether it would miss its TTFT in this place, or even `without` so many seconds of work."""
         return placed.ttft - without > self.slo_of(request).ttft * (1.0 - SPARE)
 
+    def slow(self, request: Request, placed: Placement, decoders: Sequence[Instance]) -> bool:
+        """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted to
+        miss its TPOT: it would be late however soon it began, and slow the others down."""
+        where = decoders if placed.hand_over and decoders else [placed.instance]
+        most, length = self.slo_of(request).tpot, request.prompt_tokens
+        return request.max_tokens > 1 and all(self.predictor.tpot(one, length) > most for one in where)
+
     def victim(self, request: Request, placed: Placement) -> Request:
         """Who is best effort, where the newcomer would be late in its place: the longest before it that has
         not begun, if it is longer and all are in time without it; else the newcomer."""
