@@ -252,3 +252,45 @@ def test_nothing_is_reserved_while_all_lengths_are_served_alike() -> None:
         triage.came(request)
         triage.through(request)
     assert triage.unfair() == 0.0
+
+
+@dataclass
+class Filling(Even):
+    """A token takes 20 ms, and 10 ms more for each decode."""
+
+    base: float = 0.02
+
+    def tpot(self, instance: Instance, kv_tokens: int) -> float:
+        return self.base + 0.01 * (instance.decodes + (kv_tokens > 0))
+
+
+def with_decodes(decodes: int, base: float) -> GlobalScheduler:
+    """An instance on which so many requests decode; SLO 100 ms for each token."""
+    policy = Policy(overload=DEMOTE, dwell=0.0)
+    s = GlobalScheduler(ONE, SLO(4.0, 0.1), Filling(base=base), policy, {"i0": 1_000_000})
+    s.instances["i0"].decodes = decodes
+    return s
+
+
+def test_while_a_decode_would_keep_its_tpot_the_newcomer_is_taken_in() -> None:
+    # 20 + 7 x 10 ms, and 10 ms for itself: 100 ms.
+    (placed,) = arrive(with_decodes(7, base=0.02), a=100)
+    assert isinstance(placed, Prefill)
+
+
+def test_a_newcomer_that_would_make_all_decodes_miss_their_tpot_is_turned_away() -> None:
+    (declined,) = arrive(with_decodes(8, base=0.02), a=100)
+    assert isinstance(declined, Decline)
+    assert declined.why == "its TPOT, and that of others, would be above 100 ms"
+
+
+def test_half_of_those_queued_will_decode_before_it() -> None:
+    # 19 + 6 x 10 ms, 10 for itself, and 5 for each of those queued: 89, 94 and 99 ms, and then 104.
+    s = with_decodes(6, base=0.019)
+    kinds = [type(command) for command in arrive(s, a=100, b=100, c=100, d=100)]
+    assert kinds == [Prefill, Prefill, Prefill, Decline]
+
+
+def test_where_an_idle_instance_is_too_slow_nobody_is_turned_away_for_it() -> None:
+    (placed,) = arrive(with_decodes(3, base=0.11), a=100)
+    assert isinstance(placed, Prefill)

@@ -119,11 +119,12 @@ class Dispatcher:
         placed, known = self._choose(request, now, able)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         slo = self.slo_of(request)
-        slow = new and not request.best_effort and triage.slow(request, placed, decoders(self.serving()))
-        if request.best_effort or not (slow or triage.late(request, placed)):
+        if new and triage.slow(request, placed, decoders(self.serving())):
+            why = f"its TPOT, and that of others, would be above {slo.tpot * 1e3:g} ms"
+            return [self._decline(request, placed, able, why)]
+        if request.best_effort or not triage.late(request, placed):
             return [self._enqueue(request, placed, known, now)]
-        victim = request if slow else triage.victim(request, placed)
-        late = f"TPOT above {slo.tpot * 1e3:g} ms" if slow else f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
+        victim, late = triage.victim(request, placed), f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
         if new and policy.overload == REFUSE and request.work <= slo.ttft:  # else it is not for want of time
             return [self._decline(request, placed, able, f"it would be late: {late}")]
         if new and not triage.room(victim, able, policy):

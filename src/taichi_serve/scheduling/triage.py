@@ -24,6 +24,7 @@ from taichi_serve.slo import SLO
 # Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
 # who is queued keeps its place until it is predicted to be later than its deadline by so much.
 SPARE, GRACE = 0.05, 0.05
+SOON = 0.5  # of the prompts queued, the share that will decode before somebody who decodes now ends
 LARGE = 512  # prompt tokens of a step that is long enough to ask when it began
 KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
 # Mean length of the prompts that are in time over that of all: down to FAIR nothing is done about it, from
@@ -109,11 +110,22 @@ class Triage:
         return placed.ttft - without > self.slo_of(request).ttft * (1.0 - SPARE)
 
     def slow(self, request: Request, placed: Placement, decoders: Sequence[Instance]) -> bool:
-        """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted to
-        miss its TPOT: it would be late however soon it began, and slow the others down."""
+        """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted
+        to miss its TPOT: it would be late however soon it began, and slow the others down. Those that are
+        queued, or on their way, will decode there before it."""
         where = decoders if placed.hand_over and decoders else [placed.instance]
         most, length = self.slo_of(request).tpot, request.prompt_tokens
-        return request.max_tokens > 1 and all(self.predictor.tpot(one, length) > most for one in where)
+        if request.max_tokens <= 1:
+            return False
+        before = sum(one.queued_requests for one in self.ledger.instances.values()) / max(1, len(decoders))
+        tpot = self.predictor.tpot
+        for one in where:
+            now = tpot(one, 0)
+            each = tpot(one, length) - now
+            idle = now - one.decodes * each  # where that is too slow already it is not for want of room
+            if now + (1 + SOON * before + one.arriving) * each <= most or idle > most:
+                return False
+        return True
 
     def victim(self, request: Request, placed: Placement) -> Request:
         """Who is best effort, where the newcomer would be late in its place: the longest before it that has
