@@ -114,7 +114,8 @@ class Triage:
         to miss its TPOT: it would be late however soon it began, and slow the others down. Those that are
         queued, or on their way, will decode there before it."""
         where = decoders if placed.hand_over and decoders else [placed.instance]
-        most, length = self.slo_of(request).tpot, request.prompt_tokens
+        # Of the mean length, not its own: else the long ones would be turned away first.
+        most, length = self.slo_of(request).tpot, int(self.arrived.value(request.prompt_tokens))
         if request.max_tokens <= 1:
             return False
         before = sum(one.queued_requests for one in self.ledger.instances.values()) / max(1, len(decoders))
