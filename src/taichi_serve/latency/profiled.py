@@ -100,11 +100,17 @@ class Profiled:
 
     def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         """Its share of full chunks, beside the decodes there, and its attention (s)."""
-        chunk, tokens = instance.chunk or 1, prompt_tokens - cached
-        step = self.model.of(chunk, 0.0, instance.decodes, instance.context_tokens)
-        seconds = tokens / chunk * step + self.model.attention * prompt_attention(prompt_tokens, cached)
+        # Written out as in `ttft`, for the same reason.
+        model, chunk, decodes = self.model, instance.chunk or 1, instance.decodes
+        step = model.launch + model.mixed + model.token * max(model.knee, chunk + decodes)
+        step += model.decode * decodes + model.kv * (instance.context_base + decodes * instance.ticks)
+        seconds = (prompt_tokens - cached) / chunk * step
+        seconds += model.attention * (prompt_tokens * (prompt_tokens + 1) - cached * (cached + 1)) / 2
         seen = self.seen.get(instance.name)
-        return seconds if seen is None else seconds * self._relaxed(seen.mixed_bias, self.now - seen.at)
+        if seen is None:
+            return seconds
+        idle = self.now - seen.at
+        return seconds * (seen.mixed_bias if idle <= FRESH else self._relaxed(seen.mixed_bias, idle))
 
     def since(self, instance: Instance, elapsed: float) -> float:
         """What is left of the step that runs, beside the half of it that a prediction counts (s)."""
