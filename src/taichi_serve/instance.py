@@ -24,6 +24,7 @@ class Instance:
     silent: bool = False  # does not answer: it may be slow, or lost
     draining: bool = False
     ticks: int = 0  # steps done: the clock that resident decodes are counted by
+    stepped_at: float = 0.0  # when the step that runs began (s)
     decodes: int = 0  # resident decodes
     arriving: int = 0  # requests on their way here to decode
     queued_tokens: int = 0  # prompt tokens to be computed of those placed here and not yet through

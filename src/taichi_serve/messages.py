@@ -43,6 +43,7 @@ class Outcome(Enum):
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    REFUSED = "refused"  # turned away at the door under overload, before its first token
 
 
 # ------------------------------------------------------------------------------------------------ events
@@ -320,7 +321,10 @@ class Outlook:
 @dataclass(frozen=True, slots=True)
 class Prefill:
     """Start the request here. With `hand_over` the leg ends after the first token and a Decode follows. With
-    `prefix_from` the KV of its first `prefix_tokens` tokens is fetched from that instance's prefix cache."""
+    `prefix_from` the KV of its first `prefix_tokens` tokens is fetched from that instance's prefix cache.
+
+    Prompts queued on an instance are computed in the order of `by` (seconds), the lowest first, and equal
+    ones in order of arrival. What is `best_effort` can no longer meet its TTFT."""
 
     request: str
     leg: int
@@ -330,6 +334,8 @@ class Prefill:
     why: str = ""
     prefix_from: str | None = None
     prefix_tokens: int = 0
+    by: float = 0.0
+    best_effort: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +383,28 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Demote:
+    """A prompt that is queued on leg `leg` is best effort from now on: of those queued there it is computed
+    in the order of `by` (seconds; see Prefill). One that has begun meanwhile goes on."""
+
+    request: str
+    leg: int
+    by: float
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """Turn the request away at the door: it was sent to no instance. It may come back after `retry_after`
+    seconds, when what is queued is predicted to be through."""
+
+    request: str
+    retry_after: float
+    why: str
+    forecasts: tuple[Forecast, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SetChunk:
     """The instance takes at most `chunk` prompt tokens into each step from now on; 0 keeps prompts away."""
 
@@ -385,4 +413,4 @@ class SetChunk:
     chunk: int
 
 
-Command = Prefill | Ahead | Decode | Flow | Abort | SetChunk
+Command = Prefill | Ahead | Decode | Flow | Abort | SetChunk | Demote | Decline

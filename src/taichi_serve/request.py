@@ -64,6 +64,9 @@ class Request:
     predicted_ttft: float = 0.0  # as predicted when its prefill was placed, in seconds from its arrival
     predicted_tpot: float = 0.0  # as predicted when it became resident where it is
     settled_at: float = 0.0  # when that was
+    by: float = 0.0  # while it is queued: its place among the prompts there, the lowest first (seconds)
+    work: float = 0.0  # while it is queued: what it adds to the queue there, as predicted (seconds)
+    best_effort: bool = False  # it can no longer meet its TTFT, and must cost nobody theirs
 
     def enter(self, state: State) -> None:
         """Change state. Raises TransitionError where the table does not allow it."""

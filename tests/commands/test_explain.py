@@ -14,7 +14,20 @@ import pytest
 
 from taichi_serve.commands import explain
 from taichi_serve.eventlog import COMMANDS, EVENTS, NO_TIMELINE, Entry, encode, read
-from taichi_serve.messages import Command, Event, Flow, Flowed, Move, Prefilled, Stepped, Timeline, Tuned
+from taichi_serve.messages import (
+    Command,
+    Decline,
+    Demote,
+    Event,
+    Flow,
+    Flowed,
+    Forecast,
+    Move,
+    Prefilled,
+    Stepped,
+    Timeline,
+    Tuned,
+)
 from taichi_serve.sliders import Sliders
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -237,4 +250,22 @@ def test_sliders_that_set_themselves_are_told_with_reason_and_predicted_gain() -
     assert list(explain.lines({"arrived_at": 1.0, "log": rows})) == [
         (2.0, "sliders set themselves", f"{why} (+5% good requests predicted)"),
         (3.0, "sliders to be set", why),
+    ]
+
+
+def test_best_effort_and_a_refusal_at_the_door_are_told_with_their_reasons() -> None:
+    forecast = Forecast("i0", 4.7, 3700, feasible=False)
+    made = [
+        Demote("a", 0, 16.0, "the longest before d, which would be late: TTFT 5.2 s of 4 s"),
+        Decline("a", 7.36, "TTFT 4.7 s of 4 s, and best effort would wait too long", (forecast,)),
+    ]
+    rows = [{"type": type(command).__name__, **msgspec.to_builtins(command)} for command in made]
+    assert list(explain.lines({"arrived_at": 1.0, "log": rows})) == [
+        (None, "-> best effort", "the longest before d, which would be late: TTFT 5.2 s of 4 s"),
+        (
+            None,
+            "-> turned away",
+            "TTFT 4.7 s of 4 s, and best effort would wait too long; it may come back after 7.4 s",
+        ),
+        (None, "     i0", "TTFT 4700 ms, 3700 prompt tokens queued: not feasible"),
     ]

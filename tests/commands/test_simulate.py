@@ -216,3 +216,17 @@ def test_search_with_no_request_in_a_run_is_refused(capsys):
 def test_search_for_one_instance_is_refused(capsys):
     assert search.main(parsed(search, f"{BASE} --instances 1")) == 2
     assert "--instances: must be at least 2" in capsys.readouterr().err
+
+
+def test_beyond_its_goodput_requests_are_turned_away_and_more_are_good(capsys):
+    words = "--workload summarization --ttft-slo 6 --tpot-slo 0.05 --p-heavy 1 --d-heavy 1 --p-chunk 8192"
+    words += " --d-chunk 96 --rate 3 --requests 200 --json"
+    good, refused = {}, {}
+    for mode in ("serve", "demote", "refuse"):
+        assert simulate.main(parsed(simulate, f"{words} --overload {mode}")) == 0
+        figures = json.loads(capsys.readouterr().out)
+        good[mode], refused[mode] = figures["good"], figures["refused"]
+        assert figures["config"].get("overload", "serve") == mode
+    assert refused["serve"] == 0
+    assert min(refused["demote"], refused["refuse"]) > 0
+    assert min(good["demote"], good["refuse"]) > 2 * good["serve"]

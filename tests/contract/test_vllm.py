@@ -1063,3 +1063,16 @@ def test_external_hits_are_counted_by_the_tier_they_came_from() -> None:
     stats = PrefixCacheStats()
     stats.record(48, 32, False, {CacheHitSource.HOST: 32})
     assert (stats.queries, stats.hits, stats.hits_by_source) == (48, 32, {CacheHitSource.HOST: 32})
+
+
+def test_waiting_requests_are_a_deque_that_is_taken_from_the_left_and_preempted_ones_come_first() -> None:
+    from collections import deque
+
+    from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert issubclass(FCFSRequestQueue, deque)
+    assert not mentions(FCFSRequestQueue, "return self.popleft()", "return self[0]", "self.append(request)")
+    assert not mentions(Scheduler, "self.waiting = create_request_queue(self.policy)")
+    assert not mentions(Scheduler._preempt_request, "self.waiting.prepend_request(request)")
+    assert not mentions(Scheduler.schedule, "preempted_req = self.running.pop()")

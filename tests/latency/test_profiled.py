@@ -121,3 +121,28 @@ def test_drift_says_how_far_predictions_were_off() -> None:
     drift.add(predicted=1.0, actual=2.0)
     drift.add(predicted=3.0, actual=2.0)
     assert (drift.count, drift.ratio, drift.relative_error) == (2, 1.0, 0.5)
+
+
+def test_what_a_prompt_adds_to_a_queue_is_its_share_of_full_chunks_and_its_attention() -> None:
+    # A step of 1000 prompt tokens takes 1 ms, 2 ms for having some, and 0.1 ms a token: 103 ms.
+    model = Roofline(launch=0.001, mixed=0.002, token=1e-4, attention=1e-8)
+    here = Instance("i0", Kind.P_HEAVY, 1000, 100_000)
+    pairs = (2500 * 2501 - 500 * 501) / 2
+    assert Profiled(model, {}, 1).work(here, 2500, 500) == pytest.approx(2 * 0.103 + 1e-8 * pairs)
+
+
+def test_a_step_that_has_just_begun_has_all_of_itself_left_and_an_old_one_nothing() -> None:
+    # A step of 1000 prompt tokens takes 0.1 s, of which a prediction counts half.
+    here = Instance("i0", Kind.P_HEAVY, 1000, 100_000, running_tokens=1000, queued_tokens=1000)
+    predictor = Profiled(Roofline(launch=0.0, token=1e-4), {}, 1)
+    assert [predictor.since(here, elapsed) for elapsed in (0.0, 0.05, 0.3)] == pytest.approx(
+        [0.05, 0.0, -0.05]
+    )
+    assert predictor.since(Instance("i1", Kind.P_HEAVY, 1000, 100_000), 1.0) == 0.0
+
+
+def test_without_a_profile_the_running_step_counts_as_queued_and_what_is_over_of_it_is_taken_off() -> None:
+    here = Instance("i0", Kind.P_HEAVY, 1000, 100_000, running_tokens=1000, queued_tokens=1000)
+    learned = Learned(seconds_per_prompt_token=1e-4)
+    assert [learned.since(here, elapsed) for elapsed in (0.0, 0.05, 0.3)] == pytest.approx([0.0, -0.05, -0.1])
+    assert learned.work(here, 2500, 500) == pytest.approx(0.2)

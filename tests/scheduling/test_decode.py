@@ -30,8 +30,14 @@ class ByHand:
     def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         raise NotImplementedError
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        raise NotImplementedError
+
     def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         raise NotImplementedError
+
+    def since(self, instance: Instance, elapsed: float) -> float:
+        return 0.0
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)

@@ -27,6 +27,12 @@ class ByHand:
     def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
         return (instance.queued_prefill_tokens + prompt_tokens - cached) * self.per_token[instance.name]
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        return (prompt_tokens - cached) * self.per_token[instance.name]
+
+    def since(self, instance: Instance, elapsed: float) -> float:
+        return 0.0
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,9 @@ from taichi_serve.messages import (
     Cached,
     Cancelled,
     Command,
+    Decline,
     Decode,
+    Demote,
     Drained,
     Event,
     Finished,
@@ -43,7 +46,7 @@ from taichi_serve.messages import (
     Tier,
 )
 from taichi_serve.request import State
-from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.policy import DEMOTE, OVERLOAD, REFUSE, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
@@ -116,7 +119,9 @@ class Model:
                 self.assert_able(to)
                 assert work.to == "" or work.on == ""
                 work.to, work.leg = to, leg
-            case Abort():
+            case Demote(leg=leg):
+                assert (work.leg, work.out) == (leg, 0)
+            case Abort() | Decline():
                 self.ended[work.name] += 1
                 del self.work[work.name]
 
@@ -140,7 +145,7 @@ class Model:
             return
         budget, prefilled, landed, grown = self.chunks[instance], [], [], []
         before = budget
-        for w in self.work.values():
+        for w in self.in_order(instance):
             if w.on == instance and not w.to and w.out == 0 and budget:
                 if not w.done:
                     w.done = w.cached = self.found(w)
@@ -164,6 +169,13 @@ class Model:
             )
         )  # fmt: skip
         self.facts(instance, prefilled, landed, refuse)
+
+    def in_order(self, instance: str) -> list[Work]:
+        """Where prompts have places the instance computes them in the order that the ledger believes in: what
+        is planned already is overtaken by nobody. Else in order of arrival."""
+        queue = self.scheduler.ledger.queues[instance]
+        order = {name: number for number, name in enumerate(queue)} if queue.ordered else {}
+        return sorted(self.work.values(), key=lambda w: order.get(w.name, -1))
 
     def facts(self, instance: str, prefilled: list[Work], landed: list[Work], refuse: bool) -> None:
         for w in prefilled:
@@ -393,9 +405,10 @@ def long_story(chance: Random) -> Iterator[tuple[object, ...]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32))
-def test_the_same_holds_in_long_stories(seed: int) -> None:
-    m = model(Sliders(2, 2, 128, 32), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0))
+@given(seed=st.integers(0, 2**32), overload=st.sampled_from(OVERLOAD))
+def test_the_same_holds_in_long_stories(seed: int, overload: str) -> None:
+    policy = Policy(watermark=0.5, hysteresis=0.1, dwell=0.0, overload=overload)
+    m = model(Sliders(2, 2, 128, 32), policy)
     for deed in long_story(Random(seed)):
         play(m, deed)
         m.check()
@@ -413,6 +426,20 @@ def test_the_same_holds_with_prefixes(seed: int, fetch: bool) -> None:
         m.check()
     m.settle()
     m.assert_all_served_once_and_nothing_left()
+
+
+@pytest.mark.parametrize(("overload", "sent"), [(DEMOTE, {Demote, Decline}), (REFUSE, {Decline})])
+def test_some_are_demoted_and_some_turned_away_in_these_stories(
+    overload: str, sent: set[type[Command]]
+) -> None:
+    policy = Policy(watermark=0.5, hysteresis=0.1, dwell=0.0, overload=overload)
+    kinds: set[type[Command]] = set()
+    for seed in range(30):
+        m = model(Sliders(2, 2, 128, 32), policy)
+        for deed in long_story(Random(seed)):
+            play(m, deed)
+        kinds |= {type(command) for command in m.sent}
+    assert kinds >= sent
 
 
 def test_prefixes_are_found_and_fetched_in_these_stories() -> None:

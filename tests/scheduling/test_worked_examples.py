@@ -54,6 +54,13 @@ class ByHand:
         per_token = 0.0001 if instance.kind is Kind.P_HEAVY else 0.0004
         return (instance.queued_prefill_tokens + prompt_tokens - cached) * per_token
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        per_token = 0.0001 if instance.kind is Kind.P_HEAVY else 0.0004
+        return (prompt_tokens - cached) * per_token
+
+    def since(self, instance: Instance, elapsed: float) -> float:
+        return 0.0
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         return self.tpots.get(instance.name, 0.03)
 

@@ -66,3 +66,11 @@ def test_a_percentile_is_the_value_that_so_many_are_at_or_below() -> None:
     assert percentile([float(n) for n in range(1, 11)], 0.9) == 9.0
     assert percentile([3.0], 0.9) == 3.0
     assert percentile([], 0.9) == 0.0
+
+
+def test_one_that_was_turned_away_is_bad_from_the_moment_it_came() -> None:
+    watch = Watch()
+    watch.on(Arrived(0.0, "a", 100, 50))
+    watch.on(Finished(0.0, "a", 0, Outcome.REFUSED))
+    view = watch.view(0.1, SLO(4.0, 0.1), 0.0, lambda _: 0)
+    assert (view.judged, view.late, view.good) == (1, 1.0, 0.0)

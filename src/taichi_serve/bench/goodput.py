@@ -68,6 +68,7 @@ class Tally:
     done: int = 0
     good: int = 0
     bad: int = 0  # known not to be good, finished or not
+    refused: int = 0  # turned away at the door; they are bad, too
     moves: dict[str, int] = field(default_factory=dict)
     ttft: Histogram = field(default_factory=Histogram)
     tpot: Histogram = field(default_factory=Histogram)
@@ -200,6 +201,7 @@ class Meter:
         self._unserved.pop(event.request, None)
         tally = self.tally
         tally.done += 1
+        tally.refused += event.outcome is Outcome.REFUSED
         tally.last_at = event.at
         if event.outcome is Outcome.FINISHED and live.first_at is not None:
             each = tpot(live.first_at, event.at, event.output_tokens)

@@ -19,7 +19,7 @@ from taichi_serve.bench.sharing import shared
 from taichi_serve.commands.files import made
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.messages import Tuned
-from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.policy import OVERLOAD, Policy
 from taichi_serve.search.goodput import Contender, Scene, attain, attain_tuned
 from taichi_serve.search.report import config, draw_times, summary
 from taichi_serve.sliders import MODES, OFF, ON, Sliders
@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the sliders set themselves as those of a server do, from what is given here on; or what they "
         "would be set to is said (default: off)",
     )
+    parser.add_argument(
+        "--overload",
+        choices=OVERLOAD,
+        default=Policy().overload,
+        help="what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or "
+        "the longest before it is best effort, or it is turned away (default: %(default)s)",
+    )
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
     parser.add_argument("--requests", type=int, default=2000, metavar="N")
 
@@ -56,7 +63,8 @@ def main(args: argparse.Namespace) -> int:
             made(Path(args.plot))
         scene = scene_of(args)
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
-        policy = Policy(args.watermark, args.alpha, args.ttft_margin, args.tpot_margin)
+        knobs = args.watermark, args.alpha, args.ttft_margin, args.tpot_margin
+        policy = Policy(*knobs, overload=args.overload)
         began = time.perf_counter()
         tally, changes = _run(scene, Contender("simulate", sliders, policy), args)
         took = time.perf_counter() - began
@@ -129,6 +137,7 @@ def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> N
     low, high = tally.interval()
     console.print(
         f"attainment {tally.attainment:.1%} ({low:.1%} to {high:.1%}), {tally.good} of {tally.sent} good; "
+        f"{f'{tally.refused} turned away; ' if tally.refused else ''}"
         f"moves {figures['moves'] or 'none'}"
     )
     if "shared" in figures:

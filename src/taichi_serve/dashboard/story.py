@@ -35,6 +35,11 @@ def _arrived(entry: Record) -> Words:
 def _prefill(entry: Record) -> Words:
     then = "decode elsewhere" if entry["hand_over"] else "decode there"
     rows = [(f"-> prefill on {entry['on']}, {then}", entry.get("why") or _chosen(entry))]
+    return rows + _forecasts(entry, entry["on"])
+
+
+def _forecasts(entry: Record, taken: str) -> Words:
+    rows = []
     for forecast in entry["forecasts"]:
         verdict = "feasible" if forecast["feasible"] else "not feasible"
         if not forecast.get("fits", True):
@@ -45,7 +50,7 @@ def _prefill(entry: Record) -> Words:
         if cached := forecast.get("cached", 0):
             queue += f", {cached} of its own cached"
         why = f"TTFT {forecast['ttft'] * 1000:.0f} ms, {queue}: {verdict}"
-        rows.append((_mark(forecast["instance"], entry["on"]), why))
+        rows.append((_mark(forecast["instance"], taken), why))
     return rows
 
 
@@ -65,6 +70,15 @@ def _prefilled(entry: Record) -> Words:
     came += f", {loaded} of these came from the memory of its host" if loaded else ""
     what = f"{entry['cached']} prompt tokens were cached{came}; {how}"
     return [(f"first token from {entry['instance']}", what)]
+
+
+def _demote(entry: Record) -> Words:
+    return [("-> best effort", entry["why"])]
+
+
+def _decline(entry: Record) -> Words:
+    why = f"{entry['why']}; it may come back after {entry['retry_after']:.1f} s"
+    return [("-> turned away", why), *_forecasts(entry, "")]
 
 
 def _ahead(entry: Record) -> Words:
@@ -116,6 +130,8 @@ WORDS = {
     "Prefill": _prefill,
     "Prefilled": _prefilled,
     "Ahead": _ahead,
+    "Demote": _demote,
+    "Decline": _decline,
     "Decode": _move,
     "Flow": _move,
     "Flowed": _flowed,

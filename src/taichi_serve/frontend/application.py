@@ -22,6 +22,8 @@ from taichi_serve.frontend.keys import Keys
 from taichi_serve.frontend.metrics import exported
 from taichi_serve.frontend.page import router as page
 from taichi_serve.frontend.routes import router
+from taichi_serve.frontend.turned_away import TurnedAway
+from taichi_serve.scheduling.policy import SERVE
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.server import System
@@ -36,6 +38,8 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
         app = vllms_own(*words, **more)
         app.state.taichi = system
         furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after)
+        if args.overload != SERVE:
+            keep_back(app)
         return app
 
     entry.build_app = build_app
@@ -68,6 +72,12 @@ def furnish(
     )
     # vLLM has built the stack already, so it is built anew.
     app.user_middleware.insert(0, door)
+    app.middleware_stack = app.build_middleware_stack()
+
+
+def keep_back(app: FastAPI) -> None:
+    """Begin no answer before it is known whether its request is turned away; within the door."""
+    app.user_middleware.insert(1, Middleware(TurnedAway))
     app.middleware_stack = app.build_middleware_stack()
 
 

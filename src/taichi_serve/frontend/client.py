@@ -26,6 +26,8 @@ from taichi_serve.frontend import internal
 from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.everywhere import Everywhere
 from taichi_serve.frontend.names import Names
+from taichi_serve.frontend.turned_away import OVERLOADED
+from taichi_serve.messages import Decline
 
 _cancelling: ContextVar[bool] = ContextVar("cancelling", default=False)
 
@@ -132,6 +134,15 @@ class ClusterLLM(async_llm.AsyncLLM):
         if state is not None and state.queue is not None:
             state.queue.put(GracefulHTTPError(f"{why}.", HTTPStatus.INTERNAL_SERVER_ERROR))
             self.output_processor.abort_requests([request_id], internal=True)
+
+    def decline(self, decline: Decline) -> None:
+        """Turn a request away with a 503, before the first byte of its answer (turned_away.py)."""
+        core: ClusterClient = self.engine_core
+        core.names.turn_away(decline.request, decline.retry_after)
+        state = self.output_processor.request_states.get(decline.request)
+        if state is not None and state.queue is not None:
+            state.queue.put(GracefulHTTPError(OVERLOADED, HTTPStatus.SERVICE_UNAVAILABLE))
+            self.output_processor.abort_requests([decline.request], internal=True)
 
     async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
         """Abort because nobody listens any more."""

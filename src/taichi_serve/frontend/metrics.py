@@ -59,6 +59,8 @@ def _requests(recorder: Recorder) -> Iterator[Metric]:
     for outcome in Outcome:
         ended.add_metric([outcome.value], recorder.outcomes[outcome])
     yield ended
+    late = recorder.scheduler.counters.best_effort
+    yield CounterMetricFamily("taichi_best_effort", "Requests that could no longer meet their TTFT", late)
     bound = CounterMetricFamily("taichi_bound_requests", "Requests bound to one instance", labels=["by"])
     for reason, count in recorder.bound.items():
         bound.add_metric([reason], count)

@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a log is explained where no server is installed
+    from starlette.types import Scope
 
 KEEP = 10_000
 # What vLLM's routes know of the HTTP request in whose context we are (`request.state`).
@@ -22,10 +25,12 @@ _OURS = "taichi_asked"
 
 @dataclass
 class Asked:
-    """One HTTP request: its id as in the response, and the engine requests made of it."""
+    """One HTTP request: its id as in the response, the engine requests made of it, and, where one of them was
+    turned away, after how many seconds it may come back."""
 
     id: str
     engine: list[str] = field(default_factory=list)
+    retry_after: float | None = None
 
 
 class Names:
@@ -46,11 +51,24 @@ class Names:
                 state[_OURS] = asked
         asked.engine.append(engine_id)
 
+    def turn_away(self, engine_id: str, retry_after: float) -> None:
+        """This engine request is turned away, and may come back after so many seconds."""
+        for asked in reversed(self._last):  # it was among the last to come
+            if engine_id in asked.engine:
+                asked.retry_after = retry_after
+                return
+
     def behind(self, request_id: str) -> list[list[str]]:
         """The engine requests of each HTTP request that was answered with this id, the newest first."""
         # A header is Latin-1 to vLLM's server, whatever the client wrote.
         spelled = {request_id, request_id.encode().decode("latin-1")}
         return [asked.engine for asked in reversed(self._last) if asked.id in spelled]
+
+
+def asked_in(scope: Scope) -> Asked | None:
+    """What is known of this HTTP request; None before an engine request is made of it."""
+    found: Asked | None = scope.get("state", {}).get(_OURS)
+    return found
 
 
 def find(request_id: str, engine_ids: Iterable[str]) -> list[str]:

@@ -141,7 +141,7 @@ def _system(
         guard = partial(trouble.guarded, "autotune")
         system.tuner = Tuner(recorder, scheduler, limits, system.adviser, args.autotune == ON, guard)
     driven = system.tuner or recorder
-    driving = asyncio.create_task(drive(driven, Gate(cluster, keeper.quarantine)), name="drive")
+    driving = asyncio.create_task(drive(driven, Gate(cluster, keeper.quarantine, llm.decline)), name="drive")
     driving.add_done_callback(partial(_drive_ended, system))
     system.tasks += [driving, *instances.supervise()]
     return system

@@ -21,6 +21,15 @@ class Predictor(Protocol):
         `cached` tokens need not be computed."""
         ...
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        """What such a prompt adds to the queue of this instance: to the TTFT of whoever comes after it."""
+        ...
+
+    def since(self, instance: Instance, elapsed: float) -> float:
+        """By how much a TTFT there is longer than predicted, where it is known that the step that runs began
+        `elapsed` seconds ago."""
+        ...
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Per output token of a resident once a decode with this context has joined; 0: as it is now."""
         ...
@@ -137,6 +146,18 @@ class Learned:
         tokens = instance.queued_prefill_tokens + prompt_tokens - cached
         steps = -(-tokens // max(1, instance.chunk))
         return steps * self._fixed(instance) + tokens * self.prefill.value(self.seconds_per_prompt_token)
+
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        """The time of its tokens, and their share of the steps that they fill (seconds)."""
+        tokens = prompt_tokens - cached
+        share = self._fixed(instance) / max(1, instance.chunk)
+        return tokens * (share + self.prefill.value(self.seconds_per_prompt_token))
+
+    def since(self, instance: Instance, elapsed: float) -> float:
+        """What is over of the step that runs, all of whose tokens count as queued (seconds)."""
+        running = instance.running_tokens
+        step = self._fixed(instance) + running * self.prefill.value(self.seconds_per_prompt_token)
+        return -min(elapsed, step) if running else 0.0
 
     def _fixed(self, instance: Instance) -> float:
         return self._relaxed(self.fixed.get(instance.name), 0.0)

@@ -98,6 +98,36 @@ class Profiled:
         idle = self.now - seen.at
         return seconds * (seen.mixed_bias if idle <= FRESH else self._relaxed(seen.mixed_bias, idle))
 
+    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
+        """Its share of full chunks, beside the decodes there, and its attention (s)."""
+        # Written out as in `ttft`, for the same reason.
+        model, chunk, decodes = self.model, instance.chunk or 1, instance.decodes
+        step = model.launch + model.mixed + model.token * max(model.knee, chunk + decodes)
+        step += model.decode * decodes + model.kv * (instance.context_base + decodes * instance.ticks)
+        seconds = (prompt_tokens - cached) / chunk * step
+        seconds += model.attention * (prompt_tokens * (prompt_tokens + 1) - cached * (cached + 1)) / 2
+        seen = self.seen.get(instance.name)
+        if seen is None:
+            return seconds
+        idle = self.now - seen.at
+        return seconds * (seen.mixed_bias if idle <= FRESH else self._relaxed(seen.mixed_bias, idle))
+
+    def since(self, instance: Instance, elapsed: float) -> float:
+        """What is left of the step that runs, beside the half of it that a prediction counts (s)."""
+        running, decodes = instance.running_tokens, instance.decodes
+        if not (running or decodes):
+            return 0.0
+        # Written out as in `ttft`, for the same reason.
+        model, context = self.model, instance.context_base + decodes * instance.ticks
+        step = model.launch + model.decode * decodes + model.kv * context
+        step += model.token * max(model.knee, running + decodes)
+        if running:
+            step += model.mixed + model.attention * running * self._pairs(instance)
+        seen = self.seen.get(instance.name)
+        if seen is not None:
+            step *= seen.mixed_bias if running else seen.plain_bias
+        return max(0.0, step - elapsed) - step / 2
+
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
         joined = 1 if kv_tokens else 0

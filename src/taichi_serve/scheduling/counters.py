@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from taichi_serve.latency.predict import Average
-from taichi_serve.messages import Move, Outcome
+from taichi_serve.messages import Abort, Command, Decline, Demote, Move, Outcome, Prefill
 
 RECENT = 0.99  # weight of the past at each finished request: about the last hundred count
 FREQUENT = 0.1  # backflows a request from which on the sliders are called wrong
@@ -29,6 +30,7 @@ class Counters:
     moves: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     refused: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    best_effort: int = 0  # requests that could no longer meet their TTFT
     prefixes: dict[str, PrefixTokens] = field(default_factory=dict)
     recent: Average = field(default_factory=Average)
 
@@ -36,6 +38,16 @@ class Counters:
         """A request is over after so many backflows."""
         self.outcomes[outcome] += 1
         self.recent.add(backflows, 1.0, RECENT)
+
+    def decided(self, commands: Iterable[Command]) -> None:
+        """Of these, count who is given up, turned away, or best effort."""
+        for command in commands:
+            if isinstance(command, Abort):
+                self.ended(command.outcome, 0)
+            elif isinstance(command, Decline):
+                self.ended(Outcome.REFUSED, 0)
+            elif isinstance(command, Demote) or (isinstance(command, Prefill) and command.best_effort):
+                self.best_effort += 1
 
     def through(self, instance: str, prompt_tokens: int, predicted: int, actual: int) -> None:
         """A prompt is through on an instance, with so many tokens cached."""

@@ -11,7 +11,9 @@ from taichi_serve.messages import (
     Abort,
     Ahead,
     Command,
+    Decline,
     Decode,
+    Demote,
     Flow,
     Move,
     Outcome,
@@ -22,10 +24,11 @@ from taichi_serve.messages import (
 from taichi_serve.request import Request
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
 from taichi_serve.scheduling.ledger import Ledger
-from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.prefill import UNKNOWN, Known, choose_prefill
+from taichi_serve.scheduling.policy import REFUSE, SERVE, Policy
+from taichi_serve.scheduling.prefill import UNKNOWN, Known, Placement, choose_prefill
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
+from taichi_serve.scheduling.triage import Triage
 from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 
@@ -47,6 +50,11 @@ class Dispatcher:
         self.predictor = predictor
         self.slo = slo
         self.policy = policy
+        self.triage = Triage(ledger, predictor, self.slo_of)
+
+    def slo_of(self, request: Request) -> SLO:
+        """What was promised to this request."""
+        return self.slo
 
     def serving(self) -> list[Instance]:
         """Who may get new work; when all that answer are being drained, these; when none answers, all that
@@ -72,9 +80,9 @@ class Dispatcher:
             return self.prefill(request, now, sliders)
         return self.rescue(request, now)
 
-    def prefill(self, request: Request, now: float, sliders: Sliders) -> list[Command]:
+    def prefill(self, request: Request, now: float, sliders: Sliders, new: bool = False) -> list[Command]:
         """Place a prompt by Algorithm 2. Where all who prefill are lost, one of the rest becomes P-heavy;
-        with no instance left the prompt waits."""
+        with no instance left the prompt waits. One that is `new` may be turned away."""
         commands: list[Command] = []
         able = self.able()
         if not able:
@@ -86,15 +94,76 @@ class Dispatcher:
             heir.chunk = max(sliders.p_chunk, sliders.d_chunk)
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
-        commands.append(self._prefill(request, now, able))
+        if self.policy.overload == SERVE:
+            placed, known = self._choose(request, now, able)
+            commands.append(self._enqueue(request, placed, known, now))
+        else:
+            commands += self._triaged(request, now, able, new)
         return commands
 
-    def _prefill(self, request: Request, now: float, able: list[Instance]) -> Prefill:
+    def _choose(self, request: Request, now: float, able: list[Instance]) -> tuple[Placement, Known]:
         below = decoders(self.serving())
         known = self._known(request, now)
-        placed = choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known)
+        if self.policy.overload != SERVE:
+            after = self.triage.overtaken(request, now, able)
+            known = Known(known.prefixes, known.lender, known.lent, known.behind, after)
+        return choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known), known
+
+    def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
+        """Place a prompt by its deadline. Where it would be missed, it or the longest before it is best
+        effort, or it is turned away."""
+        triage, policy = self.triage, self.policy
+        if new:
+            triage.came(request)
+        request.by = triage.deadline(request, policy, request.best_effort)
+        placed, known = self._choose(request, now, able)
+        request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
+        slo = self.slo_of(request)
+        if new and triage.slow(request, placed, decoders(self.serving())):
+            why = f"its TPOT, and that of others, would be above {slo.tpot * 1e3:g} ms"
+            return [self._decline(request, placed, able, why)]
+        if request.best_effort or not triage.late(request, placed):
+            return [self._enqueue(request, placed, known, now)]
+        victim, late = triage.victim(request, placed), f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
+        if new and policy.overload == REFUSE and request.work <= slo.ttft:  # else it is not for want of time
+            return [self._decline(request, placed, able, f"it would be late: {late}")]
+        if new and not triage.room(victim, able, policy):
+            return [self._decline(request, placed, able, f"{late}, and best effort would wait too long")]
+        if victim is not request:
+            demoted = self._demote(victim, f"the longest before {request.id}, which would be late: {late}")
+            placed.ttft -= victim.work
+            return [demoted, self._enqueue(request, placed, known, now)]
+        request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
+        placed, known = self._choose(request, now, able)
+        request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
+        placed.why = f"best effort: {late}; {placed.why}"
+        return [self._enqueue(request, placed, known, now)]
+
+    def sort(self, instance: Instance, now: float) -> list[Command]:
+        """Make best effort of those queued on an instance by which a deadline there would be missed."""
+        if self.policy.overload == SERVE:
+            return []
+        return [
+            self._demote(victim, f"{late.id} needs {end:.3g} s more, and {late.by - now:.3g} s are left")
+            for victim, end, late in self.triage.hopeless(instance, now)
+        ]
+
+    def _demote(self, victim: Request, why: str) -> Demote:
+        by = self.triage.deadline(victim, self.policy, best_effort=True)
+        self.ledger.demote(victim, by)
+        return Demote(victim.id, victim.leg, by, why)
+
+    def _decline(self, request: Request, placed: Placement, able: list[Instance], why: str) -> Decline:
+        self.ledger.forget(request)
+        return Decline(request.id, self.triage.drained(able), why, placed.forecasts)
+
+    def _enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
+        here = placed.instance
+        if not (here.decodes or here.queued_requests):  # idle: a step with it begins at once
+            here.stepped_at = now
         self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)
-        request.predicted_ttft = placed.ttft
+        after = known.overtaken.get(here.name)
+        request.predicted_ttft = placed.ttft - (after.reserve if after else 0.0)
         request.hand_over, request.ahead = placed.hand_over, None
         lender = placed.lender
         if lender is not None:
@@ -109,6 +178,8 @@ class Dispatcher:
             placed.why,
             None if lender is None else lender.name,
             0 if lender is None else placed.cached,
+            request.by,
+            request.best_effort,
         )
 
     def _known(self, request: Request, now: float) -> Known:
@@ -140,7 +211,7 @@ class Dispatcher:
 
     def copy_ahead(self, here: Instance) -> list[Command]:
         """Where the prompt that is being computed on `here` will decode, if more chunks of it are to come."""
-        request = self.ledger.oldest(here)
+        request = self.ledger.first(here)
         if request is None or not request.hand_over or request.ahead:
             return []
         if not 0 < here.progress_tokens < request.prompt_tokens - request.cached:

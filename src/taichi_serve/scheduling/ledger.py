@@ -12,6 +12,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
+from taichi_serve.scheduling.queue import Queue
 from taichi_serve.scheduling.residency import NOTHING, Prefixes, Residency
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.sliders import Kind, Sliders
@@ -37,8 +38,8 @@ class Ledger:
             if capacities.get(name, 0) < 1:
                 raise ValueError(f"the KV capacity of {name} is missing or not positive")
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
-        # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
-        self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
+        self.queues = {name: Queue() for name in self.instances}
+        self.best_effort: dict[str, None] = {}  # ids of the queued prompts that are: an ordered set
         self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
 
@@ -66,13 +67,17 @@ class Ledger:
         new = request.prompt_tokens - cached
         if not (instance.decodes or instance.queued_requests):  # idle: a step with it begins at once
             instance.running_tokens = min(instance.chunk, new)
-        self.queues[instance.name][request.id] = None
+        self.queues[instance.name].add(request.id, request.by)
+        if request.best_effort:
+            self.best_effort[request.id] = None
         instance.queued_tokens += new
         instance.queued_requests += 1
         instance.queued_attention += prompt_attention(request.prompt_tokens, cached)
         instance.queued_unused += request.unused
         if request.blocks:
             self.residency.claim(instance.name, request.blocks)
+        if instance.running_tokens:
+            self._plan(instance)
 
     def lend(self, lender: Instance, now: float, seconds: float) -> None:
         """A prefix is copied from this instance, behind others: its port takes one after the other."""
@@ -83,9 +88,15 @@ class Ledger:
         instance = self.home(request)
         self._unqueue(request, instance, instance.progress_tokens - (request.prompt_tokens - cached))
 
-    def oldest(self, instance: Instance) -> Request | None:
+    def demote(self, request: Request, by: float) -> None:
+        """A queued prompt is best effort from now on, with another place in its queue."""
+        request.best_effort, request.by = True, by
+        self.queues[self.home(request).name].move(request.id, by)
+        self.best_effort[request.id] = None
+
+    def first(self, instance: Instance) -> Request | None:
         """The prompt that an instance is computing, or will compute next."""
-        name = next(iter(self.queues[instance.name]), None)
+        name = self.queues[instance.name].first()
         return None if name is None else self.requests[name]
 
     def take_back(self, request: Request) -> None:
@@ -94,10 +105,10 @@ class Ledger:
         request.leg += 1
 
     def _drop(self, request: Request) -> None:
-        # Not computed any further here. What was computed is that of the oldest prompt.
+        # Not computed any further here. What was computed is that of the first prompt.
         instance = self.home(request)
-        oldest = next(iter(self.queues[instance.name])) == request.id
-        self._unqueue(request, instance, 0 if oldest else instance.progress_tokens)
+        first = self.queues[instance.name].first() == request.id
+        self._unqueue(request, instance, 0 if first else instance.progress_tokens)
         self._unclaim(request)
 
     def _unclaim(self, request: Request) -> None:
@@ -105,7 +116,8 @@ class Ledger:
             self.residency.leave(request.instance, request.blocks)
 
     def _unqueue(self, request: Request, instance: Instance, progress: int) -> None:
-        del self.queues[instance.name][request.id]
+        self.queues[instance.name].remove(request.id)
+        self.best_effort.pop(request.id, None)
         instance.queued_tokens -= request.prompt_tokens - request.cached
         instance.queued_requests -= 1
         instance.queued_attention -= prompt_attention(request.prompt_tokens, request.cached)
@@ -113,6 +125,7 @@ class Ledger:
         request.unused = 0
         instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
         instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
+        self._plan(instance)
         self._rest(instance)
 
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
@@ -217,10 +230,11 @@ class Ledger:
     def step(self, instance: Instance, step: Stepped) -> None:
         """One step of an instance: its tick clock goes on, for everybody but those who missed it."""
         instance.ticks += 1
-        instance.kv_tokens = step.kv_tokens
+        instance.kv_tokens, instance.stepped_at = step.kv_tokens, step.at
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
         instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
+        self._plan(instance)
         if instance.queued_unused and step.prefill_tokens:
             self._begun(instance)
         for name in step.missed:
@@ -236,9 +250,23 @@ class Ledger:
             if keyed:
                 self.residents[instance.name].add(request)
 
+    def _plan(self, instance: Instance) -> None:
+        # An engine plans one step ahead: nobody overtakes who is in the step that runs or in the next one.
+        queue = self.queues[instance.name]
+        if not queue.ordered:
+            return
+        ahead, planned, begun = -instance.progress_tokens, instance.running_tokens + instance.chunk, 0
+        for name in queue:
+            if ahead >= planned:
+                break
+            begun += 1
+            request = self.requests[name]
+            ahead += request.prompt_tokens - request.cached
+        queue.begin(begun)
+
     def _begun(self, instance: Instance) -> None:
         # What the prompt under way found in the cache is in the instance's own figures from now on.
-        request = self.oldest(instance)
+        request = self.first(instance)
         if request is not None:
             instance.queued_unused -= request.unused
             request.unused = 0

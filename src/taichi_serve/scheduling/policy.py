@@ -10,6 +10,12 @@ from dataclasses import dataclass
 BLIND, KNOWN, FETCH = "blind", "known", "fetch"
 PREFIXES = (BLIND, KNOWN, FETCH)
 
+# What becomes of a request that can no longer meet its TTFT, in the words of command lines: it is served in
+# its turn like any other; it is best effort, or the longest of those before it is, which frees more for the
+# others; or it is turned away at the door.
+SERVE, DEMOTE, REFUSE = "serve", "demote", "refuse"
+OVERLOAD = (SERVE, DEMOTE, REFUSE)
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -32,6 +38,11 @@ class Policy:
                     can).
     `fetch_within`  seconds after which a cluster computes a prompt whose prefix has not come: nothing is
                     fetched where it would wait longer in the queue (--move-timeout).
+    `overload`      what becomes of a request that can no longer meet its TTFT.
+    `patience`      how many times its TTFT SLO best effort may wait for its first token, at most.
+    `leftover`      share of the instances' time that is kept for best effort, however many come: what would
+                    have to wait longer than its patience for it is turned away. It is more while
+                    nobody else waits.
     `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
     """
 
@@ -47,6 +58,9 @@ class Policy:
     fetch: bool = False
     fetch_within: float = 10.0
     scan: int = 8
+    overload: str = SERVE
+    patience: float = 5.0
+    leftover: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("watermark", "alpha", "ttft_margin", "tpot_margin", "fetch_within"):
@@ -59,6 +73,10 @@ class Policy:
                 raise ValueError(f"{name} must not be negative, and is {value!r}")
         if self.hysteresis >= self.watermark:
             raise ValueError(f"hysteresis ({self.hysteresis}) must be below watermark ({self.watermark})")
+        if self.overload not in OVERLOAD:
+            raise ValueError(f"overload {self.overload!r} is none of {', '.join(OVERLOAD)}")
+        if not (math.isfinite(self.patience) and self.patience >= 2.0 and 0.0 <= self.leftover <= 1.0):
+            raise ValueError("patience must be at least 2 times the TTFT SLO, and leftover a share")
         if self.scan < 1:
             raise ValueError(f"scan must be at least 1, not {self.scan!r}")
 

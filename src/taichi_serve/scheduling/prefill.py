@@ -6,8 +6,8 @@ there. No other weight draws a prompt to a cache: the price is the prediction, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
@@ -21,14 +21,29 @@ from taichi_serve.slo import SLO
 
 
 @dataclass(slots=True)
+class Behind:
+    """What is queued on an instance and comes after a newcomer: prompt tokens, and the seconds by which its
+    TTFT is shorter than predicted for the end of the queue."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    reserve: float = 0.0  # of these seconds, negative: time that is kept free for longer prompts
+
+
+ALL_BEFORE = Behind()
+
+
+@dataclass(slots=True)
 class Known:
     """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens,
-    after `behind` seconds in which others are copied from there."""
+    after `behind` seconds in which others are copied from there. `overtaken` is what comes after the prompt
+    where not all that is queued comes before it."""
 
     prefixes: Prefixes
     lender: Instance | None = None
     lent: int = 0
     behind: float = 0.0
+    overtaken: Mapping[str, Behind] = field(default_factory=dict)
 
 
 UNKNOWN = Known(NOTHING)
@@ -116,10 +131,16 @@ class _Prompt:
         """What to expect of one instance, with what it has itself."""
         prompt, here = self.request.prompt_tokens, known.prefixes.get(instance.name)
         cached, used = (0, 0) if here is None else (here.cached, here.claimed)
-        fits = load_after(instance, prompt - used, self.policy) <= self.policy.full_mark
-        return self._judged(instance, self.predictor.ttft(instance, prompt, cached), cached, fits)
+        after = known.overtaken.get(instance.name, ALL_BEFORE)
+        fits = load_after(instance, prompt - used - after.tokens, self.policy) <= self.policy.full_mark
+        return self._judged(instance, self._ttft(instance, cached, after), cached, fits, after.tokens)
 
-    def _judged(self, instance: Instance, ttft: float, cached: int, fits: bool) -> Forecast:
+    def _ttft(self, instance: Instance, cached: int, after: Behind) -> float:
+        """Seconds from now: the prediction for the end of the queue, without what comes after the prompt."""
+        seconds = self.predictor.ttft(instance, self.request.prompt_tokens, cached)
+        return max(0.0, seconds - after.seconds) if after.seconds else seconds
+
+    def _judged(self, instance: Instance, ttft: float, cached: int, fits: bool, after: int) -> Forecast:
         """Feasible means: TTFT is within its limit; the KV has room below the watermark (elsewhere the prompt
         would wait, or push somebody out); and the decodes of a D-heavy instance, this one among them, are
         predicted to stay within theirs."""
@@ -130,7 +151,8 @@ class _Prompt:
         if feasible and low:
             tpot = self.predictor.tpot(instance, self.request.prompt_tokens)
             feasible = calm = tpot <= self.limits[1]
-        return Forecast(instance.name, ttft, instance.queued_prefill_tokens, feasible, fits, calm, cached)
+        queued = max(0, instance.queued_prefill_tokens - after)
+        return Forecast(instance.name, ttft, queued, feasible, fits, calm, cached)
 
     def fetching(self, instance: Instance, alone: Forecast, known: Known, before: float) -> Forecast:
         """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
@@ -149,8 +171,11 @@ class _Prompt:
         copied = known.behind + self.predictor.fetch(known.lender, instance, known.lent - cached)
         if copied >= computed or copied > within:
             return alone
-        ttft = max(0.0, copied - queue) + self.predictor.ttft(instance, prompt, known.lent)
-        return alone if ttft >= computed else self._judged(instance, ttft, known.lent, alone.fits)
+        after = known.overtaken.get(instance.name, ALL_BEFORE)
+        ttft = max(0.0, copied - queue) + self._ttft(instance, known.lent, after)
+        if ttft >= computed:
+            return alone
+        return self._judged(instance, ttft, known.lent, alone.fits, after.tokens)
 
 
 def _ask_for_fetches(

@@ -12,6 +12,7 @@ Two sorted lists and bisect: inserting shifts pointers, which for 10,000 residen
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -19,9 +20,12 @@ from typing import TypeVar
 from taichi_serve.messages import Move
 from taichi_serve.request import Request
 
+FIRST = 1 << 40  # more tokens than any output has
+
 
 class Residents:
     """The movable requests that decode here: longest output first, and first to cross its TPOT limit first.
+    Best effort comes before all others in the first order, and never crosses: it has nothing left to lose.
 
     Those that may not be degraded any more are left out of the first order, so that nobody has to pass them
     by in every step.
@@ -46,19 +50,21 @@ class Residents:
         """Take in a movable request whose `base`, `joined` and `first_at` are set."""
         insort(self._by_due, (self.due(request), request.id))
         if self._degradable(request):
-            insort(self._by_output, (request.joined - request.base, request.id))
+            insort(self._by_output, (_length(request), request.id))
 
     def remove(self, request: Request) -> None:
         """Take out a request; its key fields must be as they were when it was added."""
         _cut(self._by_due, (self.due(request), request.id))
         if self._degradable(request):
-            _cut(self._by_output, (request.joined - request.base, request.id))
+            _cut(self._by_output, (_length(request), request.id))
 
     def _degradable(self, request: Request) -> bool:
         return request.moves.get(Move.DEGRADE, 0) < self.max_degrades
 
     def due(self, request: Request) -> float:
         """The static key of the moment at which the running TPOT of `request` crosses (seconds)."""
+        if request.best_effort:
+            return math.inf
         assert request.first_at is not None
         return request.first_at + self.pace * (request.base - request.joined - 1)
 
@@ -67,7 +73,7 @@ class Residents:
         return self.due(request) + self.pace * ticks - now
 
     def longest(self) -> Iterator[str]:
-        """Request ids, longest output first; ties by id."""
+        """Request ids, best effort first, then the longest output; ties by id."""
         return (name for _, name in self._by_output)
 
     def everyone(self) -> list[str]:
@@ -81,6 +87,11 @@ class Residents:
             if due > line:
                 return
             yield name
+
+
+def _length(request: Request) -> int:
+    """The static key of its output, the longest first."""
+    return request.joined - request.base - (FIRST if request.best_effort else 0)
 
 
 Key = TypeVar("Key", tuple[int, str], tuple[float, str])

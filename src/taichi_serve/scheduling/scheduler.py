@@ -114,7 +114,7 @@ class GlobalScheduler:
         self.requests[request.id] = request
         if self._despaired is not None and not any(i.alive for i in self.instances.values()):
             return self._count([self._dispatcher.fail(request, self._despaired)])
-        return self._dispatcher.prefill(request, event.at, self.sliders)
+        return self._count(self._dispatcher.prefill(request, event.at, self.sliders, new=True))
 
     def _prefilled(self, event: Prefilled) -> list[Command]:
         request = self._current(event.request, event.leg, State.PREFILLING)
@@ -123,14 +123,16 @@ class GlobalScheduler:
         here = self.instances[event.instance]
         self.ledger.dequeue(request, event.cached)
         self.counters.through(here.name, request.prompt_tokens, request.cached, event.cached)
-        self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
+        if not request.best_effort:  # nobody knew how many would go before it
+            self._dispatcher.triage.through(request)
+            self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
-        closed = close(here)
+        after = [*close(here), *self._count(self._dispatcher.sort(here, event.at))]
         if event.held:
-            return [*closed, self._dispatcher.hand_over(request, here, event.at)]
+            return [*after, self._dispatcher.hand_over(request, here, event.at)]
         self._settle(request, here, 1, event.at)
-        return closed
+        return after
 
     def _flowed(self, event: Flowed) -> list[Command]:
         request = self._current(event.request, event.leg, State.MOVING)
@@ -285,8 +287,6 @@ class GlobalScheduler:
         return request if request and request.leg == leg and request.state is state else None
 
     def _count(self, commands: list[Command]) -> list[Command]:
-        """Count those that had to be given up."""
-        for command in commands:
-            if isinstance(command, Abort):
-                self.counters.ended(command.outcome, 0)
+        """Count those that had to be given up, were turned away, or are best effort."""
+        self.counters.decided(commands)
         return commands

@@ -10,6 +10,7 @@ import yaml
 
 from taichi_serve.bench.figure import COLOURS, figure, save
 from taichi_serve.bench.goodput import Tally
+from taichi_serve.scheduling.policy import SERVE
 from taichi_serve.search.curve import Curve, lead
 from taichi_serve.search.effort import RUN_ERROR, Plan
 from taichi_serve.search.goodput import Contender, Scene
@@ -25,6 +26,7 @@ def summary(tally: Tally) -> dict[str, Any]:
         "sent": tally.sent,
         "finished": tally.done,
         "good": tally.good,
+        "refused": tally.refused,
         "attainment": tally.attainment,
         "attainment_low": low,
         "attainment_high": high,
@@ -61,6 +63,7 @@ def config(scene: Scene, contender: Contender) -> dict[str, Any]:
         "tpot_margin": policy.tpot_margin,
         "watermark": policy.watermark,
         "alpha": policy.alpha,
+        **({} if policy.overload == SERVE else {"overload": policy.overload}),
         **({"prefixes": scene.prefixes} if scene.workload.shares else {}),
     }
 

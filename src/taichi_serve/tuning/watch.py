@@ -15,6 +15,7 @@ VIEWED = 600  # requests that a view is of at most
 MOST = 4000  # requests that are remembered
 ENOUGH_TOKENS = 16  # of an answer under way before its running TPOT says anything
 SHARE = 0.9  # of the requests is to be good
+TURNED_AWAY = 2.0  # such a request counts as one that took twice its TTFT SLO
 Made = Callable[[str], int]  # output tokens so far of a request under way
 
 
@@ -31,6 +32,7 @@ class Seen:
     ended_at: float | None = None
     output: int = 0
     cached: int = 0
+    refused: bool = False  # turned away: it is bad, and nobody knows how long its answer would have been
     void: bool = False  # it was cancelled or failed: that says nothing about sliders
 
 
@@ -70,7 +72,9 @@ class Watch:
                 seen_.first_at, seen_.cached = event.at, event.cached
         elif isinstance(event, Finished):
             ended = self._live.pop(event.request, None)
-            if ended is not None:
+            if ended is not None and event.outcome is Outcome.REFUSED:
+                ended.refused = True
+            elif ended is not None:
                 ended.ended_at, ended.output = event.at, event.output_tokens
                 ended.void = event.outcome is not Outcome.FINISHED or ended.first_at is None
 
@@ -111,6 +115,8 @@ class Watch:
 
 def used(seen: Seen, now: float, slo: SLO, made: Made) -> tuple[float | None, float | None]:
     """The shares of the TTFT and TPOT SLOs that a request has used; None while that is not known."""
+    if seen.refused:
+        return TURNED_AWAY, None
     if seen.first_at is None:
         waited = (now - seen.at) / slo.ttft
         return (waited if waited > 1 else None), None

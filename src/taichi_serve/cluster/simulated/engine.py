@@ -2,8 +2,9 @@
 
 It follows vLLM 0.32 (v1/core/sched/scheduler.py) with the step rule of TaiChi's scheduler class: a step takes
 every resident decode and beside them up to `chunk` prompt tokens. Running requests go before waiting ones; KV
-that has landed goes before prompts; waiting ones are served in order of arrival, and admitted only when all
-of their prompt fits; without a block the youngest running request is preempted and computed again.
+that has landed goes before prompts; waiting ones are served in the order they were given, equal ones in that
+of arrival, and admitted only when all of their prompt fits; without a block the youngest running request, of
+best effort where there is any, is preempted and computed again.
 
 Scheduling is asynchronous by one step: step k + 1 is planned when step k begins, so whatever an engine is
 told while step k runs, or after its outputs, is seen by step k + 2.
@@ -174,7 +175,7 @@ class Engine(Roster):
         return True
 
     def _admit(self, step: Step, budget: int, complete: list[Job]) -> None:
-        """Take waiting prompts in order of arrival, each only if all of it would fit; those whose KV is on
+        """Take waiting prompts in their order, each only if all of it would fit; those whose KV is on
         its way keep their place."""
         passed: list[Job] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
@@ -238,8 +239,10 @@ class Engine(Roster):
         return True
 
     def _preempt(self) -> None:
-        """The youngest running request loses its blocks and waits, first in line, to be computed again."""
-        job = next(reversed(self.running))
+        """The youngest running request, of best effort if there is any, loses its blocks and waits, first in
+        line, to be computed again."""
+        youngest = next(reversed(self.running))
+        job = next((job for job in reversed(self.running) if job.best_effort), youngest)
         if job.where is Where.RESIDENT:
             self.leave(job)
             job.missing = True
@@ -250,4 +253,4 @@ class Engine(Roster):
         self.give(job.blocks, job.named)
         job.restart()
         job.where = Where.QUEUED
-        self.waiting.appendleft(job)
+        self.precede(job)

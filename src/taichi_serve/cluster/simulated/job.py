@@ -54,7 +54,8 @@ class Job:
     """
 
     __slots__ = (
-        "arrived_at", "began", "blocks", "cached", "computed", "engine", "fetched", "filled", "finish_tick",
+        "arrived_at", "began", "best_effort", "blocks", "by", "cached", "computed", "engine", "fetched",
+        "filled", "finish_tick",
         "hand_over", "hashes", "id", "last", "last_at", "leg", "lender", "lent", "local", "made", "missing",
         "named", "need", "output", "pinned", "pinned_named", "prompt", "pulled", "read", "reading", "run",
         "since", "source", "stage", "target", "then", "where",
@@ -73,8 +74,8 @@ class Job:
         self.arrived_at = arrived_at
         self.prompt = prompt
         self.output = output
-        self.leg = 0
-        self.stage = Stage.WAITING
+        self.by, self.best_effort = 0.0, False  # its place where it is queued, the lowest first
+        self.leg, self.stage = 0, Stage.WAITING
         self.where: Where | None = None
         self.engine: Engine | None = None  # where it waits, runs or is held
         self.source: Engine | None = None  # where blocks of the leg before are pinned until it is pulled

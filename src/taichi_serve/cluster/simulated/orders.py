@@ -8,7 +8,19 @@ from __future__ import annotations
 from taichi_serve.cluster.simulated.agenda import Agenda, Due
 from taichi_serve.cluster.simulated.engine import Engine
 from taichi_serve.cluster.simulated.job import Job, Where
-from taichi_serve.messages import Abort, Command, Decode, Finished, Flow, Outcome, Prefill, Refused, SetChunk
+from taichi_serve.messages import (
+    Abort,
+    Command,
+    Decline,
+    Decode,
+    Demote,
+    Finished,
+    Flow,
+    Outcome,
+    Prefill,
+    Refused,
+    SetChunk,
+)
 from taichi_serve.stage import Stage
 
 
@@ -36,6 +48,10 @@ class Orders:
             self._flow(job, command.leg, self.engines[command.to])
         elif isinstance(command, Abort):
             self._abort(job, command.outcome)
+        elif isinstance(command, Decline):
+            self._abort(job, Outcome.REFUSED)
+        elif isinstance(command, Demote) and job.leg == command.leg and job.engine is not None:
+            job.engine.put_off(job, command.by)
 
     # ------------------------------------------------------------------------------------------- prompts
 
@@ -45,6 +61,7 @@ class Orders:
             return
         self._release(job)  # the leg before had no token yet
         job.leg, job.hand_over, job.began, job.pulled = command.leg, command.hand_over, job.made, False
+        job.by, job.best_effort = command.by, command.best_effort
         lender = self.engines[command.prefix_from] if command.prefix_from and job.hashes else None
         self._queue(job, engine, lender, command.prefix_tokens)
 

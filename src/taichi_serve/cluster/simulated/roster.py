@@ -11,6 +11,8 @@ from taichi_serve.cluster.simulated.step import EngineShape, Step, Truth
 from taichi_serve.messages import Cached
 from taichi_serve.stage import Stage
 
+BEFORE_ALL = float("-inf")  # the place of what was running already
+
 
 class Roster:
     """The lists of one engine, and its blocks. A job is in the list that its `where` says and in no other."""
@@ -45,13 +47,32 @@ class Roster:
     # ------------------------------------------------------------------------------------------ coming
 
     def queue(self, job: Job, first: bool = False) -> None:
-        """The prompt waits here, behind the others or before them."""
+        """The prompt waits here, in its place or before all others."""
         job.enter(Stage.PREFILLING)
         job.where, job.run = Where.QUEUED, 0
         if first:
-            self.waiting.appendleft(job)
+            self.precede(job)
         else:
-            self.waiting.append(job)
+            self._line_up(job)
+
+    def precede(self, job: Job) -> None:
+        """It waits here before all others, whoever comes."""
+        job.by = BEFORE_ALL
+        self.waiting.appendleft(job)
+
+    def put_off(self, job: Job, by: float) -> None:
+        """A prompt that waits here is best effort from now on, and takes another place."""
+        job.best_effort = True
+        if job.where is Where.QUEUED and job.by != BEFORE_ALL:
+            self.waiting.remove(job)
+            job.by = by
+            self._line_up(job)
+
+    def _line_up(self, job: Job) -> None:
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].by > job.by:
+            place -= 1
+        self.waiting.insert(place, job)
 
     def expect(self, job: Job) -> None:
         """The job's KV is to be pulled to this engine as soon as there is room."""

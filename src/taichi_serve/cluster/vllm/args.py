@@ -25,7 +25,7 @@ from taichi_serve.cluster.vllm.refused import refusal
 from taichi_serve.cluster.vllm.transfer import host_bytes, transfer_config
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured, measured_names
-from taichi_serve.scheduling.policy import FETCH, PREFIXES, Policy
+from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES, SERVE, Policy
 from taichi_serve.sliders import MODES, OFF, Sliders
 from taichi_serve.slo import SLO
 
@@ -80,6 +80,10 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "these: " + (", ".join(measured_names()) or "none yet"),
     ),
 )
+LATE = (
+    "what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or the longest "
+    "before it is best effort, or it is turned away with a 503 (default: serve)"
+)
 
 
 class OneLineParser(FlexibleArgumentParser):
@@ -129,6 +133,7 @@ def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
         help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
         "prefixes fetched from one instance to another, too (default: fetch)",
     )
+    group.add_argument("--overload", choices=OVERLOAD, default=SERVE, help=LATE)
     group.add_argument(
         "--autotune",
         choices=MODES,
@@ -225,7 +230,11 @@ def policy(args: argparse.Namespace) -> Policy:
             "which requests are degraded; vLLM's own flag of that name (a share to keep free) is not there"
         )
     knobs = args.degrade_watermark, args.alpha, args.ttft_margin, args.tpot_margin
-    return Policy(*knobs, ahead=True, fetch=args.prefixes == FETCH, fetch_within=args.move_timeout)
+    if args.overload != SERVE and args.scheduling_policy != "fcfs":
+        said = f"--scheduling-policy {args.scheduling_policy}"
+        raise ValueError(f"{said} cannot be used with --overload {args.overload}")
+    fetch, within = args.prefixes == FETCH, args.move_timeout
+    return Policy(*knobs, ahead=True, fetch=fetch, fetch_within=within, overload=args.overload)
 
 
 def patience(args: argparse.Namespace) -> Patience:

@@ -54,6 +54,8 @@ class Marks(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens_done: int = 0  # of its min_tokens
     ahead: int = 0  # it is copied ahead, with room for so many tokens that are still to come
     fetch: int = 0  # blocks of its prompt, from the first one on, that are fetched before it is computed
+    by: float = 0.0  # its place among the prompts that wait there, the lowest first
+    best_effort: bool = False  # it can no longer meet its TTFT
 
     def entry(self) -> dict[str, Any]:
         """As it goes into `extra_args`."""
@@ -97,6 +99,7 @@ class Call(StrEnum):
     LEAVE = "taichi_leave"  # (legs): they end with LEFT after the token they are on, and are held
     PIN = "taichi_pin"  # (leg, reader) -> its full blocks, pinned; None: it does not run, or stays
     PREFIX = "taichi_prefix"  # (reader, hashes) -> blocks of its prefix cache from the first one on, pinned
+    PUT_OFF = "taichi_put_off"  # (leg, by): it is best effort, and if it waits, it takes this place
     RELEASE = "taichi_release"  # (legs that left, readers of pins) -> (KV tokens held, at)
     SETTLE = "taichi_settle"  # (): it is warm
     WAIVE = "taichi_waive"  # (leg) -> True: nothing is fetched for it; False: it has blocks for that already
@@ -167,8 +170,7 @@ class Return:
 
 @dataclass(slots=True)
 class Orders:
-    """With the metadata of one step: orders for the copier, and legs whose last block must be here when the
-    step begins."""
+    """With a step's metadata: orders for the copier, and legs whose last block it needs when it begins."""
 
     copier: list[Given | Return] = field(default_factory=list)
     awaited: list[Given] = field(default_factory=list)
@@ -214,8 +216,7 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
 
 
 class Copied(msgspec.Struct, frozen=True, tag=True):
-    """As many blocks from the first one on are here; `last` says that these are all. `copied` of them have
-    been copied by now in so many `seconds`; times are time.monotonic()."""
+    """So many blocks from the first one on are here, all if `last`; `copied` were copied in `seconds`."""
 
     leg: str
     blocks: int
@@ -286,8 +287,7 @@ def flight_half(half: int) -> int:
 
 
 def read_flight(path: Path) -> list[str]:
-    """Engine-side leg ids of the prompts in the steps that were under way when the core wrote last: of a
-    dead one, whose step it died in. Empty where there was none, or the file is not there."""
+    """Leg ids of the prompts in the steps under way when the core wrote last; none where it wrote nothing."""
     try:
         data = path.read_bytes()
     except OSError:

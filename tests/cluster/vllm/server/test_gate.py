@@ -11,7 +11,18 @@ pytest.importorskip("vllm")
 from taichi_serve.cluster.base import Recorded
 from taichi_serve.cluster.vllm.server.gate import Gate
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
-from taichi_serve.messages import Event, Finished, Flowed, Lost, Prefill, Prefilled, Stepped
+from taichi_serve.messages import (
+    Abort,
+    Decline,
+    Event,
+    Finished,
+    Flowed,
+    Lost,
+    Outcome,
+    Prefill,
+    Prefilled,
+    Stepped,
+)
 
 P = Prefill("p", 1, "i1", hand_over=False)
 
@@ -53,3 +64,11 @@ async def test_a_step_of_an_instance_that_was_lost_meanwhile_clears_nobody() -> 
 
 async def test_facts_about_others_pass() -> None:
     assert await sent([Prefilled(1.0, "z", 0, "i1"), step("i1")]) == []
+
+
+def test_who_is_turned_away_is_told_so_and_then_ended() -> None:
+    cluster, told = Recorded([]), []
+    gate = Gate(cluster, Quarantine(), lambda decline: told.append((decline.request, list(cluster.sent))))
+    gate.send(Decline("a", 3.0, "full"))
+    assert told == [("a", [])]
+    assert cluster.sent == [Abort("a", Outcome.REFUSED, "full")]

@@ -9,6 +9,7 @@ from typing import cast
 
 from vllm.v1.engine.core import EngineCore
 
+from taichi_serve.cluster.vllm.core.order import put_off
 from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.wire import Call
@@ -80,6 +81,11 @@ def taichi_chunk(core: EngineCore, chunk: int) -> None:
     _scheduler(core).chunk = chunk
 
 
+def taichi_put_off(core: EngineCore, leg: str, by: float) -> None:
+    """Utility call: see order.put_off."""
+    put_off(_scheduler(core), leg, by)
+
+
 def taichi_settle(core: EngineCore) -> None:
     """Utility call: the engine core is warm."""
     settle()
@@ -96,6 +102,7 @@ CALLS = {
     Call.LEAVE: taichi_leave,
     Call.PIN: taichi_pin,
     Call.PREFIX: taichi_prefix,
+    Call.PUT_OFF: taichi_put_off,
     Call.RELEASE: taichi_release,
     Call.SETTLE: taichi_settle,
     Call.WAIVE: taichi_waive,

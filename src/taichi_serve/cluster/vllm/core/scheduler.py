@@ -29,6 +29,7 @@ from taichi_serve.cluster.vllm.core.flight import Flight
 from taichi_serve.cluster.vllm.core.grammar import Grammars
 from taichi_serve.cluster.vllm.core.loans import loans
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
+from taichi_serve.cluster.vllm.core.order import in_running, line_up
 from taichi_serve.cluster.vllm.core.pins import Pins
 from taichi_serve.cluster.vllm.core.prefixes import Prefixes
 from taichi_serve.cluster.vllm.core.record import Arrivals, Step
@@ -103,7 +104,7 @@ class FlowScheduler(AsyncScheduler):
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         # Decodes first: a prefill that was admitted earlier must not eat the share of a later decode.
-        self.running.sort(key=_is_prefill)
+        self.running.sort(key=in_running)
         decodes = sum(not r.is_prefill_chunk for r in self.running)
         chunk = self.chunk or RECOVERY_CHUNK
         moving_in = sum(not waits_for_kv(self, request) for request in self.kv_holding_waiting)
@@ -151,6 +152,8 @@ class FlowScheduler(AsyncScheduler):
         # A request that was already generating needs one token, so it never queues behind prefills.
         if marks_of(request).moved:
             self.kv_holding_waiting.add_request(request)
+        elif marks_of(request).by and request.status == RequestStatus.WAITING:
+            line_up(self, request)
         else:
             super()._enqueue_waiting_request(request)
 
@@ -294,7 +297,3 @@ class FlowScheduler(AsyncScheduler):
             self._stepped_at = record.made
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), KEY: record}
         return stats
-
-
-def _is_prefill(request: Request) -> bool:
-    return bool(request.is_prefill_chunk)

@@ -33,6 +33,18 @@ class Seat(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A request among those that wait at an engine: the lowest `by` goes first, equal ones as they came. What
+    is `best_effort` can no longer meet its TTFT."""
+
+    by: float = 0.0
+    best_effort: bool = False
+
+
+ANY = Place()
+
+
+@dataclass(frozen=True, slots=True)
 class Add:
     """Send a leg with the prompt and all tokens so far. `reader`: it ends after its first token, and what it
     computes is pinned for that leg. `again`: its KV did not come, and is computed again. `fetch`: so many of
@@ -53,6 +65,15 @@ class Send:
     passage: Passage
     kv: TransferParams | None = None
     room: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PutOff:
+    """A prompt that waits at an engine is best effort from now on, and takes the place `by` there."""
+
+    seat: Seat
+    leg: str
+    by: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +225,7 @@ class Finish:
 Act = (
     Add
     | Send
+    | PutOff
     | Adopt
     | Settle
     | Forget

@@ -11,7 +11,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.metrics.stats import PrefillStats
 
 from taichi_serve.cluster.vllm.server import facts, figures
-from taichi_serve.cluster.vllm.server.acts import Seat
+from taichi_serve.cluster.vllm.server.acts import Place, Seat
 from taichi_serve.cluster.vllm.server.blocks import Hasher
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.exact import bound_by
@@ -27,6 +27,7 @@ from taichi_serve.messages import (
     Cancelled,
     Command,
     Decode,
+    Demote,
     Event,
     Flow,
     Hopeless,
@@ -89,8 +90,11 @@ class VllmCluster:
         take, known = self.hands.take, self._known
         match command:
             case Prefill(on=on, leg=leg, hand_over=hand_over):
+                place = Place(command.by, command.best_effort)
                 prefix = to_fetch(journey.request, command, known)
-                take(journey, journey.prefill, leg, known[on], hand_over, prefix)
+                take(journey, journey.prefill, leg, known[on], hand_over, prefix, place)
+            case Demote(leg=leg, by=by):
+                take(journey, journey.demote, leg, by)
             case Ahead(to=to):
                 take(journey, journey.hint, known[to])
             case Decode(on=on, leg=leg):
@@ -126,17 +130,9 @@ class VllmCluster:
         why = bound_by(request, self._v2) or self.stays
         journey = self._set_out(request, why is None)
         params = request.sampling_params
-        self.tell(
-            Arrived(
-                at=journey.last_at,
-                request=journey.id,
-                prompt_tokens=journey.prompt_tokens,
-                max_tokens=(params.max_tokens if params is not None else 1) or 1,
-                movable=why is None,
-                bound_by=why,
-                blocks=blocks,
-            )
-        )
+        most = (params.max_tokens if params is not None else 1) or 1
+        lengths = journey.prompt_tokens, most
+        self.tell(Arrived(journey.last_at, journey.id, *lengths, why is None, why, blocks))
 
     def _set_out(self, request: EngineCoreRequest, movable: bool) -> Journey:
         length = len(request.prompt_token_ids or ())

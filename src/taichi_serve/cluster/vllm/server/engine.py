@@ -106,6 +106,10 @@ class Engine:
             self.residents.pop(leg, None)
             self.client.abort([leg])
 
+    def put_off(self, leg: str, by: float) -> None:
+        """A prompt is best effort, and takes this place where it waits."""
+        self.client.tell(Call.PUT_OFF, leg, by)
+
     def leave(self, leg: str) -> None:
         """Have a leg end after the token it is on."""
         self.client.tell(Call.LEAVE, [leg])

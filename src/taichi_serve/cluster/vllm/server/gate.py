@@ -6,18 +6,36 @@ there are no suspects it costs one look at an empty dictionary for each.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from taichi_serve.cluster.base import Cluster
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
-from taichi_serve.messages import Command, Event, Finished, Flowed, Lost, Prefilled, Stepped
+from taichi_serve.messages import (
+    Abort,
+    Command,
+    Decline,
+    Event,
+    Finished,
+    Flowed,
+    Lost,
+    Outcome,
+    Prefilled,
+    Stepped,
+)
 
 
 class Gate:
     """A cluster in front of a cluster."""
 
-    def __init__(self, cluster: Cluster, quarantine: Quarantine) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        quarantine: Quarantine,
+        declined: Callable[[Decline], object] = lambda decline: None,
+    ) -> None:
+        """`declined` tells a user that the request is turned away."""
         self._cluster = cluster
+        self._declined = declined
         self._quarantine = quarantine
         self._at: dict[str, str] = {}  # suspects that have made a token: on which instance
 
@@ -30,7 +48,11 @@ class Gate:
             yield event
 
     def send(self, command: Command) -> None:
-        """Carry a decision out, or keep it until its turn."""
+        """Carry a decision out, or keep it until its turn. Who is turned away is told so first."""
+        if isinstance(command, Decline):
+            self._declined(command)
+            self._cluster.send(Abort(command.request, Outcome.REFUSED, command.why))
+            return
         if not self._quarantine or self._quarantine.admit(command):
             self._cluster.send(command)
 

@@ -50,6 +50,7 @@ class Hands:
         self._does: dict[type[Any], Callable[[Journey, Any], None]] = {
             do.Add: self._add,
             do.Send: self._send,
+            do.PutOff: lambda journey, act: _engine(act.seat).put_off(act.leg, act.by),
             do.Adopt: lambda journey, act: _engine(act.seat).adopt(act.leg, journey),
             do.Settle: lambda journey, act: _engine(act.seat).settle(act.leg, journey.id),
             do.Forget: lambda journey, act: _engine(act.seat).forget(act.leg),
@@ -123,16 +124,17 @@ class Hands:
         engine.recomputed_late += act.again
         engine.adopt(act.leg, journey)
         if journey.tokens:
-            engine.send(next_leg(journey.request, act.leg, journey.tokens))
+            engine.send(next_leg(journey.request, act.leg, journey.tokens, place=journey.place))
         else:
-            engine.send(first_leg(journey.request, act.leg, act.reader, act.fetch))
+            engine.send(first_leg(journey.request, act.leg, act.reader, act.fetch, journey.place))
 
     def _send(self, journey: Journey, act: do.Send) -> None:
         passage, target = act.passage, _engine(act.passage.target)
         self.passages[passage.reader] = passage
         if act.kv is not None:
             target.adopt(passage.reader, journey)
-        target.send(next_leg(journey.request, passage.reader, journey.tokens, act.kv, act.room))
+        leg = next_leg(journey.request, passage.reader, journey.tokens, act.kv, act.room, journey.place)
+        target.send(leg)
 
     def _pin(self, journey: Journey, act: do.Pin) -> None:
         passage = act.passage

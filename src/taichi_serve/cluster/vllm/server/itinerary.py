@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from taichi_serve.cluster.vllm.server.acts import (
+    ANY,
     Act,
     Acts,
     Add,
@@ -19,6 +20,7 @@ from taichi_serve.cluster.vllm.server.acts import (
     End,
     Finish,
     Forget,
+    Place,
     Release,
     Seat,
     Send,
@@ -89,6 +91,7 @@ class Itinerary:
     held: Held | None = None
     passage: Passage | None = None  # of the next leg; when LANDING, of this one
     fetch: Passage | None = None  # of a prefix on its way to the leg that runs
+    place: Place = ANY  # among those that wait where it is
     hand_over: bool = False  # the leg ends after its first token
     promise: str | None = None  # the reader that the leg pins for unasked
     offered: list[int] | None = None  # what it has pinned for it

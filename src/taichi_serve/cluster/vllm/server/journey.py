@@ -19,12 +19,15 @@ The loss of its instance makes it WAITING from everywhere; every stage can end.
 from __future__ import annotations
 
 from taichi_serve.cluster.vllm.server.acts import (
+    ANY,
     Acts,
     Copy,
     Finish,
     Forget,
     Leave,
     Pin,
+    Place,
+    PutOff,
     Refuse,
     Seat,
     Send,
@@ -44,14 +47,25 @@ class Journey(Fetching):
 
     # ------------------------------------------------------------------------------------------ decisions
 
-    def prefill(self, leg: int, seat: Seat, hand_over: bool, prefix: Prefix | None = None) -> Acts:
-        """Compute the prompt, and the tokens so far, on this instance: for the first time, or elsewhere than
-        it was to be because that instance is silent or lost. A `prefix` is fetched before."""
+    def prefill(
+        self, leg: int, seat: Seat, hand_over: bool, prefix: Prefix | None = None, place: Place = ANY
+    ) -> Acts:
+        """Compute the prompt, and the tokens so far, on this instance, in its `place` among others: for the
+        first time, or elsewhere than it was to be because that instance is silent or lost. A `prefix` is
+        fetched before."""
         self._must("Prefill", Stage.WAITING, Stage.PREFILLING, Stage.DECODING, Stage.HELD)
         if self.tokens and not self.movable and self.seat is not None:
             return []  # it has begun meanwhile, and could not go on exactly anywhere else
+        self.place = place
         acts = self._vacate()
         return acts + self._prompt(leg, seat, hand_over, prefix)
+
+    def demote(self, leg: int, by: float) -> Acts:
+        """It is best effort from now on; while it waits to be computed it takes this place."""
+        self.place = Place(by, best_effort=True)
+        if self.stage is not Stage.PREFILLING or leg != self.leg or not self.here.alive:
+            return []
+        return [PutOff(self.here, self.leg_id, by)]
 
     def hint(self, seat: Seat) -> Acts:
         """Its decode will most likely be there: what is computed may be copied there already."""

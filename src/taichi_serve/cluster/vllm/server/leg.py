@@ -5,27 +5,38 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from msgspec.structs import replace
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from taichi_serve.cluster.vllm.server.acts import ANY, Place
 from taichi_serve.cluster.vllm.wire import Marks, TransferParams
 
 
-def first_leg(request: EngineCoreRequest, name: str, reader: str | None, fetch: int = 0) -> EngineCoreRequest:
+def first_leg(
+    request: EngineCoreRequest, name: str, reader: str | None, fetch: int = 0, place: Place = ANY
+) -> EngineCoreRequest:
     """The engine request of a prefill. With `reader` it ends after the first token, and what it has computed
     is pinned for the leg of that name; its first `fetch` blocks come from another instance."""
-    if reader is None and not fetch and name == request.request_id:
+    if reader is None and not fetch and name == request.request_id and place == ANY:
         return request
     leg = copy.copy(request)
     leg.request_id = name
-    if reader is not None or fetch:
+    if reader is not None or fetch or place != ANY:
         marks = Marks(hand_over=reader is not None, reader=reader, fetch=fetch)
+        if place != ANY:
+            marks = replace(marks, by=place.by, best_effort=place.best_effort)
         leg.sampling_params = _with_extra(_params(request), marks.entry())
     return leg
 
 
 def next_leg(
-    request: EngineCoreRequest, name: str, tokens: list[int], kv: TransferParams | None = None, room: int = 0
+    request: EngineCoreRequest,
+    name: str,
+    tokens: list[int],
+    kv: TransferParams | None = None,
+    room: int = 0,
+    place: Place = ANY,
 ) -> EngineCoreRequest:
     """The engine request that goes on after these output tokens, with the KV to pull if there is any; or with
     `room` for tokens that are still to come, if its KV is copied ahead."""
@@ -34,7 +45,9 @@ def next_leg(
     leg.prompt_token_ids = [*(request.prompt_token_ids or ()), *tokens]
     done = len(tokens)
     mandatory = min(done, _params(request).min_tokens)
-    extra = Marks(moved=True, output=done, min_tokens_done=mandatory, ahead=room).entry()
+    late = place.best_effort
+    marks = Marks(moved=True, output=done, min_tokens_done=mandatory, ahead=room, best_effort=late)
+    extra = marks.entry()
     if kv is not None:
         extra["kv_transfer_params"] = dict(kv)
     params = _with_extra(_params(request), extra)

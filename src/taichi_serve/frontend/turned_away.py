@@ -1,0 +1,66 @@
+"""Requests that the scheduler turns away: 503 with Retry-After before the first byte of their answer.
+
+vLLM's routes begin a stream, with status 200, before its engine has a request at all, so an error would be
+the last event of a stream that looked good. Here the beginning of an answer is kept back until the first of
+it comes that an engine, or its refusal, brought about.
+"""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from taichi_serve.frontend.errors import error
+from taichi_serve.frontend.names import asked_in
+
+OVERLOADED = "The server is overloaded: this request would not get its first token in time. Try again later."
+MOST = 1 << 16  # bytes that are kept back
+
+
+class TurnedAway:
+    """Pure ASGI middleware; it looks at the answers of requests that reach the scheduler."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let it through, and keep the beginning of the answer back."""
+        if scope["type"] == "http":
+            send = _KeptBack(scope, receive, send).sent
+        await self.app(scope, receive, send)
+
+
+class _KeptBack:
+    """One answer: kept back, then let go of, or replaced."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._held: list[Message] = []
+        self._bytes = 0
+        self._open = self._replaced = False
+
+    async def sent(self, message: Message) -> None:
+        """Take a part of the answer."""
+        if self._replaced:
+            return
+        if self._open:
+            await self._send(message)
+            return
+        asked = asked_in(self._scope)
+        if asked is not None and asked.retry_after is not None:
+            self._replaced = True
+            seconds = max(1, math.ceil(asked.retry_after))
+            answer = error(HTTPStatus.SERVICE_UNAVAILABLE, "overloaded_error", OVERLOADED, None, seconds)
+            await answer(self._scope, self._receive, self._send)
+            return
+        self._held.append(message)
+        self._bytes += len(message.get("body", b""))
+        begins = message["type"] == "http.response.start"
+        early = asked is None and message.get("more_body", False) and self._bytes < MOST
+        if not (begins or early):
+            self._open = True
+            for held in self._held:
+                await self._send(held)
+            self._held.clear()

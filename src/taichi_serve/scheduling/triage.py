@@ -1,0 +1,180 @@
+"""Overload: which prompts are computed in time, and which can no longer be, so that the others are.
+
+Every queue is in the order of deadlines. Where a deadline in it would be missed, the longest prompt before it
+that has not begun frees the most time for the fewest requests (Moore and Hodgson): it is best effort from
+then on. Best effort has a late deadline of its own, and the time that it may take up until then is limited,
+so its wait is too.
+
+Every function reads the ledger and answers; none of them writes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
+
+from taichi_serve.instance import Instance
+from taichi_serve.latency.predict import Average, Predictor
+from taichi_serve.request import Request
+from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.prefill import Behind, Placement
+from taichi_serve.slo import SLO
+
+# Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
+# who is queued keeps its place until it is predicted to be later than its deadline by so much.
+SPARE, GRACE = 0.05, 0.05
+SOON = 0.5  # of the prompts queued, the share that will decode before somebody who decodes now ends
+LARGE = 512  # prompt tokens of a step that is long enough to ask when it began
+KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
+# Mean length of the prompts that are in time over that of all: down to FAIR nothing is done about it, from
+# UNFAIR on all that can be.
+FAIR, UNFAIR = 0.95, 0.9
+LONG = 1.3  # times the length of the prompt that a token belongs to on average: such prompts are protected
+MOST = 0.75  # of the TTFT SLO: where a long prompt takes more, none is waited for
+
+
+class Triage:
+    """What the queues say about deadlines, as predicted."""
+
+    def __init__(self, ledger: Ledger, predictor: Predictor, slo_of: Callable[[Request], SLO]) -> None:
+        self.ledger = ledger
+        self.predictor = predictor
+        self.slo_of = slo_of
+        self.arrived = Average()  # mean length of all prompts, and of those that were in time
+        self.kept = Average()
+        self.longer = Average()  # mean length of the prompt that a token belongs to
+
+    def came(self, request: Request) -> None:
+        """A request is new."""
+        length = float(request.prompt_tokens)
+        self.arrived.add(length, 1.0, KEEP)
+        self.longer.add(length * length, length, KEEP)
+
+    def through(self, request: Request) -> None:
+        """The first token of one that kept its deadline is out."""
+        self.kept.add(float(request.prompt_tokens), 1.0, KEEP)
+
+    def unfair(self) -> float:
+        """How much long prompts have to be protected, 0 to 1: those in time are shorter than all."""
+        if not (self.arrived.below and self.kept.below):
+            return 0.0
+        share = self.kept.value(0.0) / self.arrived.value(1.0)
+        return min(1.0, max(0.0, (FAIR - share) / (FAIR - UNFAIR)))
+
+    def protected(self) -> int:
+        """Tokens of a long prompt, as long ones are lately."""
+        return int(LONG * self.longer.value(0.0))
+
+    def reserve(self, request: Request, instance: Instance, unfair: float, length: int) -> float:
+        """Seconds that a prompt has to leave free before its deadline, where a longer one could be in time:
+        it gets in no easier than that one. `length` is of the longer one (tokens)."""
+        if request.prompt_tokens >= length:
+            return 0.0
+        ttft = self.slo_of(request).ttft
+        longer = self.predictor.work(instance, length)
+        if longer > MOST * ttft:
+            return 0.0
+        own = longer * request.prompt_tokens / length  # nearly: attention is more than linear
+        return unfair * max(0.0, min(longer, ttft / 2) - own)
+
+    def deadline(self, request: Request, policy: Policy, best_effort: bool = False) -> float:
+        """Until when its first token is to be there (s). That of best effort comes one TTFT SLO before its
+        patience ends: it then goes before newcomers, and has as long to be computed as they have."""
+        ttft = self.slo_of(request).ttft
+        return request.arrived_at + (ttft * (policy.patience - 1.0) if best_effort else ttft)
+
+    def overtaken(self, request: Request, now: float, instances: Iterable[Instance]) -> dict[str, Behind]:
+        """What would be computed after this newcomer, by instance; only where there is something to say."""
+        found: dict[str, Behind] = {}
+        queues, since = self.ledger.queues, self.predictor.since
+        unfair = 0.0 if request.best_effort else self.unfair()
+        length = self.protected() if unfair else 0
+        for instance in instances:
+            queue, tokens, seconds = queues[instance.name], 0, 0.0
+            large, overtakes = instance.running_tokens >= LARGE, queue.ends_after(request.by)
+            if not (large or overtakes or unfair):
+                continue
+            if large:
+                seconds -= since(instance, now - instance.stepped_at)
+            if overtakes:
+                behind = [self.ledger.requests[name] for name in queue.behind(request.by)]
+                tokens = sum(other.prompt_tokens - other.cached for other in behind)
+                seconds += sum(other.work for other in behind)
+            reserve = self.reserve(request, instance, unfair, length) if unfair else 0.0
+            found[instance.name] = Behind(tokens, seconds - reserve, reserve)
+        return found
+
+    def late(self, request: Request, placed: Placement, without: float = 0.0) -> bool:
+        """Whether it would miss its TTFT in this place, or even `without` so many seconds of work."""
+        return placed.ttft - without > self.slo_of(request).ttft * (1.0 - SPARE)
+
+    def slow(self, request: Request, placed: Placement, decoders: Sequence[Instance]) -> bool:
+        """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted
+        to miss its TPOT: it would be late however soon it began, and slow the others down. Those that are
+        queued, or on their way, will decode there before it."""
+        where = decoders if placed.hand_over and decoders else [placed.instance]
+        # Of the mean length, not its own: else the long ones would be turned away first.
+        most, length = self.slo_of(request).tpot, int(self.arrived.value(request.prompt_tokens))
+        if request.max_tokens <= 1:
+            return False
+        before = sum(one.queued_requests for one in self.ledger.instances.values()) / max(1, len(decoders))
+        tpot = self.predictor.tpot
+        for one in where:
+            now = tpot(one, 0)
+            each = tpot(one, length) - now
+            idle = now - one.decodes * each  # where that is too slow already it is not for want of room
+            if now + (1 + SOON * before + one.arriving) * each <= most or idle > most:
+                return False
+        return True
+
+    def victim(self, request: Request, placed: Placement) -> Request:
+        """Who is best effort, where the newcomer would be late in its place: the longest before it that has
+        not begun, if it is longer and all are in time without it; else the newcomer."""
+        longest = request
+        if self.unfair() >= 1.0:
+            return request
+        for other in self._movable(placed.instance):
+            if other.by <= request.by and other.work > longest.work:
+                longest = other
+        return request if self.late(request, placed, longest.work) else longest
+
+    def room(self, request: Request, able: Sequence[Instance], policy: Policy) -> bool:
+        """Whether best effort has time for one more before its patience ends: of what the instances can
+        compute until then it gets the share that is kept for it, and half of all while nobody else waits.
+        One alone always has."""
+        others = sum(instance.queued_requests for instance in able) - len(self.ledger.best_effort)
+        share = policy.leftover if others > 0 else 0.5
+        seconds = self.slo_of(request).ttft * (policy.patience - 1.0) * share * len(able)
+        queued = sum(self.ledger.requests[name].work for name in self.ledger.best_effort)
+        return not queued or queued + request.work <= seconds
+
+    def drained(self, able: Sequence[Instance]) -> float:
+        """Seconds until the first of these instances is through with all that is queued there now."""
+        return min(self.predictor.ttft(instance, 0) for instance in able)
+
+    def hopeless(self, instance: Instance, now: float) -> list[tuple[Request, float, Request]]:
+        """Who of the queue is to be best effort, each for the sake of a prompt that would be late: seconds
+        until its first token, and that prompt."""
+        waiting = [self.ledger.requests[name] for name in self.ledger.queues[instance.name]]
+        running = self.predictor.since(instance, now - instance.stepped_at)
+        end = now + self.predictor.ttft(instance, 0) + running - sum(other.work for other in waiting)
+        movable = {other.id for other in self._movable(instance)}
+        found: list[tuple[Request, float, Request]] = []
+        longest: list[tuple[float, float, str]] = []
+        for other in waiting:
+            end += other.work
+            if other.best_effort:
+                continue
+            if other.id in movable:
+                heappush(longest, (-other.work, -other.by, other.id))
+            while end > other.by + GRACE * self.slo_of(other).ttft and longest:
+                least, _, name = heappop(longest)
+                found.append((self.ledger.requests[name], end - now, other))
+                end += least
+        return found
+
+    def _movable(self, instance: Instance) -> list[Request]:
+        """Those queued on an instance that keep their deadline so far and are in no step yet, in order."""
+        waiting = (self.ledger.requests[name] for name in self.ledger.queues[instance.name].waiting())
+        return [other for other in waiting if not other.best_effort]
