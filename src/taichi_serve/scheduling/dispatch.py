@@ -20,6 +20,7 @@ from taichi_serve.messages import (
     SetChunk,
 )
 from taichi_serve.request import Request
+from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
@@ -27,7 +28,6 @@ from taichi_serve.scheduling.prefill import UNKNOWN, Known, choose_prefill
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.sliders import Kind, Sliders
-from taichi_serve.slo import SLO
 
 
 def decoders(instances: list[Instance]) -> list[Instance]:
@@ -42,11 +42,11 @@ def _in_use(prefixes: Prefixes, instance: Instance) -> int:
 class Dispatcher:
     """Makes commands, and books each of them as it is made."""
 
-    def __init__(self, ledger: Ledger, predictor: Predictor, slo: SLO, policy: Policy) -> None:
+    def __init__(self, ledger: Ledger, predictor: Predictor, policy: Policy, counters: Counters) -> None:
         self.ledger = ledger
         self.predictor = predictor
-        self.slo = slo
         self.policy = policy
+        self.counters = counters
 
     def serving(self) -> list[Instance]:
         """Who may get new work; when all that answer are being drained, these; when none answers, all that
@@ -92,7 +92,7 @@ class Dispatcher:
     def _prefill(self, request: Request, now: float, able: list[Instance]) -> Prefill:
         below = decoders(self.serving())
         known = self._known(request, now)
-        placed = choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known)
+        placed = choose_prefill(request, now, able, below, self.predictor, self.policy, known)
         self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)
         request.predicted_ttft = placed.ttft
         request.hand_over, request.ahead = placed.hand_over, None
@@ -156,7 +156,7 @@ class Dispatcher:
         """Compute the tokens so far again: where a prompt may be computed, D-heavy ones first. With no
         instance left the request waits."""
         if not request.movable:
-            return [self.fail(request, "its instance was lost, and no other can go on exactly")]
+            return [self.fail(request, now, "its instance was lost, and no other can go on exactly")]
         alive = self.serving()
         able = [i for i in alive if i.prefills] or alive
         if not able:
@@ -196,8 +196,10 @@ class Dispatcher:
         self.ledger.depart(request, target, move, now, room - _in_use(prefixes, target))
         return looks
 
-    def fail(self, request: Request, why: str) -> Abort:
+    def fail(self, request: Request, now: float, why: str) -> Abort:
         """Nothing can be done for the request any more."""
+        self.counters.ended(Outcome.FAILED, 0)
+        self.counters.judge(request, Outcome.FAILED, now)
         self.ledger.forget(request)
         return Abort(request.id, Outcome.FAILED, why)
 

@@ -24,12 +24,12 @@ class Ledger:
         self,
         sliders: Sliders,
         capacities: Mapping[str, int],
-        pace: float,
+        alpha: float,
         max_degrades: int,
         block_size: int = 0,
     ) -> None:
-        """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens. A hash
-        of a block stands for `block_size` tokens (0: no prefixes are known)."""
+        """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens. A
+        decode crosses at `alpha` of its TPOT SLO. A hash of a block stands for `block_size` tokens (0: no prefixes are known)."""
         self.requests: dict[str, Request] = {}
         self.instances: dict[str, Instance] = {}
         for number, kind in enumerate(sliders.kinds()):
@@ -39,7 +39,7 @@ class Ledger:
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
         # Ids of the prompts queued on each instance, oldest first: a dict that is used as an ordered set.
         self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
-        self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
+        self.residents = {name: Residents(alpha, max_degrades) for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
 
     def home(self, request: Request) -> Instance:

@@ -17,7 +17,6 @@ from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.residency import NONE, NOTHING, Prefixes
 from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
-from taichi_serve.slo import SLO
 
 
 @dataclass(slots=True)
@@ -60,7 +59,6 @@ def choose_prefill(
     instances: Sequence[Instance],
     decoders: Sequence[Instance],
     predictor: Predictor,
-    slo: SLO,
     policy: Policy,
     known: Known = UNKNOWN,
 ) -> Placement:
@@ -74,7 +72,7 @@ def choose_prefill(
     move = _hand_over_seconds(request, instances, decoders, predictor, known)
     waited = now - request.arrived_at
     later = waited if move is None else waited + move
-    prompt = _Prompt(request, waited, later, _limits(request, slo, policy), predictor, policy)
+    prompt = _Prompt(request, waited, later, _limits(request, policy), predictor, policy)
     forecasts = [prompt.forecast(i, known) for i in instances]
     keys = [*map(_key, instances, forecasts)]
     if known.lender is not None:
@@ -89,12 +87,13 @@ def choose_prefill(
     return Placement(chosen, hand_over, ttft, tuple(forecasts), why, forecast.cached, here.claimed, lender)
 
 
-def _limits(request: Request, slo: SLO, policy: Policy) -> tuple[float, float]:
-    """The TTFT and the TPOT (seconds) up to which an instance is feasible.
+def _limits(request: Request, policy: Policy) -> tuple[float, float]:
+    """The TTFT and the TPOT (seconds) up to which an instance is feasible, by the SLO of the request.
 
     A request that can never move decodes where it prefills, and nothing can repair its TPOT later: it may use
     the whole TTFT SLO to get a low-interference instance, however busy the decodes there are.
     """
+    slo = request.slo
     if request.movable:
         return slo.ttft * policy.ttft_margin, slo.tpot * policy.tpot_margin
     return slo.ttft, float("inf")
