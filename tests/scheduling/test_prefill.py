@@ -56,12 +56,13 @@ def place(
     margin: float = 0.5,
     tpots: dict[str, float] | None = None,
     known: Known = UNKNOWN,
+    beside: SLO | None = None,
 ) -> Placement:
     # P-heavy instances prefill a token in 0.1 ms, D-heavy ones in 0.4 ms.
     by_hand = ByHand({i.name: 0.0001 if i.kind is Kind.P_HEAVY else 0.0004 for i in instances}, tpots or {})
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
     policy = Policy(ttft_margin=margin)
-    return choose_prefill(request, now, instances, decoders, by_hand, policy, known)
+    return choose_prefill(request, now, instances, decoders, by_hand, policy, known, beside)
 
 
 def test_short_prompt_takes_the_d_heavy_instance_while_it_still_meets_ttft() -> None:
@@ -81,7 +82,9 @@ def test_long_prompt_takes_the_p_heavy_instance_and_hands_its_decode_over() -> N
 
 
 def test_fewest_queued_prompt_tokens_win_among_feasible_instances_of_a_kind() -> None:
-    placed = place(Request("a", 0.0, 500, 100, slo=SLO_4S), d_heavy("i0", 900), d_heavy("i1", 300), d_heavy("i2", 600))
+    placed = place(
+        Request("a", 0.0, 500, 100, slo=SLO_4S), d_heavy("i0", 900), d_heavy("i1", 300), d_heavy("i2", 600)
+    )
     assert placed.instance.name == "i1"
 
 
@@ -154,7 +157,9 @@ def cached(**tokens: int) -> Known:
 
 def test_long_conversation_with_a_short_new_turn_is_a_short_prompt() -> None:
     # 500 new tokens x 0.4 ms = 0.2 s on the D-heavy instance that has the rest, which would have taken 2.4 s.
-    placed = place(Request("a", 0.0, 6000, 100, slo=SLO_4S), p_heavy("i0"), d_heavy("i1"), known=cached(i1=5500))
+    placed = place(
+        Request("a", 0.0, 6000, 100, slo=SLO_4S), p_heavy("i0"), d_heavy("i1"), known=cached(i1=5500)
+    )
     assert (placed.instance.name, placed.hand_over, placed.cached) == ("i1", False, 5500)
     assert [round(f.ttft, 6) for f in placed.forecasts] == [0.7, 0.2]
     assert [f.cached for f in placed.forecasts] == [0, 5500]
@@ -200,9 +205,7 @@ def test_hand_over_is_priced_with_what_the_decoder_has() -> None:
     request, by_length = Request("a", 0.0, 1000, 100, slo=SLO_4S), ByLength({"i0": 0.0001})
 
     def ttft(known: Known) -> float:
-        placed = choose_prefill(
-            request, 0.0, [p_heavy("i0")], [empty, holder], by_length, Policy(), known
-        )
+        placed = choose_prefill(request, 0.0, [p_heavy("i0")], [empty, holder], by_length, Policy(), known)
         return placed.forecasts[0].ttft
 
     assert ttft(UNKNOWN) == 0.1 + 1.0
@@ -241,10 +244,67 @@ def test_copying_beside_the_queue_delays_nothing() -> None:
 def test_nothing_is_fetched_where_computing_is_faster_or_the_holder_is_the_place() -> None:
     holder = d_heavy("i0")
     known = Known({"i0": Prefix(5500, 5500)}, holder, 5500)
-    assert place(Request("a", 0.0, 6000, 100, slo=SLO_4S), holder, d_heavy("i1", 100), known=known).lender is None
+    assert (
+        place(Request("a", 0.0, 6000, 100, slo=SLO_4S), holder, d_heavy("i1", 100), known=known).lender
+        is None
+    )
     busy = d_heavy("i0", 10_000)
     slow = ByHand({"i0": 0.0004, "i1": 0.0004}, per_fetched=0.0005)
     known = Known({"i0": Prefix(5500, 5500)}, busy, 5500)
     request = Request("a", 0.0, 6000, 100, slo=SLO_4S)
     placed = choose_prefill(request, 0.0, [busy, d_heavy("i1")], [], slow, Policy(), known)
     assert (placed.instance.name, placed.lender, placed.cached) == ("i1", None, 0)
+
+
+# ------------------------------------------------------------------------------------ SLOs of other requests
+
+LOOSE, STRICT = SLO(ttft=40.0, tpot=0.5), SLO(ttft=4.0, tpot=0.07)
+
+
+def loose(prompt: int = 500) -> Request:
+    return Request("a", 0.0, prompt, 100, LOOSE)
+
+
+def test_a_loose_request_prefers_the_p_heavy_instance_and_decodes_there() -> None:
+    # 0.3 s a token there is within 0.8 of 500 ms; a strict one leaves that instance to long prompts.
+    instances, tpots = (p_heavy("i0"), d_heavy("i1")), {"i0": 0.3}
+    placed = place(loose(), *instances, tpots=tpots, beside=STRICT)
+    assert (placed.instance.name, placed.hand_over) == ("i0", False)
+    strict = place(Request("a", 0.0, 500, 100, STRICT), *instances, tpots=tpots, beside=STRICT)
+    assert (strict.instance.name, strict.hand_over) == ("i1", False)
+
+
+def test_it_hands_its_decode_over_where_that_would_be_too_slow() -> None:
+    placed = place(loose(), p_heavy("i0"), d_heavy("i1"), tpots={"i0": 0.41}, beside=STRICT)
+    assert placed.instance.name == "i1"
+    placed = place(loose(20_000), p_heavy("i0"), d_heavy("i1", 90_000), tpots={"i0": 0.41}, beside=STRICT)
+    assert (placed.instance.name, placed.hand_over) == ("i0", True)
+
+
+def test_among_requests_with_one_slo_nobody_is_loose() -> None:
+    placed = place(loose(), p_heavy("i0"), d_heavy("i1"), tpots={"i0": 0.3}, beside=LOOSE)
+    assert placed.instance.name == "i1"
+
+
+def test_queues_beyond_the_strictest_ttft_are_for_when_there_is_no_shorter_one() -> None:
+    # i0 would take 2.45 s with the move: within 20 s, not within half of the strictest 4 s. i1 takes 1.4 s.
+    longer, shorter = p_heavy("i0", 23_000), d_heavy("i1", 3000)
+    placed = place(loose(), longer, shorter, tpots={"i0": 0.3}, beside=STRICT)
+    assert placed.instance.name == "i1"
+    # Both are beyond it: then its own SLO counts, and the P-heavy one comes first again.
+    placed = place(loose(), longer, d_heavy("i1", 9000), tpots={"i0": 0.3}, beside=STRICT)
+    assert placed.instance.name == "i0"
+
+
+def test_decodes_of_a_d_heavy_instance_keep_the_strictest_tpot_whoever_comes() -> None:
+    # 60 ms is above 0.8 of 70 ms, and far below the newcomer's own 500.
+    busy = {"i0": 0.45, "i1": 0.06}
+    placed = place(loose(), p_heavy("i0"), d_heavy("i1"), tpots=busy, beside=STRICT)
+    assert [f.calm for f in placed.forecasts] == [True, False]
+    assert placed.instance.name == "i0"
+
+
+def test_without_degrading_no_decode_stays_on_a_p_heavy_instance() -> None:
+    by_hand, here = ByHand({"i0": 0.0001, "i1": 0.0004}, {"i0": 0.3}), [p_heavy("i0"), d_heavy("i1")]
+    placed = choose_prefill(loose(), 0.0, here, here[1:], by_hand, Policy(watermark=1.0), UNKNOWN, STRICT)
+    assert placed.instance.name == "i1"

@@ -92,7 +92,8 @@ class Dispatcher:
     def _prefill(self, request: Request, now: float, able: list[Instance]) -> Prefill:
         below = decoders(self.serving())
         known = self._known(request, now)
-        placed = choose_prefill(request, now, able, below, self.predictor, self.policy, known)
+        beside = self.ledger.strictest.beside(request.slo)
+        placed = choose_prefill(request, now, able, below, self.predictor, self.policy, known, beside)
         self.ledger.enqueue(request, placed.instance, placed.cached, placed.used)
         request.predicted_ttft = placed.ttft
         request.hand_over, request.ahead = placed.hand_over, None

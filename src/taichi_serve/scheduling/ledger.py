@@ -14,7 +14,9 @@ from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.residency import NOTHING, Prefixes, Residency
 from taichi_serve.scheduling.residents import Residents
+from taichi_serve.scheduling.strictest import Strictest
 from taichi_serve.sliders import Kind, Sliders
+from taichi_serve.slo import SLO
 
 
 class Ledger:
@@ -29,7 +31,8 @@ class Ledger:
         block_size: int = 0,
     ) -> None:
         """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens. A
-        decode crosses at `alpha` of its TPOT SLO. A hash of a block stands for `block_size` tokens (0: no prefixes are known)."""
+        decode crosses at `alpha` of its TPOT SLO. A hash of a block stands for `block_size` tokens (0: no
+        prefixes are known)."""
         self.requests: dict[str, Request] = {}
         self.instances: dict[str, Instance] = {}
         for number, kind in enumerate(sliders.kinds()):
@@ -41,6 +44,22 @@ class Ledger:
         self.queues: dict[str, dict[str, None]] = {name: {} for name in self.instances}
         self.residents = {name: Residents(alpha, max_degrades) for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
+        self.strictest = Strictest()
+
+    def admit(self, request: Request) -> None:
+        """A request has arrived; it is nowhere yet."""
+        self.requests[request.id] = request
+        self.strictest.add(request.slo)
+
+    def promise(self, slo: SLO) -> None:
+        """Requests that have no SLO of their own have this one from now on."""
+        for request in self.requests.values():
+            if not request.own_slo:
+                self.strictest.drop(request.slo)
+                request.slo = slo
+                self.strictest.add(slo)
+        for residents in self.residents.values():
+            residents.renew(self.requests)
 
     def home(self, request: Request) -> Instance:
         """The instance of a request that is on one: it is queued, or decodes, or its move began there."""
@@ -210,6 +229,7 @@ class Ledger:
                 self._unclaim(request)
         request.enter(State.DONE)
         del self.requests[request.id]
+        self.strictest.drop(request.slo)
         for name in {request.instance, request.target}:
             if name is not None:
                 self._rest(self.instances[name])

@@ -120,7 +120,7 @@ class GlobalScheduler:
         )
         if self.ledger.residency.block_size:
             request.blocks = event.blocks
-        self.requests[request.id] = request
+        self.ledger.admit(request)
         if self._despaired is not None and not any(i.alive for i in self.instances.values()):
             return [self._dispatcher.fail(request, event.at, self._despaired)]
         return self._dispatcher.prefill(request, event.at, self.sliders)
@@ -269,11 +269,7 @@ class GlobalScheduler:
 
     def _promised(self, event: Promised) -> list[Command]:
         self.slo = event.slo
-        for request in self.requests.values():
-            if not request.own_slo:
-                request.slo = event.slo
-        for residents in self.ledger.residents.values():
-            residents.renew(self.requests)
+        self.ledger.promise(event.slo)
         return []
 
     def _silent(self, event: Silent) -> list[Command]:
