@@ -1063,3 +1063,18 @@ def test_external_hits_are_counted_by_the_tier_they_came_from() -> None:
     stats = PrefixCacheStats()
     stats.record(48, 32, False, {CacheHitSource.HOST: 32})
     assert (stats.queries, stats.hits, stats.hits_by_source) == (48, 32, {CacheHitSource.HOST: 32})
+
+
+def test_histograms_of_times_take_their_edges_from_two_families() -> None:
+    from vllm.v1.metrics.buckets import histogram_buckets
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    assert histogram_buckets("time_to_first_token", None, None)[0] > 0
+    assert histogram_buckets("inter_token_latency", None, {"inter_token_latency": [0.5]}) == [0.5]
+    source = " ".join(inspect.getsource(PrometheusStatLogger.__init__).split())
+    for name, edges in (
+        ("time_to_first_token_seconds", "time_to_first_token_buckets"),
+        ("request_time_per_output_token_seconds", "inter_token_latency_buckets"),
+    ):
+        made = source.split(f'name="vllm:{name}"')[1]
+        assert re.search(r"buckets=(\w+)", made)[1] == edges
