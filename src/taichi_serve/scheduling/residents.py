@@ -16,7 +16,7 @@ Sorted lists and bisect: inserting shifts pointers, which for 10,000 residents t
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from heapq import merge
 from typing import TypeVar
 
@@ -87,22 +87,26 @@ class Residents:
 
     def everyone(self, now: float, ticks: int) -> list[str]:
         """All ids, the first to cross first."""
-        return [name for _, name in self._soonest(now, ticks)]
+        every = ((ordered, now - pace * ticks) for pace, ordered in self._by_due.items())
+        return [name for _, name in _soonest(every)]
 
     def crossing(self, now: float, ticks: int) -> Iterator[str]:
         """Ids of those whose running TPOT has crossed by now, the earliest first."""
-        for slack, name in self._soonest(now, ticks):
+        lines = ((ordered, now - pace * ticks) for pace, ordered in self._by_due.items())
+        # Asked for in every step: where nobody crosses, one comparison for each pace is all.
+        for slack, name in _soonest((ordered, line) for ordered, line in lines if ordered[0][0] <= line):
             if slack > 0:
                 return
             yield name
 
-    def _soonest(self, now: float, ticks: int) -> Iterator[tuple[float, str]]:
-        """Everybody's slack (seconds), the least first."""
-        return merge(*(_slacks(ordered, now - pace * ticks) for pace, ordered in self._by_due.items()))
-
 
 def _by_output(request: Request) -> tuple[float, int, str]:
     return -request.slo.tpot, request.joined - request.base, request.id
+
+
+def _soonest(lists: Iterable[tuple[list[tuple[float, str]], float]]) -> Iterator[tuple[float, str]]:
+    """The slack (seconds) of everybody on these lists, each with where its line stands; the least first."""
+    return merge(*(_slacks(ordered, line) for ordered, line in lists))
 
 
 def _slacks(ordered: list[tuple[float, str]], line: float) -> Iterator[tuple[float, str]]:
