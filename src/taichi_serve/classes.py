@@ -83,8 +83,9 @@ class SLOClass:
         low, high = getattr(self, f"{name}_bounds")
         if asked is None or low <= asked <= high:
             return None
-        most = f"{low * 1e3:g} to {high * 1e3:g} ms" if math.isfinite(high) else f"at least {low * 1e3:g} ms"
-        return f"{asked * 1e3:g} ms is not within the bounds of class {self.name}, {most}"
+        least = f"{low * 1e3:.9g}"
+        within = f"{least} to {high * 1e3:.9g} ms" if math.isfinite(high) else f"at least {least} ms"
+        return f"{asked * 1e3:.9g} ms is not within the bounds of class {self.name}, {within}"
 
 
 Classes = Mapping[str, SLOClass]
