@@ -201,8 +201,8 @@ def degrading(town: Town) -> Prepared:
 def flowing_back(town: Town) -> Prepared:
     """A step of a P-heavy instance on which one TPOT has crossed; the next in line has not."""
     instance, residents = town.scheduler.instances["i0"], town.scheduler.ledger.residents["i0"]
-    first = town.scheduler.requests[residents.everyone()[0]]
-    now = residents.due(first) + residents.pace * (instance.ticks + 1) + 0.001
+    first = town.scheduler.requests[residents.everyone(0.0, instance.ticks)[0]]
+    now = residents.slack(first, 0.0, instance.ticks + 1) + 0.001
     return Stepped(now, "i0", 0.5, 1024, 100, 500_000), refuse(town)
 
 

@@ -96,6 +96,7 @@ def test_there_are_golden_logs_of_every_mode() -> None:
             (Prefill("a", 0, "i1", prefix_from="i0", prefix_tokens=32),),
         ),
         (Cached(1.0, "i0", (1, 2**64 - 1), (3,), reset=True, tier=Tier.HOST), ()),
+        (Arrived(0.5, "a", 40, 20, slo=SLO(9.0, 0.5), slo_class="batch"), ()),
         (Hopeless(4.0, "it died five times"), (Abort("a", Outcome.FAILED, "it died five times"),)),
     ],
 )  # fmt: skip

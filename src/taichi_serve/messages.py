@@ -53,7 +53,8 @@ class Outcome(Enum):
 class Arrived:
     """A request is here. `movable` is False where the engine could not move it exactly, for the reason
     `bound_by` (docs/moving.md; a log of an older server may not know it). `blocks` are 64 bits of the hash of
-    each full block of its prompt, in order; a hash stands for the block and all before it."""
+    each full block of its prompt, in order; a hash stands for the block and all before it. `slo` is its own
+    where that is not the server's, and `slo_class` the name of the class that it belongs to."""
 
     at: float
     request: str
@@ -62,6 +63,8 @@ class Arrived:
     movable: bool = True
     bound_by: str | None = None
     blocks: tuple[int, ...] = ()
+    slo: SLO | None = None
+    slo_class: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +263,8 @@ class Tuned:
 
 @dataclass(frozen=True, slots=True)
 class Promised:
-    """An operator set the SLO, for all requests, those under way too."""
+    """An operator set the SLO of the server, for all requests that have none of their own, those under way
+    too."""
 
     at: float
     slo: SLO

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from taichi_serve.messages import Move
+from taichi_serve.slo import SLO
 from taichi_serve.stage import TransitionError
 
 
@@ -43,7 +44,10 @@ class Request:
     arrived_at: float
     prompt_tokens: int
     max_tokens: int
+    slo: SLO  # what it is judged by
     movable: bool = True
+    own_slo: bool = False  # it brought this SLO; else it has the server's, which an operator may change
+    slo_class: str | None = None  # the class of requests that it belongs to
     blocks: tuple[int, ...] = ()  # hashes of the full blocks of its prompt (messages.Arrived)
     state: State = State.WAITING
     leg: int = 0

@@ -44,6 +44,19 @@ def test_who_waits_past_the_ttft_slo_is_known_to_be_bad_at_the_next_arrival():
     assert tally.bad == 1
 
 
+def test_each_request_is_judged_by_its_own_slo_and_counted_in_its_class():
+    loose = SLO(10.0, 1.0)
+    meter = Meter(Nobody(), SLO(1.0, 0.1))
+    fed(meter, Arrived(0.0, "a", 10, 100, slo=loose, slo_class="batch"), Arrived(0.0, "b", 10, 100))
+    fed(meter, Arrived(5.0, "c", 10, 100, slo=loose, slo_class="batch"))
+    assert meter.tally.bad == 1  # b is late, though a came before it and is not
+    for name in ("a", "b"):
+        fed(meter, Prefilled(6.0, name, 0, "i0"), Finished(8.0, name, 11))
+    tally, batch = meter.tally, meter.tally.classes["batch"]
+    assert (tally.sent, tally.good, tally.bad) == (3, 1, 1)
+    assert (batch.sent, batch.good, batch.bad, batch.ttft.count) == (2, 1, 0, 1)
+
+
 def test_the_wilson_interval_of_ninety_in_a_hundred():
     assert wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
     assert wilson(100, 100)[1] == pytest.approx(1.0)

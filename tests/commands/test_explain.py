@@ -269,3 +269,11 @@ def test_best_effort_and_a_refusal_at_the_door_are_told_with_their_reasons() -> 
         ),
         (None, "     i0", "TTFT 4700 ms, 3700 prompt tokens queued: not feasible"),
     ]
+
+
+def test_a_request_with_its_own_slo_arrives_with_it_and_an_older_server_says_nothing_of_it():
+    entry = {"type": "Arrived", "at": 0.0, "prompt_tokens": 10, "max_tokens": 5, "movable": True}
+    own = {"slo": {"ttft": 10.0, "tpot": 0.2}, "slo_class": "batch"}
+    for more, said in ((own, "; class batch; SLO 10 s and 200 ms"), ({}, "")):
+        ((_, what, why),) = explain.lines({"arrived_at": 0.0, "log": [{**entry, **more}]})
+        assert (what, why) == ("arrived", f"10 prompt tokens, at most 5 output{said}")

@@ -46,6 +46,22 @@ def test_sliders_that_set_themselves_are_told_with_their_reasons(capsys, monkeyp
     assert re.search(r" s  suggested: S_D 512 -> \d+", capsys.readouterr().out)
 
 
+def test_classes_are_told_one_by_one_each_by_its_own_slo(capsys, tmp_path):
+    file = tmp_path / "classes.yaml"
+    file.write_text("never: {ttft_slo: 0.001}\nalways: {ttft_slo: 900, tpot_slo: 9, share: 3}\n")
+    assert simulate.main(parsed(simulate, f"{ONE} --classes {file} --json")) == 0
+    figures = json.loads(capsys.readouterr().out)
+    never, always = (figures["classes"][name] for name in ("never", "always"))
+    assert (never["good"], always["attainment"]) == (0, 1.0)
+    assert never["sent"] + always["sent"] == 60
+    assert 30 < always["sent"] < 60
+    assert figures["mix"] == "25% never (0.001 s and 70 ms), 75% always (900 s and 9000 ms)"
+    assert simulate.main(parsed(simulate, f"{ONE} --classes {file}")) == 0
+    assert "always (900 s and 9000 ms): attainment 100.0%" in capsys.readouterr().out
+    assert simulate.main(parsed(simulate, f"{ONE} --classes gone.yaml")) == 2
+    assert "--classes: gone.yaml: No such file" in capsys.readouterr().err
+
+
 def test_less_kv_room_than_the_profile_says_is_a_choice(capsys):
     moves = []
     for words in ("", "--kv-capacity 20000"):

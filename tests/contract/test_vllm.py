@@ -1076,3 +1076,18 @@ def test_waiting_requests_are_a_deque_that_is_taken_from_the_left_and_preempted_
     assert not mentions(Scheduler, "self.waiting = create_request_queue(self.policy)")
     assert not mentions(Scheduler._preempt_request, "self.waiting.prepend_request(request)")
     assert not mentions(Scheduler.schedule, "preempted_req = self.running.pop()")
+
+
+def test_histograms_of_times_take_their_edges_from_two_families() -> None:
+    from vllm.v1.metrics.buckets import histogram_buckets
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    assert histogram_buckets("time_to_first_token", None, None)[0] > 0
+    assert histogram_buckets("inter_token_latency", None, {"inter_token_latency": [0.5]}) == [0.5]
+    source = " ".join(inspect.getsource(PrometheusStatLogger.__init__).split())
+    for name, edges in (
+        ("time_to_first_token_seconds", "time_to_first_token_buckets"),
+        ("request_time_per_output_token_seconds", "inter_token_latency_buckets"),
+    ):
+        made = source.split(f'name="vllm:{name}"')[1]
+        assert re.search(r"buckets=(\w+)", made)[1] == edges

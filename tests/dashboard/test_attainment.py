@@ -106,3 +106,13 @@ def test_facts_of_unknown_requests_are_not_counted() -> None:
     seen.on(Prefilled(0.5, "a", 0, "i0"))
     seen.on(Finished(3.5, "a", 2))
     assert seen.window(4.0, 60).requests == 0
+
+
+def test_a_request_with_its_own_slo_is_judged_by_that() -> None:
+    seen = Attainment(lambda: SLO(1.0, 0.1))
+    for name, slo in (("own", SLO(10.0, 1.0)), ("usual", None)):
+        seen.on(Arrived(0.0, name, 100, 500, slo=slo))
+        seen.on(Prefilled(5.0, name, 0, "i0"))
+        seen.on(Finished(7.0, name, 11))  # 10 tokens in 2 s
+    sums = seen.window(8.0, 60)
+    assert (sums.requests, sums.good, sums.ttft, sums.tpot) == (2, 1, 1, 1)

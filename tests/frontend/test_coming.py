@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
+from taichi_serve.classes import Terms
 from taichi_serve.frontend.client import ClusterClient, ClusterLLM
 
 
@@ -33,7 +34,7 @@ class Cluster:
         await self.hashed.wait()
         return (5, 6)
 
-    def accept(self, request: Any, blocks: tuple[int, ...]) -> None:
+    def accept(self, request: Any, blocks: tuple[int, ...], _: Terms) -> None:
         self.accepted.append((request.request_id, blocks))
 
     def abandon(self, request_id: str, cancelled: bool) -> None:

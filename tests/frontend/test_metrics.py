@@ -31,7 +31,7 @@ def system() -> Any:
     ]
     cluster = SimpleNamespace(engines=engines)
     recorder = Recorder(scheduler, 2048)
-    return SimpleNamespace(scheduler=scheduler, recorder=recorder, cluster=cluster, tuner=None)
+    return SimpleNamespace(scheduler=scheduler, recorder=recorder, cluster=cluster, tuner=None, classes={})
 
 
 def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:

@@ -15,8 +15,9 @@ from taichi_serve.scheduling.residency import Prefix
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.scheduling.room import load_after
 from taichi_serve.sliders import Kind
+from taichi_serve.slo import SLO
 
-PACE = 0.096  # alpha 0.96 of a TPOT SLO of 100 ms
+ALPHA, SLO_100MS = 0.96, SLO(4.0, 0.1)  # so a TPOT of 96 ms crosses
 STILL = Policy(dwell=0.0, growth=0)  # no growth, so that the numbers stay round
 
 
@@ -58,12 +59,19 @@ def d_heavy(name: str = "i1", kv: int = 0, reserved: int = 0) -> Instance:
     return Instance(name, Kind.D_HEAVY, 256, 10_000, kv_tokens=kv, reserved_tokens=reserved)
 
 
-def decode(name: str, output: int, first_at: float = 0.0, prompt: int = 1000, limit: int = 2000) -> Request:
-    return Request(name, 0.0, prompt, limit, state=State.DECODING, first_at=first_at, base=output)
+def decode(
+    name: str,
+    output: int,
+    first_at: float = 0.0,
+    prompt: int = 1000,
+    limit: int = 2000,
+    slo: SLO = SLO_100MS,
+) -> Request:
+    return Request(name, 0.0, prompt, limit, slo, state=State.DECODING, first_at=first_at, base=output)
 
 
 def residents(*requests: Request, policy: Policy = STILL) -> tuple[Residents, dict[str, Request]]:
-    here = Residents(PACE, policy.max_degrades)
+    here = Residents(ALPHA, policy.max_degrades)
     for request in requests:
         here.add(request)
     return here, {r.id: r for r in requests}

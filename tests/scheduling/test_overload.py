@@ -230,10 +230,10 @@ def test_long_prompts_are_protected_when_those_in_time_are_shorter_than_all() ->
     s = scheduler()
     triage = s._dispatcher.triage
     for n in range(100):
-        triage.came(Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10))
-        triage.through(Request(f"r{n}", 0.0, 100, 10))
+        triage.came(Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10, s.slo))
+        triage.through(Request(f"r{n}", 0.0, 100, 10, s.slo))
     assert triage.unfair() == 1.0
-    short, long = Request("short", 0.0, 100, 10), Request("long", 0.0, 2400, 10)
+    short, long = Request("short", 0.0, 100, 10, s.slo), Request("long", 0.0, 2400, 10, s.slo)
     here = s.instances["i0"]
     # A short one leaves the time of one of 1.3 x 1810 tokens, but no more than half of the SLO.
     assert triage.reserve(short, here, 1.0, triage.protected()) == pytest.approx(2.0 - 0.1)
@@ -246,9 +246,10 @@ def test_long_prompts_are_protected_when_those_in_time_are_shorter_than_all() ->
 
 
 def test_nothing_is_reserved_while_all_lengths_are_served_alike() -> None:
-    triage = scheduler()._dispatcher.triage
+    s = scheduler()
+    triage = s._dispatcher.triage
     for n in range(100):
-        request = Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10)
+        request = Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10, s.slo)
         triage.came(request)
         triage.through(request)
     assert triage.unfair() == 0.0

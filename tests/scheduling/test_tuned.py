@@ -88,7 +88,7 @@ def test_another_tpot_slo_decides_who_flows_back_among_those_who_run() -> None:
     s.on(Promised(0.3, SLO(4.0, 0.025)))
     back = [(c.request, c.move) for c in s.on(Stepped(0.33, "i0", 0.03, 0, 2, 200)) if isinstance(c, Flow)]
     assert back == [("a", Move.BACKFLOW)]
-    assert s.ledger.residents["i0"].everyone() == ["b"]
+    assert s.ledger.residents["i0"].everyone(0.3, 0) == ["b"]
 
 
 def test_both_facts_come_back_from_the_log_as_they_were() -> None:

@@ -20,6 +20,7 @@ from taichi_serve.scheduling.residents import Residents
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO, tpot
 
+SLO_4S = SLO(ttft=4.0, tpot=0.1)
 DOC = Path(__file__).parents[2] / "docs" / "algorithms.md"
 Row = dict[str, str]
 
@@ -89,7 +90,7 @@ def test_algorithm_2_as_in_the_document(rows: list[Row], prompt: int, margin: fl
     cached = {r["instance"]: int(r.get("cached", 0)) for r in rows}
     known = Known({name: Prefix(tokens, tokens) for name, tokens in cached.items() if tokens})
     placed = choose_prefill(
-        Request("r", 0.0, prompt, 100), 0.0, instances, decoders, ByHand(0.1, {}), SLO(4.0, 0.1),
+        Request("r", 0.0, prompt, 100, SLO_4S), 0.0, instances, decoders, ByHand(0.1, {}),
         Policy(ttft_margin=margin), known,
     )  # fmt: skip
     assert [f.cached for f in placed.forecasts] == [*cached.values()]
@@ -106,7 +107,7 @@ def test_literal_algorithm_2_takes_the_d_heavy_edge_of_the_slo() -> None:
         for r in LONG
     ]
     placed = choose_prefill(
-        Request("r", 0.0, 6000, 100), 0.0, instances, instances[1:], ByHand(0.1, {}), SLO(4.0, 0.1),
+        Request("r", 0.0, 6000, 100, SLO_4S), 0.0, instances, instances[1:], ByHand(0.1, {}),
         Policy(ttft_margin=1.0),
     )  # fmt: skip
     assert placed.instance.name == "i2"
@@ -115,9 +116,9 @@ def test_literal_algorithm_2_takes_the_d_heavy_edge_of_the_slo() -> None:
 
 def residents_of(rows: list[Row], ticks: int) -> tuple[dict[str, Request], Residents]:
     """Decodes that joined the tick clock with their present output."""
-    residents, requests = Residents(pace=0.96 * 0.1, max_degrades=2), {}
+    residents, requests = Residents(alpha=0.96, max_degrades=2), {}
     for row in rows:
-        request = Request(row["request"], 0.0, int(row["prompt"]), 1000, state=State.DECODING)
+        request = Request(row["request"], 0.0, int(row["prompt"]), 1000, SLO_4S, state=State.DECODING)
         request.first_at, request.base = float(row["first token at (s)"]), int(row["output"])
         request.joined = ticks
         requests[request.id] = request
@@ -144,8 +145,8 @@ def test_degrading_as_in_the_document() -> None:
 def test_backflow_as_in_the_document() -> None:
     source = Instance("i0", Kind.P_HEAVY, 1024, 10_000, decodes=1)
     target = Instance("i1", Kind.D_HEAVY, 256, 10_000, kv_tokens=5_000)
-    request = Request("b", 0.0, 3000, 1000, state=State.DECODING, first_at=10.0, base=202, joined=0)
-    residents = Residents(pace=0.96 * 0.1, max_degrades=2)
+    request = Request("b", 0.0, 3000, 1000, SLO_4S, state=State.DECODING, first_at=10.0, base=202, joined=0)
+    residents = Residents(alpha=0.96, max_degrades=2)
     residents.add(request)
     for row in BACKFLOW:
         source.ticks, now = int(row["step"]), float(row["now (s)"])

@@ -14,6 +14,7 @@ from taichi_serve.slo import SLO
 @dataclass(frozen=True)
 class Pretence:
     slo: SLO
+    promised: dict[str, SLO] = field(default_factory=dict)
 
 
 @dataclass

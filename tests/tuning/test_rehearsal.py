@@ -37,6 +37,14 @@ def test_the_scarcer_slo_is_the_one_that_the_percentile_used_more_of() -> None:
     assert round(here.standing().used, 9) == 0.5  # 50 ms of 100, and 0.2 s of 1
 
 
+def test_a_request_is_judged_by_its_own_slo() -> None:
+    here = judge(first=0, count=1)
+    here.on(Arrived(0.0, "a", 100, 500, slo=SLO(10.0, 1.0)))
+    here.on(Prefilled(5.0, "a", 0, "i0"))
+    here.on(Finished(5.5, "a", 11))
+    assert here.standing() == Standing(good=1.0, used=0.5)
+
+
 def test_a_rehearsal_is_hopeless_when_a_quarter_is_bad_and_the_rest_counts_as_bad() -> None:
     here = judge(first=0, count=8)
     live(here, "a", 0.5)

@@ -32,6 +32,15 @@ def test_a_request_that_ended_has_used_shares_of_both_slos() -> None:
     assert (found.late, found.slow) == (0.0, 1.0)
 
 
+def test_a_request_with_its_own_slo_has_used_a_share_of_that() -> None:
+    watch = Watch()
+    watch.on(Arrived(0.0, "a", 100, 500, slo=SLO(10.0, 0.4)))
+    watch.on(Prefilled(5.0, "a", 0, "i0"))
+    watch.on(Finished(7.0, "a", 11))  # 10 tokens in 2 s
+    found = view(watch, now=8.0)
+    assert (found.ttft, found.tpot, found.good) == (0.5, 0.5, 1.0)
+
+
 def test_one_that_waits_counts_as_late_only_when_it_is() -> None:
     watch = Watch()
     seen(watch, "a", at=0.0, first=None, end=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,14 +55,18 @@ class Answer:
 
 
 async def stream(
-    client: httpx.AsyncClient, path: str, body: dict[str, Any], on_tokens: OnTokens | None = None
+    client: httpx.AsyncClient,
+    path: str,
+    body: dict[str, Any],
+    on_tokens: OnTokens | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """POST `body` with streaming on; `on_tokens` is awaited after every chunk. What the server does wrong is
     in the answer's `error`."""
     answer = Answer(time.perf_counter())
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with client.stream("POST", path, json=body) as response:
+        async with client.stream("POST", path, json=body, headers=headers) as response:
             if response.status_code != 200:
                 said = (await response.aread()).decode(errors="replace")
                 answer.error = f"HTTP {response.status_code}: {' '.join(said.split())[:300]}"

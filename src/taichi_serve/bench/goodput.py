@@ -80,6 +80,7 @@ class Tally:
     fetched_tokens: int = 0  # of those, copied from another instance
     first_at: float = 0.0
     last_at: float = 0.0
+    classes: dict[str, Tally] = field(default_factory=dict)  # requests of each class, without steps and moves
 
     @property
     def hit_ratio(self) -> float:
@@ -109,26 +110,36 @@ def wilson(good: int, sent: int, z: float = 1.96) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class Live:
-    """A request under way."""
+    """A request under way, and what it is judged by."""
 
     arrived_at: float
+    slo: SLO
+    tallies: tuple[Tally, ...]  # of all, and of its class
     prompt_tokens: int = 0
     first_at: float | None = None
     counted: bool = False  # already known to be bad
+
+    def lose(self) -> None:
+        """It cannot be good any more; it is counted once."""
+        for tally in () if self.counted else self.tallies:
+            tally.bad += 1
+        self.counted = True
 
 
 class Meter:
     """Stands between a cluster and a scheduler, and counts."""
 
     def __init__(self, scheduler: Scheduler, slo: SLO, lost_at: int | None = None, won_at: int = 0) -> None:
-        """`decided` turns true once `lost_at` requests cannot be good any more, or `won_at` are good."""
+        """`slo` is that of requests that bring none. `decided` turns true once `lost_at` requests cannot
+        be good any more, or `won_at` are good."""
         self.scheduler = scheduler
         self.slo = slo
         self.lost_at = lost_at
         self.won_at = won_at
         self.tally = Tally()
         self.live: dict[str, Live] = {}
-        self._unserved: dict[str, None] = {}  # without first token, in order of arrival
+        # Without first token, in order of arrival: for each TTFT SLO those that have it.
+        self._unserved: dict[float, dict[str, None]] = {}
 
     @property
     def decided(self) -> bool:
@@ -165,49 +176,57 @@ class Meter:
         return commands
 
     def _arrived(self, event: Arrived) -> None:
-        tally = self.tally
-        if not tally.sent:
-            tally.first_at = event.at
-        tally.sent += 1
-        self.live[event.request] = Live(event.at, event.prompt_tokens)
-        self._unserved[event.request] = None
-        while self._unserved:  # the oldest first, until one that is still in time
-            name = next(iter(self._unserved))
-            late = self.live[name]
-            if event.at - late.arrived_at <= self.slo.ttft:
-                break
-            late.counted = True
-            tally.bad += 1
-            del self._unserved[name]
+        live = self.live[event.request] = Live(
+            event.at, event.slo or self.slo, self._tallies(event.slo_class), event.prompt_tokens
+        )
+        for tally in live.tallies:
+            if not tally.sent:
+                tally.first_at = event.at
+            tally.sent += 1
+        self._unserved.setdefault(live.slo.ttft, {})[event.request] = None
+        for ttft, unserved in self._unserved.items():
+            while unserved:  # the oldest first, until one that is still in time
+                name = next(iter(unserved))
+                late = self.live[name]
+                if event.at - late.arrived_at <= ttft:
+                    break
+                late.lose()
+                del unserved[name]
+
+    def _tallies(self, slo_class: str | None) -> tuple[Tally, ...]:
+        """What counts a request of this class."""
+        if slo_class is None:
+            return (self.tally,)
+        return self.tally, self.tally.classes.setdefault(slo_class, Tally())
 
     def _first(self, event: Prefilled) -> None:
-        live, at, tally = self.live.get(event.request), event.at, self.tally
+        live, at = self.live.get(event.request), event.at
         if live is None or live.first_at is not None:
             return
         live.first_at = at
-        self._unserved.pop(event.request, None)
-        tally.ttft.add(at - live.arrived_at)
-        tally.prompt_tokens += live.prompt_tokens
-        tally.cached_tokens += event.cached
-        tally.fetched_tokens += event.fetched
-        if at - live.arrived_at > self.slo.ttft and not live.counted:
-            live.counted = True
-            self.tally.bad += 1
+        self._unserved[live.slo.ttft].pop(event.request, None)
+        for tally in live.tallies:
+            tally.ttft.add(at - live.arrived_at)
+            tally.prompt_tokens += live.prompt_tokens
+            tally.cached_tokens += event.cached
+            tally.fetched_tokens += event.fetched
+        if at - live.arrived_at > live.slo.ttft:
+            live.lose()
 
     def _finished(self, event: Finished) -> None:
         live = self.live.pop(event.request, None)
         if live is None:
             return
-        self._unserved.pop(event.request, None)
-        tally = self.tally
-        tally.done += 1
-        tally.refused += event.outcome is Outcome.REFUSED
-        tally.last_at = event.at
-        if event.outcome is Outcome.FINISHED and live.first_at is not None:
-            each = tpot(live.first_at, event.at, event.output_tokens)
-            tally.tpot.add(each)
-            if self.slo.good(live.first_at - live.arrived_at, each):
-                tally.good += 1
-                return
-        if not live.counted:
-            tally.bad += 1
+        self._unserved[live.slo.ttft].pop(event.request, None)
+        good, first_at = False, live.first_at
+        for tally in live.tallies:
+            tally.done += 1
+            tally.refused += event.outcome is Outcome.REFUSED
+            tally.last_at = event.at
+            if event.outcome is Outcome.FINISHED and first_at is not None:
+                each = tpot(first_at, event.at, event.output_tokens)
+                tally.tpot.add(each)
+                good = live.slo.good(first_at - live.arrived_at, each)
+                tally.good += good
+        if not good:
+            live.lose()

@@ -22,6 +22,7 @@ from taichi_serve.bench.workload import Workload
 from taichi_serve.cluster.simulated.job import Call
 
 PATH = "/v1/completions"
+HEADER = "x-slo-ttft-ms", "x-slo-tpot-ms"
 LOOK = 0.2  # seconds between looks at what is late by now
 Tell = Callable[[Score], None]
 
@@ -127,14 +128,15 @@ class _Sending:
         self._sent += 1
         body = self._body(call, prompt)
         if number < self._plan.warm_up:
-            return await stream(self._endpoint.client, PATH, body)
-        key, live = (self._plan.seed, number), Live(due, call.prompt_tokens, call.output_tokens)
+            return await stream(self._endpoint.client, PATH, body, headers=_headers(call))
+        key = self._plan.seed, number
+        live = Live(due, call.prompt_tokens, call.output_tokens, slo=call.slo, slo_class=call.slo_class)
         self._score.begin(key, live, time.perf_counter())
 
         async def first(answer: Answer) -> None:
             live.answer = answer
 
-        answer = await stream(self._endpoint.client, PATH, body, first)
+        answer = await stream(self._endpoint.client, PATH, body, first, _headers(call))
         self._score.end(key, answer)
         return answer
 
@@ -148,3 +150,11 @@ class _Sending:
             "ignore_eos": True,
             "return_token_ids": True,
         }
+
+
+def _headers(call: Call) -> dict[str, str]:
+    """What tells the server of the request's own SLO. Its class has a name here that the server may not
+    know."""
+    if call.slo is None:
+        return {}
+    return {HEADER[0]: f"{call.slo.ttft * 1e3:.9g}", HEADER[1]: f"{call.slo.tpot * 1e3:.9g}"}

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from taichi_serve.bench.figure import colours, figure, save
+from taichi_serve.bench.goodput import wilson
 from taichi_serve.bench.score import Run
 from taichi_serve.bench.trial import Goodput, Trial
 
@@ -107,7 +108,23 @@ def conditions(result: Result) -> str:
         f"{trial.slo.ttft:g} s and {trial.slo.tpot * 1e3:g} ms, target {trial.attainment:.0%} of "
         f"{trial.requests} requests for each of the seeds {', '.join(map(str, trial.seeds))}, after "
         f"{trial.warm_up} that are not counted; rate to {trial.tolerance:.0%}."
+        + (f" Classes: {trial.mix.words}." if trial.mix.parts else "")
     )
+
+
+def by_class(result: Result) -> list[str]:
+    """A line for each class of requests: how many of those that ended were good at the goodput found."""
+    there, lines = result.goodput.there, list[str]()
+    if there is None:
+        return lines
+    for part in result.trial.mix.parts:
+        samples = [sample for sample in there.samples if sample.slo_class == part.name]
+        good = sum(sample.good for sample in samples)
+        low, high = wilson(good, len(samples))
+        share = good / len(samples) if samples else 0.0
+        of = f"{good} of {len(samples)} good"
+        lines.append(f"{result.name}, {part.name}: {share:.1%} ({low:.1%} to {high:.1%}), {of}")
+    return lines
 
 
 def markdown(results: Sequence[Result]) -> str:
@@ -115,6 +132,7 @@ def markdown(results: Sequence[Result]) -> str:
     lines = [HEADS, ("---", *("---:" for _ in HEADS[1:])), *map(row, results)]
     flags = [f"- {r.name}: `{' '.join(r.flags)}`" for r in results if r.flags]
     notes = [f"- {note}" for note in notes_of(results)]
+    notes += [f"- {line}" for result in results for line in by_class(result)]
     table = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([conditions(results[-1]), "", *table, "", *flags, *notes]) + "\n"
 

@@ -33,10 +33,13 @@ class Sample:
     good: bool
     error: str | None
     cached_tokens: int | None = None  # of the prompt; None where the server does not say
+    slo_class: str | None = None
 
     @classmethod
     def of(cls, key: Key, live: Live, answer: Answer, slo: SLO) -> Sample:
-        """From the answer; one with another number of tokens than asked for is a failure."""
+        """From the answer, by its own SLO, or this one where it has none. With another number of tokens than
+        were asked for it is a failure."""
+        slo = live.slo or slo
         error = answer.error or (None if answer.ok else "it ended without a finish reason")
         if error is None and answer.output_tokens != live.output_tokens:
             error = f"{answer.output_tokens} tokens came, {live.output_tokens} were asked for"
@@ -44,7 +47,7 @@ class Sample:
         each = tpot(answer.times[0], answer.times[-1], live.output_tokens) if answer.times else None
         good = error is None and first is not None and each is not None and slo.good(first, each)
         lengths = live.prompt_tokens, live.output_tokens
-        return cls(*key, *lengths, first, each, good, error, answer.cached_tokens)
+        return cls(*key, *lengths, first, each, good, error, answer.cached_tokens, live.slo_class)
 
 
 @dataclass(slots=True)
@@ -55,9 +58,12 @@ class Live:
     prompt_tokens: int
     output_tokens: int
     answer: Answer | None = None  # from its first token on
+    slo: SLO | None = None  # its own
+    slo_class: str | None = None
 
     def lost(self, now: float, slo: SLO) -> bool:
-        """Whether it cannot be good any more, whatever comes."""
+        """Whether it cannot be good any more, whatever comes; `slo` counts where it has none of its own."""
+        slo = self.slo or slo
         if self.answer is None:
             return now - self.due > slo.ttft
         first = self.answer.times[0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.bracket import Bracket
 from taichi_serve.bench.endpoint import gone
+from taichi_serve.bench.mix import Mix
 from taichi_serve.bench.openloop import OpenLoop, Plan, Tell
 from taichi_serve.bench.score import Others, Run, Score
 from taichi_serve.bench.workload import Workload, workload
@@ -31,6 +32,7 @@ class Trial:
     full: bool = False  # no run ends early
     over_limit: str = "refuse"  # rows of a trace over the model's limit: refuse, skip or cut
     arrivals: Arrivals = Arrivals()
+    mix: Mix = Mix()  # of classes; `slo` is that of a server whose requests are of none
 
     def __post_init__(self) -> None:
         if not 0 < self.attainment <= 1:
@@ -55,7 +57,7 @@ class Trial:
 
     def lengths(self, limit: int) -> Workload:
         """Its requests for a model that takes so many tokens."""
-        return workload(self.workload, limit, self.scale, self.over_limit, self.arrivals)
+        return workload(self.workload, limit, self.scale, self.over_limit, self.arrivals, self.mix)
 
 
 async def measure(

@@ -14,6 +14,7 @@ from pathlib import Path
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.conversations import LENGTHS, Conversations, Talks
 from taichi_serve.bench.lengths import Independent, InOrder, LogNormal, Rows, Source, Synthetic
+from taichi_serve.bench.mix import Mix
 from taichi_serve.bench.sharing import requests as in_order
 from taichi_serve.bench.trace import Trace
 from taichi_serve.bench.traces import read_trace
@@ -22,11 +23,12 @@ from taichi_serve.cluster.simulated.job import Call
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked, and when."""
+    """What is asked, and when, and of which class."""
 
     name: str
     source: Source
     arrivals: Arrivals = Arrivals()
+    mix: Mix = Mix()
     note: str = ""  # what whoever reads the figures must know of the workload
 
     @property
@@ -45,7 +47,7 @@ class Workload:
         """Calls at `rate` requests/s in order of time, `requests` of them with all turns that follow."""
         if not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"rate must be a positive number of requests/s, not {rate!r}")
-        return self.source.calls(self.arrivals, rate, requests, seed)
+        return self.mix.over(self.source.calls(self.arrivals, rate, requests, seed), seed)
 
     def requests(self, rate: float, requests: int, seed: int) -> list[Call]:
         """The same, and all turns among them, in order of time if answers took no time."""
@@ -123,6 +125,7 @@ def workload(
     scale: float = 1.0,
     over_limit: str = "refuse",
     arrivals: Arrivals = Arrivals(),
+    mix: Mix = Mix(),
 ) -> Workload:
     """A synthetic workload by name or by its mean lengths ("1200/100": prompts and outputs), conversations
     ("conversations:share=0.8,turns=5"), or a trace by path; ValueError says what is wrong.
@@ -137,7 +140,7 @@ def workload(
     if source is not None:
         if arrivals.own:
             raise ValueError(f"workload {name!r} has no arrival times of its own: take poisson or gamma")
-        return Workload(name, source, arrivals)
+        return Workload(name, source, arrivals, mix)
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"workload {name!r} is no file, and none of {', '.join(KNOWN)}")
@@ -145,7 +148,7 @@ def workload(
     if arrivals.own and not trace.rate:
         raise ValueError(f"workload {name!r} has no arrival times of its own: take poisson or gamma")
     source = InOrder(trace) if arrivals.own or trace.blocks else Rows(trace)
-    return Workload(path.stem, source, arrivals, _note(trace, over_limit, arrivals))
+    return Workload(path.stem, source, arrivals, mix, _note(trace, over_limit, arrivals))
 
 
 def _made(name: str, limit: int, scale: float) -> Source | None:

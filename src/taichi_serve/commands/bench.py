@@ -19,6 +19,7 @@ from taichi_serve.bench.report import (
     HEADS,
     Result,
     as_json,
+    by_class,
     conditions,
     draw,
     markdown,
@@ -34,7 +35,7 @@ from taichi_serve.commands.contenders import without_key
 from taichi_serve.commands.installed import machine, today, versions_with, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
-from taichi_serve.commands.scene import add_workload, arrivals_of
+from taichi_serve.commands.scene import add_workload, arrivals_of, mix_of
 from taichi_serve.commands.subserver import ServerError
 from taichi_serve.slo import SLO
 
@@ -107,7 +108,8 @@ def trial_of(args: argparse.Namespace) -> Trial:
     slo = SLO(args.ttft_slo, args.tpot_slo)
     sizes = args.attainment, args.requests, args.warm_up, seeds
     rates = args.start, args.tolerance, args.full
-    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, args.over_limit, arrivals_of(args))
+    which = args.over_limit, arrivals_of(args), mix_of(args, slo)
+    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, *which)
     trial.lengths(ANY_LENGTH)  # a trace that cannot be read is told before a server is started
     return trial
 
@@ -181,7 +183,7 @@ def report(results: list[Result], out: str | None, contest: Contest | None = Non
     _turned(table, HEADS, [row(one) for one in results])
     console = Console(highlight=False)
     console.print(table)
-    for note in notes_of(results):
+    for note in (*notes_of(results), *(line for one in results for line in by_class(one))):
         console.print(note, soft_wrap=True, markup=False)
     folder = Path(out) if out else None
     found = pairs(contest) if contest else []

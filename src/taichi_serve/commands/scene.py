@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from taichi_serve.bench.arrivals import ARRIVALS, Arrivals
+from taichi_serve.bench.mix import Mix
 from taichi_serve.bench.trace import OVER_LIMIT
 from taichi_serve.bench.workload import workload
+from taichi_serve.classes import read_classes
 from taichi_serve.latency.shipped import machine, names
 from taichi_serve.scheduling.policy import KNOWN, PREFIXES
 from taichi_serve.search.goodput import Scene
@@ -83,6 +85,21 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         help="rows of a trace with more tokens than the model takes: an error, left out, or prompts cut to "
         "fit (default: refuse)",
     )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="classes of requests, as --slo-classes of `taichi serve` takes them: each request is of one of "
+        "them, drawn by their shares, and judged by its SLO",
+    )
+
+
+def mix_of(args: argparse.Namespace, slo: SLO) -> Mix:
+    """The classes of the requests, where those that have no SLO have this one; ValueError is one line that
+    says what is wrong."""
+    try:
+        return Mix.of(read_classes(args.classes), slo) if args.classes else Mix()
+    except ValueError as wrong:
+        raise ValueError(f"--classes: {wrong}") from None
 
 
 def arrivals_of(args: argparse.Namespace) -> Arrivals:
@@ -109,10 +126,12 @@ def scene_of(args: argparse.Namespace) -> Scene:
     if args.host_kv < 0:
         raise ValueError(f"--host-kv: must be at least 0, not {args.host_kv}")
     limit = min(found.max_model_len, found.kv_capacity)
+    slo = SLO(args.ttft_slo, args.tpot_slo)
+    asked = {"over_limit": args.over_limit, "arrivals": arrivals_of(args), "mix": mix_of(args, slo)}
     return Scene(
         found,
-        workload(args.workload, limit, over_limit=args.over_limit, arrivals=arrivals_of(args)),
-        SLO(args.ttft_slo, args.tpot_slo),
+        workload(args.workload, limit, **asked),
+        slo,
         args.bandwidth,
         args.link_latency,
         running,

@@ -81,6 +81,8 @@ def _scene(args: argparse.Namespace, console: Console, tell: Tell) -> Scene:
     """What the options describe, with the TTFT SLO that was asked for or the balanced one."""
     if args.ttft_slo is not None:
         return scene_of(args)
+    if args.classes:
+        raise ValueError("--ttft-slo balanced needs requests that all have the same SLO, not --classes")
     scene = scene_of(argparse.Namespace(**{**vars(args), "ttft_slo": 1.0}))  # whatever: it is replaced
     found = balance(scene, args.instances, args.seed, processes=args.processes, tell=tell)
     console.print(
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"taichi search: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    limit = bound(scene.machine, scene.workload, scene.slo.tpot, args.instances, scene.max_running)
+    limit = bound(scene.machine, scene.workload, scene.loosest.tpot, args.instances, scene.max_running)
     runs = plan(scene, limit, effort, args.seed)
     if scene.workload.note:
         console.print(scene.workload.note, soft_wrap=True, markup=False)

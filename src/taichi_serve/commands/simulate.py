@@ -75,6 +75,7 @@ def main(args: argparse.Namespace) -> int:
         "config": config(scene, Contender("simulate", sliders, policy)),
         "workload": scene.workload.name,
         "arrivals": scene.workload.arrivals.words,
+        **({"mix": scene.workload.mix.words} if scene.workload.mix.parts else {}),
         **_shared(scene, args),
         **({"note": scene.workload.note} if scene.workload.note else {}),
         "profile": scene.machine.name,
@@ -110,6 +111,20 @@ def _show_changes(changes: Sequence[Tuned]) -> None:
         console.print(f"{change.at:7.1f} s  {what}{change.why}", soft_wrap=True, markup=False)
 
 
+def _show_classes(tally: Tally, scene: Scene, console: Console) -> None:
+    """A line for each class of requests."""
+    for part in scene.workload.mix.parts:
+        of = tally.classes.get(part.name, Tally())
+        low, high = of.interval()
+        console.print(
+            f"{part.name} ({part.slo.ttft:g} s and {part.slo.tpot * 1e3:g} ms): attainment "
+            f"{of.attainment:.1%} ({low:.1%} to {high:.1%}), {of.good} of {of.sent} good; p90 "
+            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def _shared(scene: Scene, args: argparse.Namespace) -> dict[str, float]:
     """The share of prompt tokens that an infinite cache would have had, where prompts have blocks."""
     calls = list(scene.workload.calls(args.rate, args.requests, args.seed))
@@ -140,6 +155,7 @@ def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> N
         f"{f'{tally.refused} turned away; ' if tally.refused else ''}"
         f"moves {figures['moves'] or 'none'}"
     )
+    _show_classes(tally, scene, console)
     if "shared" in figures:
         console.print(
             f"of the prompt tokens an infinite cache would have had {figures['shared']:.1%}; "

@@ -1,8 +1,8 @@
 """How many of the last requests kept their promises, over windows of time; and the times of the last ones.
 
-A request counts at the moment it ends, by the SLO of that moment. One that failed kept its TTFT at most; one
-whose client left counts only where its first token was late by then. Memory is bounded: sums by the second,
-and the last points.
+A request counts at the moment it ends, by its own SLO or, without one, the server's of that moment. One that
+failed kept its TTFT at most; one whose client left counts only where its first token was late by then. Memory
+is bounded: sums by the second, and the last points.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Attainment:
     """Fed with every fact about requests; answers for any window up to ten minutes."""
 
     def __init__(self, promised: Callable[[], SLO]) -> None:
-        """`promised` says the SLO that is in force."""
+        """`promised` says the SLO that is in force for requests that have none of their own."""
         self._promised = promised
-        self._live: dict[str, tuple[float, float | None]] = {}  # when it arrived, and its first token
+        # When it arrived, its first token, and its own SLO.
+        self._live: dict[str, tuple[float, float | None, SLO | None]] = {}
         self._seconds: deque[tuple[int, Sums]] = deque(maxlen=TEN_MINUTES + 1)
         self.points: deque[Point] = deque(maxlen=POINTS)
         self.ended = 0  # points made so far, those that are forgotten too
@@ -71,18 +72,18 @@ class Attainment:
     def on(self, event: Event) -> None:
         """Book what a fact says of a request."""
         if isinstance(event, Arrived):
-            self._live.setdefault(event.request, (event.at, None))
+            self._live.setdefault(event.request, (event.at, None, event.slo))
         elif isinstance(event, Prefilled):
             live = self._live.get(event.request)
             if live is not None and live[1] is None:
-                self._live[event.request] = (live[0], event.at)
+                self._live[event.request] = (live[0], event.at, live[2])
         elif isinstance(event, Finished):
             live = self._live.pop(event.request, None)
             if live is not None:
                 self._judge(event, *live)
 
-    def _judge(self, event: Finished, arrived_at: float, first_at: float | None) -> None:
-        slo, left = self._promised(), event.outcome is Outcome.CANCELLED
+    def _judge(self, event: Finished, arrived_at: float, first_at: float | None, own: SLO | None) -> None:
+        slo, left = own or self._promised(), event.outcome is Outcome.CANCELLED
         ttft = (event.at if first_at is None else first_at) - arrived_at
         late = ttft > slo.ttft or (first_at is None and not left)
         if left and not late:

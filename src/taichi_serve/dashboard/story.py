@@ -29,7 +29,15 @@ Words = list[tuple[str, str]]
 def _arrived(entry: Record) -> Words:
     bound = entry.get("bound_by") or ("" if entry["movable"] else "cannot be moved exactly")
     why = f"{entry['prompt_tokens']} prompt tokens, at most {entry['max_tokens']} output"
+    why += _own(entry)
     return [("arrived", f"{why}; stays on one instance: {bound}" if bound else why)]
+
+
+def _own(entry: Record) -> str:
+    """The class and the SLO that a request brought; an older server does not say."""
+    slo, name = entry.get("slo"), entry.get("slo_class")
+    said = f"; class {name}" if name else ""
+    return said + (f"; SLO {slo['ttft']:g} s and {slo['tpot'] * 1e3:g} ms" if slo else "")
 
 
 def _prefill(entry: Record) -> Words:

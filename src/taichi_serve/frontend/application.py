@@ -22,6 +22,7 @@ from taichi_serve.frontend.keys import Keys
 from taichi_serve.frontend.metrics import exported
 from taichi_serve.frontend.page import router as page
 from taichi_serve.frontend.routes import router
+from taichi_serve.frontend.terms import Promises
 from taichi_serve.frontend.turned_away import TurnedAway
 from taichi_serve.scheduling.policy import SERVE
 
@@ -37,7 +38,8 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
     def build_app(*words: Any, **more: Any) -> FastAPI:
         app = vllms_own(*words, **more)
         app.state.taichi = system
-        furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after)
+        promises = Promises(system.classes, lambda: system.scheduler.slo, args.slo_response_headers)
+        furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after, promises)
         if args.overload != SERVE:
             keep_back(app)
         return app
@@ -55,9 +57,11 @@ def furnish(
     args: argparse.Namespace,
     closing: Callable[[], bool],
     retry_after: Callable[[], int | None] = lambda: None,
+    promises: Promises | None = None,
 ) -> None:
     """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
-    instance lives `retry_after` says in how many seconds one is expected back."""
+    instance lives `retry_after` says in how many seconds one is expected back. `promises` are what requests
+    may ask for."""
     app.include_router(router)
     app.include_router(page)
     app.exception_handler(parsed.Refusal)(parsed.answer)
@@ -69,6 +73,7 @@ def furnish(
         closing=closing,
         max_headers=args.h11_max_header_count or MAX_HEADERS,
         retry_after=retry_after,
+        promises=promises,
     )
     # vLLM has built the stack already, so it is built anew.
     app.user_middleware.insert(0, door)

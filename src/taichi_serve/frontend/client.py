@@ -21,11 +21,13 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
+from taichi_serve.classes import PLAIN
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.frontend import internal
 from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.everywhere import Everywhere
 from taichi_serve.frontend.names import Names
+from taichi_serve.frontend.terms import noted
 from taichi_serve.frontend.turned_away import OVERLOADED
 from taichi_serve.messages import Decline
 
@@ -66,7 +68,7 @@ class ClusterClient(Everywhere):
         try:
             blocks = await self.cluster.blocks(request)
             if request_id in self.coming:  # else it was ended while a long prompt was hashed
-                self.cluster.accept(request, blocks)
+                self.cluster.accept(request, blocks, noted() or PLAIN)
         finally:
             self.coming.discard(request_id)
 

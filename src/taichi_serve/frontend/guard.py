@@ -18,6 +18,7 @@ from taichi_serve.frontend.elsewhere import NOT_HERE
 from taichi_serve.frontend.errors import RETRY_AFTER, unread
 from taichi_serve.frontend.internal import HEADERS
 from taichi_serve.frontend.keys import Keys, path_of
+from taichi_serve.frontend.terms import Promises, TermsError, note, noted, said
 
 MAX_HEADERS = 256
 WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
@@ -36,14 +37,17 @@ class Guard:
         closing: Callable[[], bool] = lambda: False,
         max_headers: int = MAX_HEADERS,
         retry_after: Callable[[], int | None] = lambda: None,
+        promises: Promises | None = None,
     ) -> None:
-        """`retry_after` is in how many seconds an instance is expected back, while none lives."""
+        """`retry_after` is in how many seconds an instance is expected back, while none lives. With
+        `promises` requests may bring an SLO."""
         self.app = app
         self._keys = keys
         self._intake = intake
         self._closing = closing
         self._max_headers = max_headers
         self._retry_after = retry_after
+        self._promises = promises
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer at the door, or let the request in."""
@@ -51,7 +55,7 @@ class Guard:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "http":
             names.asking.set(scope.setdefault("state", {}))
-            await self._http(scope, receive, self._with_retry_after(send))
+            await self._http(scope, receive, self._telling(self._with_retry_after(send)))
         else:
             await self.app(scope, receive, send)
 
@@ -104,9 +108,32 @@ class Guard:
                 return unread(400, "invalid_request_error", f"{name} cannot be set by a client.", name)
         if (why := NOT_HERE.get(path)) is not None:
             return unread(501, "not_implemented_error", why)
-        if self._closing() and scope["method"] not in WITHOUT_BODY and not _ends_or_steers(path):
+        new_work = scope["method"] not in WITHOUT_BODY and not _ends_or_steers(path)
+        return self._agree(headers) if new_work else None
+
+    def _agree(self, headers: Headers) -> JSONResponse | None:
+        """Note the terms of a request that makes new work, or refuse it."""
+        if self._closing():
             return unread(503, "overloaded_error", "The server is shutting down.", None, ENDING_RETRY_AFTER)
+        try:
+            if self._promises is not None:
+                note(self._promises.of(headers))
+        except TermsError as wrong:
+            return unread(400, "invalid_request_error", str(wrong), wrong.header)
         return None
+
+    def _telling(self, send: Send) -> Send:
+        promises = self._promises
+        if promises is None or not promises.tell:
+            return send
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and (terms := noted()) is not None:
+                headers = [*message.get("headers", []), *said(terms, promises.server())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        return sent
 
 
 def _ends_or_steers(path: str) -> bool:

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from taichi_serve.dashboard.attainment import MINUTE, TEN_MINUTES
 from taichi_serve.messages import Move, Outcome
-from taichi_serve.scheduling.counters import PrefixTokens
+from taichi_serve.scheduling.counters import UNCLASSED, Attained, PrefixTokens
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.record import Recorder
@@ -38,6 +38,7 @@ class TaichiCollector(Collector):
             (_instances, scheduler),
             (_predictions, scheduler.accuracy),
             (_backflow, scheduler.counters),
+            (_attained, self._system),
             (_prefixes, scheduler),
             (_cached, self._system),
             (_tuned, self._system),
@@ -112,6 +113,20 @@ def _backflow(counters: Counters) -> Iterator[Metric]:
     reading = GaugeMetricFamily("taichi_backflow_reading", "1 for what the rate says", labels=["reading"])
     reading.add_metric([counters.reading], 1.0)
     yield reading
+
+
+def _attained(system: System) -> Iterator[Metric]:
+    """Requests that met their SLOs and those that did not, by class."""
+    kept = CounterMetricFamily(
+        "taichi_slo_requests", "Requests judged by their SLOs", labels=["class", "slo", "met"]
+    )
+    attained = system.scheduler.counters.attained
+    for name in dict.fromkeys((UNCLASSED, *system.classes, *attained)):
+        of = attained.get(name, Attained())
+        for slo, count in (("ttft", of.ttft), ("tpot", of.tpot), ("both", of.both)):
+            kept.add_metric([name, slo, "true"], count.met)
+            kept.add_metric([name, slo, "false"], count.missed)
+    yield kept
 
 
 def _prefixes(scheduler: GlobalScheduler) -> Iterator[Metric]:

@@ -20,6 +20,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.v1.engine import EngineCoreOutputs
 
+from taichi_serve.classes import Classes
 from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.heap import settle
@@ -67,6 +68,7 @@ class System:
     keeper: Keeper
     attendance: Attendance
     max_chunk: int
+    classes: Classes
     tasks: list[asyncio.Task[None]]
     trouble: Trouble
     ending: Ending
@@ -133,7 +135,7 @@ def _system(
     llm.attendance = Attendance(cluster, keeper)
     largest = config.scheduler_config.max_num_batched_tokens
     looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
-    system = System(*looked_at, largest, [], trouble, ending, written)
+    system = System(*looked_at, largest, flags.classes(args), [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
     if args.autotune != OFF:
         system.adviser = Rehearsing(trouble)

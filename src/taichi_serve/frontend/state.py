@@ -9,10 +9,12 @@ from dataclasses import asdict
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
+from taichi_serve.classes import SLOClass
 from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.dashboard.attainment import WINDOWS
 from taichi_serve.messages import Move, Outcome
+from taichi_serve.scheduling.counters import Attained
 from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN
 from taichi_serve.sliders import OFF, ON, SUGGEST
 from taichi_serve.stage import Stage
@@ -34,6 +36,7 @@ def state(system: System) -> dict[str, Any]:
     return {
         "sliders": asdict(system.scheduler.sliders),
         "slo": asdict(system.scheduler.slo),
+        "classes": _classes(system),
         "policy": asdict(system.scheduler.policy),
         "attainment": attainment(system.recorder.attainment, time.monotonic()),
         "prefixes": _prefixes(system),
@@ -66,6 +69,18 @@ def attainment(seen: Attainment, now: float) -> dict[str, Any]:
         shares = {of: sums.share(of) for of in ("good", "ttft", "tpot")}
         found[name] = {"seconds": seconds, "requests": sums.requests, **shares}
     return found
+
+
+def _classes(system: System) -> dict[str, Any]:
+    """What is promised to each class of requests, and how many of those judged met both SLOs."""
+    attained, slo = system.scheduler.counters.attained, system.scheduler.slo
+    names = dict.fromkeys((*system.classes, *attained))
+    rows = {}
+    for name in names:
+        one, kept = system.classes.get(name, SLOClass(name)), attained.get(name, Attained()).both
+        promised = asdict(one.slo(slo) or slo)
+        rows[name] = {"slo": promised, "judged": kept.met + kept.missed, "good": kept.met}
+    return rows
 
 
 def _autotune(system: System) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from taichi_serve.latency.predict import Average
-from taichi_serve.messages import Abort, Command, Decline, Demote, Move, Outcome, Prefill
+from taichi_serve.messages import Move, Outcome
+from taichi_serve.request import Request
+from taichi_serve.slo import tpot
 
 RECENT = 0.99  # weight of the past at each finished request: about the last hundred count
 FREQUENT = 0.1  # backflows a request from which on the sliders are called wrong
+UNCLASSED = "default"  # the class of a request that names none, in metrics
 
 
 @dataclass(slots=True)
@@ -23,14 +25,54 @@ class PrefixTokens:
 
 
 @dataclass(slots=True)
+class Kept:
+    """How often an SLO was met, and how often it was not."""
+
+    met: int = 0
+    missed: int = 0
+
+    def add(self, met: bool) -> None:
+        """One more request."""
+        self.met += met
+        self.missed += not met
+
+
+@dataclass(slots=True)
+class Attained:
+    """Requests of one class, judged by the SLO of each."""
+
+    ttft: Kept = field(default_factory=Kept)
+    tpot: Kept = field(default_factory=Kept)
+    both: Kept = field(default_factory=Kept)
+
+    def judge(self, request: Request, outcome: Outcome, now: float, output_tokens: int) -> None:
+        """A request is over, with so many tokens out. One that failed met its TTFT SLO at most. One whose
+        client left is not judged, unless its first token was late by then."""
+        waited = (now if request.first_at is None else request.first_at) - request.arrived_at
+        late = waited > request.slo.ttft or (request.first_at is None and outcome is not Outcome.CANCELLED)
+        if outcome is Outcome.CANCELLED:
+            if late:
+                self.ttft.add(False)
+                self.both.add(False)
+            return
+        fast = outcome is Outcome.FINISHED and request.first_at is not None
+        if fast and request.first_at is not None:
+            fast = tpot(request.first_at, now, output_tokens) <= request.slo.tpot
+        self.ttft.add(not late)
+        self.tpot.add(fast)
+        self.both.add(fast and not late)
+
+
+@dataclass(slots=True)
 class Counters:
-    """Moves that landed and that were refused, by kind; endings, by outcome; cached prompt tokens, by
-    instance; and the recent backflow rate."""
+    """Moves that landed and that were refused, by kind; endings, by outcome; SLOs met, by class; cached
+    prompt tokens, by instance; and the recent backflow rate."""
 
     moves: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     refused: dict[Move, int] = field(default_factory=lambda: dict.fromkeys(Move, 0))
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     best_effort: int = 0  # requests that could no longer meet their TTFT
+    attained: dict[str, Attained] = field(default_factory=dict)
     prefixes: dict[str, PrefixTokens] = field(default_factory=dict)
     recent: Average = field(default_factory=Average)
 
@@ -39,15 +81,10 @@ class Counters:
         self.outcomes[outcome] += 1
         self.recent.add(backflows, 1.0, RECENT)
 
-    def decided(self, commands: Iterable[Command]) -> None:
-        """Of these, count who is given up, turned away, or best effort."""
-        for command in commands:
-            if isinstance(command, Abort):
-                self.ended(command.outcome, 0)
-            elif isinstance(command, Decline):
-                self.ended(Outcome.REFUSED, 0)
-            elif isinstance(command, Demote) or (isinstance(command, Prefill) and command.best_effort):
-                self.best_effort += 1
+    def judge(self, request: Request, outcome: Outcome, now: float, output_tokens: int = 0) -> None:
+        """A request is over, with so many tokens out."""
+        attained = self.attained.setdefault(request.slo_class or UNCLASSED, Attained())
+        attained.judge(request, outcome, now, output_tokens)
 
     def through(self, instance: str, prompt_tokens: int, predicted: int, actual: int) -> None:
         """A prompt is through on an instance, with so many tokens cached."""

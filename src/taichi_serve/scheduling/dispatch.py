@@ -22,6 +22,7 @@ from taichi_serve.messages import (
     SetChunk,
 )
 from taichi_serve.request import Request
+from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import REFUSE, SERVE, Policy
@@ -30,7 +31,6 @@ from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.triage import Triage
 from taichi_serve.sliders import Kind, Sliders
-from taichi_serve.slo import SLO
 
 
 def decoders(instances: list[Instance]) -> list[Instance]:
@@ -45,16 +45,12 @@ def _in_use(prefixes: Prefixes, instance: Instance) -> int:
 class Dispatcher:
     """Makes commands, and books each of them as it is made."""
 
-    def __init__(self, ledger: Ledger, predictor: Predictor, slo: SLO, policy: Policy) -> None:
+    def __init__(self, ledger: Ledger, predictor: Predictor, policy: Policy, counters: Counters) -> None:
         self.ledger = ledger
         self.predictor = predictor
-        self.slo = slo
         self.policy = policy
-        self.triage = Triage(ledger, predictor, self.slo_of)
-
-    def slo_of(self, request: Request) -> SLO:
-        """What was promised to this request."""
-        return self.slo
+        self.counters = counters
+        self.triage = Triage(ledger, predictor)
 
     def serving(self) -> list[Instance]:
         """Who may get new work; when all that answer are being drained, these; when none answers, all that
@@ -107,7 +103,8 @@ class Dispatcher:
         if self.policy.overload != SERVE:
             after = self.triage.overtaken(request, now, able)
             known = Known(known.prefixes, known.lender, known.lent, known.behind, after)
-        return choose_prefill(request, now, able, below, self.predictor, self.slo, self.policy, known), known
+        beside = self.ledger.strictest.beside(request.slo)
+        return choose_prefill(request, now, able, below, self.predictor, self.policy, known, beside), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
         """Place a prompt by its deadline. Where it would be missed, it or the longest before it is best
@@ -118,22 +115,23 @@ class Dispatcher:
         request.by = triage.deadline(request, policy, request.best_effort)
         placed, known = self._choose(request, now, able)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
-        slo = self.slo_of(request)
+        slo = request.slo
         if new and triage.slow(request, placed, decoders(self.serving())):
             why = f"its TPOT, and that of others, would be above {slo.tpot * 1e3:g} ms"
-            return [self._decline(request, placed, able, why)]
+            return [self._decline(request, now, placed, able, why)]
         if request.best_effort or not triage.late(request, placed):
             return [self._enqueue(request, placed, known, now)]
         victim, late = triage.victim(request, placed), f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
         if new and policy.overload == REFUSE and request.work <= slo.ttft:  # else it is not for want of time
-            return [self._decline(request, placed, able, f"it would be late: {late}")]
+            return [self._decline(request, now, placed, able, f"it would be late: {late}")]
         if new and not triage.room(victim, able, policy):
-            return [self._decline(request, placed, able, f"{late}, and best effort would wait too long")]
+            return [self._decline(request, now, placed, able, f"{late}, and best effort would wait too long")]
         if victim is not request:
             demoted = self._demote(victim, f"the longest before {request.id}, which would be late: {late}")
             placed.ttft -= victim.work
             return [demoted, self._enqueue(request, placed, known, now)]
         request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
+        self.counters.best_effort += 1
         placed, known = self._choose(request, now, able)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         placed.why = f"best effort: {late}; {placed.why}"
@@ -151,9 +149,14 @@ class Dispatcher:
     def _demote(self, victim: Request, why: str) -> Demote:
         by = self.triage.deadline(victim, self.policy, best_effort=True)
         self.ledger.demote(victim, by)
+        self.counters.best_effort += 1
         return Demote(victim.id, victim.leg, by, why)
 
-    def _decline(self, request: Request, placed: Placement, able: list[Instance], why: str) -> Decline:
+    def _decline(
+        self, request: Request, now: float, placed: Placement, able: list[Instance], why: str
+    ) -> Decline:
+        self.counters.ended(Outcome.REFUSED, 0)
+        self.counters.judge(request, Outcome.REFUSED, now)
         self.ledger.forget(request)
         return Decline(request.id, self.triage.drained(able), why, placed.forecasts)
 
@@ -227,7 +230,7 @@ class Dispatcher:
         """Compute the tokens so far again: where a prompt may be computed, D-heavy ones first. With no
         instance left the request waits."""
         if not request.movable:
-            return [self.fail(request, "its instance was lost, and no other can go on exactly")]
+            return [self.fail(request, now, "its instance was lost, and no other can go on exactly")]
         alive = self.serving()
         able = [i for i in alive if i.prefills] or alive
         if not able:
@@ -267,8 +270,10 @@ class Dispatcher:
         self.ledger.depart(request, target, move, now, room - _in_use(prefixes, target))
         return looks
 
-    def fail(self, request: Request, why: str) -> Abort:
+    def fail(self, request: Request, now: float, why: str) -> Abort:
         """Nothing can be done for the request any more."""
+        self.counters.ended(Outcome.FAILED, 0)
+        self.counters.judge(request, Outcome.FAILED, now)
         self.ledger.forget(request)
         return Abort(request.id, Outcome.FAILED, why)
 

@@ -15,7 +15,9 @@ from taichi_serve.request import Request, State
 from taichi_serve.scheduling.queue import Queue
 from taichi_serve.scheduling.residency import NOTHING, Prefixes, Residency
 from taichi_serve.scheduling.residents import Residents
+from taichi_serve.scheduling.strictest import Strictest
 from taichi_serve.sliders import Kind, Sliders
+from taichi_serve.slo import SLO
 
 
 class Ledger:
@@ -25,12 +27,12 @@ class Ledger:
         self,
         sliders: Sliders,
         capacities: Mapping[str, int],
-        pace: float,
+        alpha: float,
         max_degrades: int,
         block_size: int = 0,
     ) -> None:
-        """Instances are called i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens. A hash
-        of a block stands for `block_size` tokens (0: no prefixes are known)."""
+        """Instances are i0, i1, ..., P-heavy first; `capacities` is their KV room in tokens. A decode crosses
+        at `alpha` of its TPOT SLO. A hash stands for a block of `block_size` tokens (0: none are known)."""
         self.requests: dict[str, Request] = {}
         self.instances: dict[str, Instance] = {}
         for number, kind in enumerate(sliders.kinds()):
@@ -40,8 +42,20 @@ class Ledger:
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
         self.queues = {name: Queue() for name in self.instances}
         self.best_effort: dict[str, None] = {}  # ids of the queued prompts that are: an ordered set
-        self.residents = {name: Residents(pace, max_degrades) for name in self.instances}
+        self.residents = {name: Residents(alpha, max_degrades) for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
+        self.strictest = Strictest()
+
+    def admit(self, request: Request) -> None:
+        """A request has arrived; it is nowhere yet."""
+        self.requests[request.id] = request
+        self.strictest.add(request.slo)
+
+    def promise(self, slo: SLO) -> None:
+        """Requests that have no SLO of their own have this one from now on."""
+        self.strictest.promise(slo, self.requests.values())
+        for residents in self.residents.values():
+            residents.renew(self.requests)
 
     def home(self, request: Request) -> Instance:
         """The instance of a request that is on one: it is queued, or decodes, or its move began there."""
@@ -223,6 +237,7 @@ class Ledger:
                 self._unclaim(request)
         request.enter(State.DONE)
         del self.requests[request.id]
+        self.strictest.drop(request.slo)
         for name in {request.instance, request.target}:
             if name is not None:
                 self._rest(self.instances[name])
@@ -266,8 +281,7 @@ class Ledger:
 
     def _begun(self, instance: Instance) -> None:
         # What the prompt under way found in the cache is in the instance's own figures from now on.
-        request = self.first(instance)
-        if request is not None:
+        if (request := self.first(instance)) is not None:
             instance.queued_unused -= request.unused
             request.unused = 0
 
@@ -283,5 +297,4 @@ class Ledger:
     def _rest(self, instance: Instance) -> None:
         # An idle instance makes no steps that would report its KV: with nobody left it holds nothing.
         if not (instance.decodes or instance.queued_requests or instance.leaving_tokens):
-            instance.kv_tokens = 0
-            instance.progress_tokens = 0
+            instance.kv_tokens = instance.progress_tokens = 0

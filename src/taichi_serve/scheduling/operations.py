@@ -39,7 +39,7 @@ def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]
     commands: list[Command] = []
     if not elsewhere:
         return commands
-    for name in ledger.residents[source.name].everyone():
+    for name in ledger.residents[source.name].everyone(now, source.ticks):
         request = ledger.requests[name]
         kv_tokens = request.prompt_tokens + request.output_tokens(source.ticks)
         prefixes = ledger.prefixes(request)

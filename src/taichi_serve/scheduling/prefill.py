@@ -75,9 +75,9 @@ def choose_prefill(
     instances: Sequence[Instance],
     decoders: Sequence[Instance],
     predictor: Predictor,
-    slo: SLO,
     policy: Policy,
     known: Known = UNKNOWN,
+    beside: SLO | None = None,
 ) -> Placement:
     """Place the prompt of `request` on one of `instances` (not empty, all able to prefill).
 
@@ -89,30 +89,47 @@ def choose_prefill(
     move = _hand_over_seconds(request, instances, decoders, predictor, known)
     waited = now - request.arrived_at
     later = waited if move is None else waited + move
-    prompt = _Prompt(request, waited, later, _limits(request, slo, policy), predictor, policy)
+    limits = _limits(request, beside or request.slo, policy)
+    prompt = _Prompt(request, waited, later, limits, predictor, policy)
     forecasts = [prompt.forecast(i, known) for i in instances]
-    keys = [*map(_key, instances, forecasts)]
+    keys = [*map(prompt.key, instances, forecasts)]
     if known.lender is not None:
         _ask_for_fetches(prompt, instances, known, forecasts, keys)
     best = keys.index(min(keys))
     chosen, forecast = instances[best], forecasts[best]
     here = known.prefixes.get(chosen.name, NONE)
     lender = known.lender if forecast.cached > here.cached else None
-    hand_over = move is not None and chosen.kind is Kind.P_HEAVY
+    hand_over = move is not None and chosen.kind is Kind.P_HEAVY and not prompt.stays(chosen)
     ttft = forecast.ttft - move if move is not None and hand_over else forecast.ttft
-    why = _why(forecast, chosen, prompt.limits[0], lender)
+    why = _why(forecast, chosen, prompt.limits.ttft, lender)
     return Placement(chosen, hand_over, ttft, tuple(forecasts), why, forecast.cached, here.claimed, lender)
 
 
-def _limits(request: Request, slo: SLO, policy: Policy) -> tuple[float, float]:
-    """The TTFT and the TPOT (seconds) up to which an instance is feasible.
+@dataclass(slots=True)
+class _Limits:
+    """Seconds up to which an instance is feasible: `ttft` by the prompt's own SLO, `quick` by the strictest
+    beside it, `tpot` by the strictest too, for it is that of decodes which are there. `bears` is the TPOT
+    up to which its own decode stays on a P-heavy instance."""
+
+    ttft: float
+    quick: float
+    tpot: float
+    bears: float
+
+
+def _limits(request: Request, beside: SLO, policy: Policy) -> _Limits:
+    """By the SLO of the request, and the strictest of all that are served.
 
     A request that can never move decodes where it prefills, and nothing can repair its TPOT later: it may use
     the whole TTFT SLO to get a low-interference instance, however busy the decodes there are.
     """
-    if request.movable:
-        return slo.ttft * policy.ttft_margin, slo.tpot * policy.tpot_margin
-    return slo.ttft, float("inf")
+    slo = request.slo
+    if not request.movable:
+        return _Limits(slo.ttft, slo.ttft, float("inf"), 0.0)
+    loose = policy.degrades and slo.tpot > beside.tpot
+    ttft, tpot = policy.ttft_margin, policy.tpot_margin
+    bears = slo.tpot * tpot if loose else 0.0
+    return _Limits(slo.ttft * ttft, beside.ttft * ttft, beside.tpot * tpot, bears)
 
 
 @dataclass(slots=True)
@@ -123,7 +140,7 @@ class _Prompt:
     request: Request
     waited: float
     later: float
-    limits: tuple[float, float]
+    limits: _Limits
     predictor: Predictor
     policy: Policy
 
@@ -146,13 +163,34 @@ class _Prompt:
         predicted to stay within theirs."""
         low = instance.kind is Kind.D_HEAVY
         ttft += self.waited if low else self.later
-        feasible = fits and ttft <= self.limits[0]
+        feasible = fits and ttft <= self.limits.ttft
         calm = True
         if feasible and low:
             tpot = self.predictor.tpot(instance, self.request.prompt_tokens)
-            feasible = calm = tpot <= self.limits[1]
+            feasible = calm = tpot <= self.limits.tpot
         queued = max(0, instance.queued_prefill_tokens - after)
         return Forecast(instance.name, ttft, queued, feasible, fits, calm, cached)
+
+    def stays(self, instance: Instance) -> bool:
+        """Whether the decode of a loose request would keep its TPOT SLO on this P-heavy instance."""
+        bears = self.limits.bears
+        return bears > 0.0 and self.predictor.tpot(instance, self.request.prompt_tokens) <= bears
+
+    def key(self, instance: Instance, forecast: Forecast) -> tuple[float, ...]:
+        """The lowest key is taken; the first of equal ones. The prompt's length is the same for all of them:
+        what is cached is taken off the queue in its place."""
+        if not forecast.feasible:
+            return 2.0, not forecast.fits, forecast.ttft, -forecast.cached
+        slow, rank = forecast.ttft > self.limits.quick, self.rank(instance)
+        to_compute = forecast.queued_prefill_tokens - forecast.cached
+        return float(slow), rank, to_compute, forecast.ttft, -forecast.cached
+
+    def rank(self, instance: Instance) -> float:
+        """Which kind comes first: D-heavy, so that P-heavy ones stay free for long prompts; but P-heavy for a
+        loose request whose decode can stay there, so that D-heavy ones stay free for strict ones."""
+        if instance.kind is Kind.D_HEAVY:
+            return 1.0
+        return 0.0 if self.stays(instance) else 2.0
 
     def fetching(self, instance: Instance, alone: Forecast, known: Known, before: float) -> Forecast:
         """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
@@ -191,27 +229,27 @@ def _ask_for_fetches(
     whoever comes behind one that is feasible need not be asked.
     """
     could = [
-        (instance.kind is Kind.P_HEAVY, alone.queued_prefill_tokens - known.lent, number)
+        (prompt.rank(instance), alone.queued_prefill_tokens - known.lent, number)
         for number, (instance, alone) in enumerate(zip(instances, forecasts, strict=True))
         if alone.fits and alone.cached < known.lent and instance is not known.lender
     ]
     could.sort()
     best = min(keys)
-    for p_heavy, to_compute, number in could:
-        if (0.0, p_heavy, to_compute) > best:
+    for rank, to_compute, number in could:
+        if (0.0, rank, to_compute) > best:
             return
         instance, alone = instances[number], forecasts[number]
-        fetching = prompt.fetching(instance, alone, known, _before(best, prompt.limits[0]))
+        fetching = prompt.fetching(instance, alone, known, _before(best, prompt.limits.ttft))
         if fetching is not alone:
             forecasts[number] = fetching
-            keys[number] = key = _key(instance, fetching)
+            keys[number] = key = prompt.key(instance, fetching)
             best = min(best, key)
 
 
 def _before(best: tuple[float, ...], limit: float) -> float:
     """The TTFT that would not be too late to win against the best key so far, which may be feasible, or not,
     or without room."""
-    if not best[0]:
+    if best[0] < 2.0:
         return limit
     return float("inf") if best[1] else max(limit, best[2])
 
@@ -246,15 +284,6 @@ def _roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instanc
         if used < least:
             least, roomiest = used, (decoder, held)
     return roomiest
-
-
-def _key(instance: Instance, forecast: Forecast) -> tuple[float, ...]:
-    """The lowest key is taken; the first of equal ones. The prompt's length is the same for all of them: what
-    is cached is taken off the queue in its place."""
-    if forecast.feasible:
-        to_compute = forecast.queued_prefill_tokens - forecast.cached
-        return 0.0, instance.kind is Kind.P_HEAVY, to_compute, forecast.ttft, -forecast.cached
-    return 1.0, not forecast.fits, forecast.ttft, -forecast.cached
 
 
 def _why(forecast: Forecast, chosen: Instance, limit: float, lender: Instance | None) -> str:

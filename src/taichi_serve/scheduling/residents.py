@@ -7,94 +7,120 @@ cross a limit do not change while requests stay: both keys are static, and a ste
 - The running TPOT has reached `pace` seconds when `now - first_at >= pace * (output - 1)`, that is when
   `now - pace * ticks >= first_at + pace * (base - joined - 1)`: the right side is the static `due`.
 
-Two sorted lists and bisect: inserting shifts pointers, which for 10,000 residents takes about a microsecond.
+The pace is that of the request's own SLO, and the order by `due` is one among requests with the same pace:
+there is a list for each pace, and a look at who crosses merges them.
+
+Sorted lists and bisect: inserting shifts pointers, which for 10,000 residents takes about a microsecond.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import merge
 from typing import TypeVar
 
 from taichi_serve.messages import Move
 from taichi_serve.request import Request
-
-FIRST = 1 << 40  # more tokens than any output has
 
 
 class Residents:
     """The movable requests that decode here: longest output first, and first to cross its TPOT limit first.
     Best effort comes before all others in the first order, and never crosses: it has nothing left to lose.
 
-    Those that may not be degraded any more are left out of the first order, so that nobody has to pass them
+    The longest output has banked the most TPOT slack, and the more so the looser its TPOT SLO is: these come
+    first. Those that may not be degraded any more are left out of that order, so that nobody has to pass them
     by in every step.
     """
 
-    def __init__(self, pace: float, max_degrades: int) -> None:
-        """`pace` is the running TPOT (seconds per token) at which a request counts as crossing."""
-        self.pace = pace
+    def __init__(self, alpha: float, max_degrades: int) -> None:
+        """A request counts as crossing when its running TPOT has reached `alpha` of its TPOT SLO."""
+        self.alpha = alpha
         self.max_degrades = max_degrades
-        self._by_output: list[tuple[int, str]] = []
-        self._by_due: list[tuple[float, str]] = []
+        self._by_output: list[tuple[float, int, str]] = []  # the loosest first
+        self._by_due: dict[float, list[tuple[float, str]]] = {}  # for each pace
 
     def __len__(self) -> int:
-        return len(self._by_due)
+        return sum(len(ordered) for ordered in self._by_due.values())
 
-    def keep_pace(self, pace: float, requests: Mapping[str, Request]) -> None:
-        """Cross at another running TPOT (seconds per token) from now on."""
-        self.pace = pace
-        self._by_due = sorted((self.due(requests[name]), name) for _, name in self._by_due)
+    def renew(self, requests: Mapping[str, Request]) -> None:
+        """The SLOs of those here may have changed: order them anew."""
+        names = [name for ordered in self._by_due.values() for _, name in ordered]
+        self._by_due, self._by_output = {}, []
+        for name in names:
+            self.add(requests[name])
 
     def add(self, request: Request) -> None:
         """Take in a movable request whose `base`, `joined` and `first_at` are set."""
-        insort(self._by_due, (self.due(request), request.id))
+        insort(self._by_due.setdefault(self.pace(request), []), (self.due(request), request.id))
         if self._degradable(request):
-            insort(self._by_output, (_length(request), request.id))
+            insort(self._by_output, _by_output(request))
 
     def remove(self, request: Request) -> None:
         """Take out a request; its key fields must be as they were when it was added."""
-        _cut(self._by_due, (self.due(request), request.id))
+        pace = self.pace(request)
+        ordered = self._by_due[pace]
+        _cut(ordered, (self.due(request), request.id))
+        if not ordered:
+            del self._by_due[pace]
         if self._degradable(request):
-            _cut(self._by_output, (_length(request), request.id))
+            _cut(self._by_output, _by_output(request))
 
     def _degradable(self, request: Request) -> bool:
         return request.moves.get(Move.DEGRADE, 0) < self.max_degrades
+
+    def pace(self, request: Request) -> float:
+        """The running TPOT (seconds per token) at which this request crosses."""
+        return self.alpha * request.slo.tpot
 
     def due(self, request: Request) -> float:
         """The static key of the moment at which the running TPOT of `request` crosses (seconds)."""
         if request.best_effort:
             return math.inf
         assert request.first_at is not None
-        return request.first_at + self.pace * (request.base - request.joined - 1)
+        return request.first_at + self.pace(request) * (request.base - request.joined - 1)
 
     def slack(self, request: Request, now: float, ticks: int) -> float:
         """Seconds the request could stand still for before its running TPOT crosses."""
-        return self.due(request) + self.pace * ticks - now
+        return self.due(request) + self.pace(request) * ticks - now
 
     def longest(self) -> Iterator[str]:
-        """Request ids, best effort first, then the longest output; ties by id."""
-        return (name for _, name in self._by_output)
+        """Request ids: best effort first, then the loosest TPOT SLO, then the longest output; ties
+        by id."""
+        return (name for *_, name in self._by_output)
 
-    def everyone(self) -> list[str]:
+    def everyone(self, now: float, ticks: int) -> list[str]:
         """All ids, the first to cross first."""
-        return [name for _, name in self._by_due]
+        every = ((ordered, now - pace * ticks) for pace, ordered in self._by_due.items())
+        return [name for _, name in _soonest(every)]
 
     def crossing(self, now: float, ticks: int) -> Iterator[str]:
         """Ids of those whose running TPOT has crossed by now, the earliest first."""
-        line = now - self.pace * ticks
-        for due, name in self._by_due:
-            if due > line:
+        lines = ((ordered, now - pace * ticks) for pace, ordered in self._by_due.items())
+        # Asked for in every step: where nobody crosses, one comparison for each pace is all.
+        for slack, name in _soonest((ordered, line) for ordered, line in lines if ordered[0][0] <= line):
+            if slack > 0:
                 return
             yield name
 
 
-def _length(request: Request) -> int:
-    """The static key of its output, the longest first."""
-    return request.joined - request.base - (FIRST if request.best_effort else 0)
+def _by_output(request: Request) -> tuple[float, int, str]:
+    looseness = math.inf if request.best_effort else request.slo.tpot
+    return -looseness, request.joined - request.base, request.id
 
 
-Key = TypeVar("Key", tuple[int, str], tuple[float, str])
+def _soonest(lists: Iterable[tuple[list[tuple[float, str]], float]]) -> Iterator[tuple[float, str]]:
+    """The slack (seconds) of everybody on these lists, each with where its line stands; the least first."""
+    return merge(*(_slacks(ordered, line) for ordered, line in lists))
+
+
+def _slacks(ordered: list[tuple[float, str]], line: float) -> Iterator[tuple[float, str]]:
+    for due, name in ordered:
+        yield due - line, name
+
+
+Key = TypeVar("Key", tuple[float, int, str], tuple[float, str])
 
 
 def _cut(ordered: list[Key], key: Key) -> None:

@@ -65,20 +65,20 @@ class GlobalScheduler:
         block_size: int = 0,
     ) -> None:
         """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first. A
-        hash of a block stands for `block_size` tokens; with 0 nothing is known of prefixes."""
+        hash of a block stands for `block_size` tokens; with 0 nothing is known of prefixes. `slo` is that of
+        requests that bring none."""
         self.sliders = sliders
         self.slo = slo
         self.predictor = predictor
         self.policy = policy
-        pace = policy.alpha * slo.tpot
-        self.ledger = Ledger(sliders, capacities, pace, policy.max_degrades, block_size)
+        self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
         self.requests = self.ledger.requests
         self.instances = self.ledger.instances
         self.counters = Counters()
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
         self._match = self.ledger.prefixes
-        self._dispatcher = Dispatcher(self.ledger, predictor, slo, policy)
+        self._dispatcher = Dispatcher(self.ledger, predictor, policy, self.counters)
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
             Prefilled: self._prefilled,
@@ -108,13 +108,22 @@ class GlobalScheduler:
     def _arrived(self, event: Arrived) -> list[Command]:
         if event.request in self.requests:
             return []
-        request = Request(event.request, event.at, event.prompt_tokens, event.max_tokens, event.movable)
+        request = Request(
+            event.request,
+            event.at,
+            event.prompt_tokens,
+            event.max_tokens,
+            event.slo or self.slo,
+            event.movable,
+            event.slo is not None,
+            event.slo_class,
+        )
         if self.ledger.residency.block_size:
             request.blocks = event.blocks
-        self.requests[request.id] = request
+        self.ledger.admit(request)
         if self._despaired is not None and not any(i.alive for i in self.instances.values()):
-            return self._count([self._dispatcher.fail(request, self._despaired)])
-        return self._count(self._dispatcher.prefill(request, event.at, self.sliders, new=True))
+            return [self._dispatcher.fail(request, event.at, self._despaired)]
+        return self._dispatcher.prefill(request, event.at, self.sliders, new=True)
 
     def _prefilled(self, event: Prefilled) -> list[Command]:
         request = self._current(event.request, event.leg, State.PREFILLING)
@@ -128,7 +137,7 @@ class GlobalScheduler:
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
-        after = [*close(here), *self._count(self._dispatcher.sort(here, event.at))]
+        after = [*close(here), *self._dispatcher.sort(here, event.at)]
         if event.held:
             return [*after, self._dispatcher.hand_over(request, here, event.at)]
         self._settle(request, here, 1, event.at)
@@ -163,13 +172,13 @@ class GlobalScheduler:
         if request.why:
             self.counters.refused[request.why] += 1
         if request.instance is None:
-            return self._count(self._dispatcher.rescue(request, event.at))
+            return self._dispatcher.rescue(request, event.at)
         self.ledger.stay(request, event.output_tokens)
         return []
 
     def _finished(self, event: Finished) -> list[Command]:
         request = self.requests.get(event.request)
-        return self._end(request, event.outcome, event.at) if request else []
+        return self._end(request, event.outcome, event.at, event.output_tokens) if request else []
 
     def _cancelled(self, event: Cancelled) -> list[Command]:
         request = self.requests.get(event.request)
@@ -178,7 +187,7 @@ class GlobalScheduler:
         abort = Abort(request.id, Outcome.CANCELLED, "the client left")
         return [abort, *self._end(request, Outcome.CANCELLED, event.at)]
 
-    def _end(self, request: Request, outcome: Outcome, now: float) -> list[Command]:
+    def _end(self, request: Request, outcome: Outcome, now: float, output_tokens: int = 0) -> list[Command]:
         here = self.ledger.source(request)
         if here and request.state is State.DECODING:
             tokens = here.ticks - request.joined
@@ -186,6 +195,7 @@ class GlobalScheduler:
                 actual = (now - request.settled_at) / tokens
                 self.accuracy[here.name].tpot.add(request.predicted_tpot, actual)
         self.counters.ended(outcome, request.moves.get(Move.BACKFLOW, 0))
+        self.counters.judge(request, outcome, now, output_tokens)
         self.ledger.forget(request)
         return close(here) if here else []
 
@@ -233,7 +243,7 @@ class GlobalScheduler:
             source, residents, self.requests, decoders, now, self.predictor, self.policy, self._match
         ):
             request, target = choice
-            why = f"running TPOT reached {self.policy.alpha:g} of {self.slo.tpot:g} s"
+            why = f"running TPOT reached {self.policy.alpha:g} of {request.slo.tpot:g} s"
             commands.append(self._dispatcher.flow(request, target, Move.BACKFLOW, now, why, decoders))
         return commands
 
@@ -260,16 +270,15 @@ class GlobalScheduler:
         return slide(self._dispatcher, event.sliders)
 
     def _promised(self, event: Promised) -> list[Command]:
-        self.slo = self._dispatcher.slo = event.slo
-        for residents in self.ledger.residents.values():
-            residents.keep_pace(self.policy.alpha * event.slo.tpot, self.requests)
+        self.slo = event.slo
+        self.ledger.promise(event.slo)
         return []
 
     def _silent(self, event: Silent) -> list[Command]:
         return silence(self._dispatcher, event, self.sliders)
 
     def _lost(self, event: Lost) -> list[Command]:
-        return self._count(lose(self._dispatcher, event, self.sliders))
+        return lose(self._dispatcher, event, self.sliders)
 
     def _joined(self, event: Joined) -> list[Command]:
         self._despaired = None
@@ -277,7 +286,7 @@ class GlobalScheduler:
 
     def _hopeless(self, event: Hopeless) -> list[Command]:
         self._despaired = event.why
-        return self._count(despair(self._dispatcher, event))
+        return despair(self._dispatcher, event)
 
     # ------------------------------------------------------------------------------------------ small things
 
@@ -285,8 +294,3 @@ class GlobalScheduler:
         """The request a fact is about, or None where the fact came too late. The one place for that."""
         request = self.requests.get(name)
         return request if request and request.leg == leg and request.state is state else None
-
-    def _count(self, commands: list[Command]) -> list[Command]:
-        """Count those that had to be given up, were turned away, or are best effort."""
-        self.counters.decided(commands)
-        return commands

@@ -59,7 +59,7 @@ def join(dispatcher: Dispatcher, event: Joined, sliders: Sliders) -> list[Comman
 
 def despair(dispatcher: Dispatcher, event: Hopeless) -> list[Command]:
     """Give up everybody who waits for an instance."""
-    return [dispatcher.fail(request, event.why) for request in dispatcher.ledger.waiting()]
+    return [dispatcher.fail(request, event.at, event.why) for request in dispatcher.ledger.waiting()]
 
 
 def arrange(dispatcher: Dispatcher, sliders: Sliders) -> list[Command]:

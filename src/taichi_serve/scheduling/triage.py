@@ -10,7 +10,7 @@ Every function reads the ledger and answers; none of them writes anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 from taichi_serve.instance import Instance
@@ -19,7 +19,6 @@ from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.prefill import Behind, Placement
-from taichi_serve.slo import SLO
 
 # Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
 # who is queued keeps its place until it is predicted to be later than its deadline by so much.
@@ -37,10 +36,9 @@ MOST = 0.75  # of the TTFT SLO: where a long prompt takes more, none is waited f
 class Triage:
     """What the queues say about deadlines, as predicted."""
 
-    def __init__(self, ledger: Ledger, predictor: Predictor, slo_of: Callable[[Request], SLO]) -> None:
+    def __init__(self, ledger: Ledger, predictor: Predictor) -> None:
         self.ledger = ledger
         self.predictor = predictor
-        self.slo_of = slo_of
         self.arrived = Average()  # mean length of all prompts, and of those that were in time
         self.kept = Average()
         self.longer = Average()  # mean length of the prompt that a token belongs to
@@ -71,7 +69,7 @@ class Triage:
         it gets in no easier than that one. `length` is of the longer one (tokens)."""
         if request.prompt_tokens >= length:
             return 0.0
-        ttft = self.slo_of(request).ttft
+        ttft = request.slo.ttft
         longer = self.predictor.work(instance, length)
         if longer > MOST * ttft:
             return 0.0
@@ -81,7 +79,7 @@ class Triage:
     def deadline(self, request: Request, policy: Policy, best_effort: bool = False) -> float:
         """Until when its first token is to be there (s). That of best effort comes one TTFT SLO before its
         patience ends: it then goes before newcomers, and has as long to be computed as they have."""
-        ttft = self.slo_of(request).ttft
+        ttft = request.slo.ttft
         return request.arrived_at + (ttft * (policy.patience - 1.0) if best_effort else ttft)
 
     def overtaken(self, request: Request, now: float, instances: Iterable[Instance]) -> dict[str, Behind]:
@@ -107,7 +105,7 @@ class Triage:
 
     def late(self, request: Request, placed: Placement, without: float = 0.0) -> bool:
         """Whether it would miss its TTFT in this place, or even `without` so many seconds of work."""
-        return placed.ttft - without > self.slo_of(request).ttft * (1.0 - SPARE)
+        return placed.ttft - without > request.slo.ttft * (1.0 - SPARE)
 
     def slow(self, request: Request, placed: Placement, decoders: Sequence[Instance]) -> bool:
         """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted
@@ -115,7 +113,7 @@ class Triage:
         queued, or on their way, will decode there before it."""
         where = decoders if placed.hand_over and decoders else [placed.instance]
         # Of the mean length, not its own: else the long ones would be turned away first.
-        most, length = self.slo_of(request).tpot, int(self.arrived.value(request.prompt_tokens))
+        most, length = request.slo.tpot, int(self.arrived.value(request.prompt_tokens))
         if request.max_tokens <= 1:
             return False
         before = sum(one.queued_requests for one in self.ledger.instances.values()) / max(1, len(decoders))
@@ -145,7 +143,7 @@ class Triage:
         One alone always has."""
         others = sum(instance.queued_requests for instance in able) - len(self.ledger.best_effort)
         share = policy.leftover if others > 0 else 0.5
-        seconds = self.slo_of(request).ttft * (policy.patience - 1.0) * share * len(able)
+        seconds = request.slo.ttft * (policy.patience - 1.0) * share * len(able)
         queued = sum(self.ledger.requests[name].work for name in self.ledger.best_effort)
         return not queued or queued + request.work <= seconds
 
@@ -168,7 +166,7 @@ class Triage:
                 continue
             if other.id in movable:
                 heappush(longest, (-other.work, -other.by, other.id))
-            while end > other.by + GRACE * self.slo_of(other).ttft and longest:
+            while end > other.by + GRACE * other.slo.ttft and longest:
                 least, _, name = heappop(longest)
                 found.append((self.ledger.requests[name], end - now, other))
                 end += least

@@ -20,7 +20,7 @@ from taichi_serve.search.goodput import TARGET, Contender
 
 STEP = 1.04  # from a guess to the rate after it; further steps are larger
 WIDEST = 1.5  # no rate is tried beyond so many times the bracket for the sake of single seeds
-TIMES = "first_at", "last_at"  # of a tally: no counts
+OTHER = "first_at", "last_at", "classes"  # of a tally: no counts
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def together(runs: Sequence[Tally]) -> Tally:
     """Several runs as if they had followed each other: whatever they count is added."""
     whole = Tally()
     for run in runs:
-        for name in (one.name for one in fields(Tally) if one.name not in TIMES):
+        for name in (one.name for one in fields(Tally) if one.name not in OTHER):
             ours, theirs = getattr(whole, name), getattr(run, name)
             if isinstance(ours, Histogram):
                 _join(ours, theirs)
@@ -111,6 +111,8 @@ def together(runs: Sequence[Tally]) -> Tally:
             else:
                 setattr(whole, name, ours + theirs)
         whole.last_at += run.last_at - run.first_at
+    for name in dict.fromkeys(name for run in runs for name in run.classes):
+        whole.classes[name] = together([run.classes[name] for run in runs if name in run.classes])
     return whole
 
 

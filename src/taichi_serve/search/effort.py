@@ -139,7 +139,7 @@ def work(scene: Scene) -> Callable[[Seen], float]:
     prompt, output = scene.workload.means()
     context = prompt + output / 2
     beside = max(1.0, min(float(scene.max_running), scene.machine.kv_capacity / context))
-    while beside > 1.0 and truth.of(0, 0, beside, beside * context) > scene.slo.tpot:
+    while beside > 1.0 and truth.of(0, 0, beside, beside * context) > scene.loosest.tpot:
         beside = max(1.0, beside * 0.8)
     each = truth.of(FULL_STEP, 0, 0, 0) / FULL_STEP
 

@@ -51,6 +51,17 @@ class Scene:
         if self.prefixes not in PREFIXES:
             raise ValueError(f"prefixes {self.prefixes!r} are none of {', '.join(PREFIXES)}")
 
+    @property
+    def promised(self) -> dict[str, SLO]:
+        """The SLO of each class of requests; of none where all have the same."""
+        return {part.name: part.slo for part in self.workload.mix.parts}
+
+    @property
+    def loosest(self) -> SLO:
+        """An SLO that no request's own is looser than."""
+        slos = list(self.promised.values()) or [self.slo]
+        return SLO(max(slo.ttft for slo in slos), max(slo.tpot for slo in slos))
+
     def cluster(
         self, sliders: Sliders, rate: float, requests: int, seed: int, happenings: tuple[Event, ...] = ()
     ) -> SimulatedCluster:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from taichi_serve.bench.goodput import Tally
 from taichi_serve.search.crew import Workers
 from taichi_serve.search.families import nearby
-from taichi_serve.search.goodput import TARGET, Contender
+from taichi_serve.search.goodput import TARGET, Contender, Scene
 from taichi_serve.slo import SLO
 
 # Of the bound: the rates of the heats. Requests that bring less work than the mean are served beyond it.
@@ -48,7 +48,7 @@ def race(
         share = min(1.0, max(first + heat * LONGER, FULL_RUNS / len(field)))
         length, seed = max(200, int(requests * share)), seeds[heat % len(seeds)]
         tallies = crew.attain([(c, rate, length, seed) for c in field])
-        order = sorted(range(len(field)), key=lambda i: (*_standing(tallies[i], crew.scene.slo), i))
+        order = sorted(range(len(field)), key=lambda i: (*_standing(tallies[i], crew.scene), i))
         passed = [field[i] for i in order if tallies[i].attainment >= TARGET]
         held.update((c, max(rate, held.get(c, 0.0))) for c in passed)
         most = max(SMALL, len(field) // CUT)
@@ -79,10 +79,17 @@ def _parents(first: Placed) -> list[Contender]:
     return list(firsts.values())[:RATIOS]
 
 
-def _standing(tally: Tally, slo: SLO) -> tuple[float, float, float]:
+def _standing(tally: Tally, scene: Scene) -> tuple[float, float, float]:
     """The lowest stands best. A run ends when 90 % are good, so those that hold differ in how many were bad
     by then, and if nobody was in how near their 90th percentiles came to the SLO."""
     if tally.attainment < TARGET:
         return 1.0, -tally.attainment, 0.0
-    used = max(tally.ttft.quantile(TARGET) / slo.ttft, tally.tpot.quantile(TARGET) / slo.tpot)
-    return 0.0, tally.bad / tally.sent, used
+    if not scene.promised:
+        return 0.0, tally.bad / tally.sent, _used(tally, scene.slo)
+    classes = ((tally.classes.get(name), slo) for name, slo in scene.promised.items())
+    used = [_used(one, slo) for one, slo in classes if one is not None]
+    return 0.0, tally.bad / tally.sent, max(used, default=0.0)
+
+
+def _used(tally: Tally, slo: SLO) -> float:
+    return max(tally.ttft.quantile(TARGET) / slo.ttft, tally.tpot.quantile(TARGET) / slo.tpot)

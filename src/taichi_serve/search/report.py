@@ -22,6 +22,7 @@ def summary(tally: Tally) -> dict[str, Any]:
     """The figures of a run: seconds, shares and counts."""
     low, high = tally.interval()
     span = max(1e-9, tally.last_at - tally.first_at)
+    classes = {name: by_class(one) for name, one in tally.classes.items()}
     return {
         "sent": tally.sent,
         "finished": tally.done,
@@ -38,6 +39,21 @@ def summary(tally: Tally) -> dict[str, Any]:
         "steps": tally.steps,
         "seconds": span,
         "busy": {name: busy / span for name, busy in sorted(tally.busy.items())},
+        **({"classes": classes} if classes else {}),
+    }
+
+
+def by_class(tally: Tally) -> dict[str, Any]:
+    """The figures of one class of requests: seconds, shares and counts."""
+    low, high = tally.interval()
+    return {
+        "sent": tally.sent,
+        "good": tally.good,
+        "attainment": tally.attainment,
+        "attainment_low": low,
+        "attainment_high": high,
+        "ttft": {"mean": tally.ttft.mean, **_quantiles(tally.ttft)},
+        "tpot": {"mean": tally.tpot.mean, **_quantiles(tally.tpot)},
     }
 
 

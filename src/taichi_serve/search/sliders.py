@@ -127,7 +127,7 @@ def search(
     """The best of every family, judged, best first; then what else came to a bisection. `tell` hears what is
     going on."""
     effort = effort or Effort()
-    top = bound(scene.machine, scene.workload, scene.slo.tpot, instances, scene.max_running)
+    top = bound(scene.machine, scene.workload, scene.loosest.tpot, instances, scene.max_running)
     longest = min(8192, scene.machine.max_model_len)
     with workers(scene, processes) as crew:
         hunt = Hunt(crew, plan(scene, top, effort, seed), top, effort, tell)

@@ -43,7 +43,8 @@ def past_of(seen: Sequence[Seen], now: float, limit: int, made: Made) -> Past | 
         prompt = min(one.prompt, limit - 1)
         output = max(1, min(output, limit - prompt))
         blocks = one.blocks if shared else ()
-        calls.append(Call(one.at - seen[0].at, prompt, output, blocks=blocks))
+        own = blocks, None, one.slo, one.slo_class
+        calls.append(Call(one.at - seen[0].at, prompt, output, "", True, *own))
     return Past(tuple(calls), now - seen[0].at)
 
 

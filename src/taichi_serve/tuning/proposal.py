@@ -164,7 +164,8 @@ def far(asked: Question) -> Iterator[Setting]:
 def fitting(asked: Question, d_heavy: int) -> Iterator[int]:
     """Chunks with which a step of one of so many D-heavy instances takes what TPOT allows, beside the decodes
     that it has on average if all requests decode there; a climb alone would not find these from afar."""
-    calls, tpot = asked.past.calls, asked.slo.tpot
+    calls = asked.past.calls
+    tpot = min((call.slo or asked.slo).tpot for call in calls)
     prompt = sum(call.prompt_tokens for call in calls) / len(calls)
     output = sum(call.output_tokens for call in calls) / len(calls)
     decodes = min(asked.past.rate * output * tpot / d_heavy, float(asked.plant.limits.max_running))

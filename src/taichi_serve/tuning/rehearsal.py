@@ -54,7 +54,8 @@ class Past:
             mark = lap * GOLDEN & MASK
             blocks = tuple(block ^ mark for block in call.blocks) if lap else call.blocks
             at = (lap * self.span + call.at) / load
-            yield Call(at, call.prompt_tokens, call.output_tokens, blocks=blocks)
+            own = blocks, None, call.slo, call.slo_class
+            yield Call(at, call.prompt_tokens, call.output_tokens, "", True, *own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,8 @@ class Judge:
     """Stands between the engines in miniature and the scheduler, and counts who is good."""
 
     def __init__(self, scheduler: GlobalScheduler, slo: SLO, first: int, count: int) -> None:
-        """Judged are the requests from number `first` on, of `count` in all."""
+        """Judged are the requests from number `first` on, of `count` in all, each by its own SLO; `slo` is
+        that of those that have none."""
         self.scheduler = scheduler
         self.slo = slo
         self.first, self.count = first, count - first
@@ -130,6 +132,7 @@ class Judge:
         self.ttfts: list[float] = []
         self.tpots: list[float] = []
         self._live: dict[str, list[float]] = {}  # arrival, and the first token
+        self._own: dict[str, SLO] = {}
 
     def on(self, event: Event) -> Sequence[Command]:
         """Count the fact, and pass it on."""
@@ -138,6 +141,8 @@ class Judge:
             assert isinstance(event, Arrived)
             if self.arrived >= self.first:
                 self._live[event.request] = [event.at]
+                if event.slo is not None:
+                    self._own[event.request] = event.slo
             self.arrived += 1
         elif kind is Prefilled:
             assert isinstance(event, Prefilled)
@@ -151,12 +156,13 @@ class Judge:
 
     def _finished(self, event: Finished) -> None:
         times = self._live.pop(event.request, None)
+        slo = self._own.pop(event.request, self.slo)
         if times is None or len(times) < 2:
             return
         ttft, each = times[1] - times[0], tpot(times[1], event.at, event.output_tokens)
-        self.ttfts.append(ttft / self.slo.ttft)
-        self.tpots.append(each / self.slo.tpot)
-        good = self.slo.good(ttft, each)
+        self.ttfts.append(ttft / slo.ttft)
+        self.tpots.append(each / slo.tpot)
+        good = slo.good(ttft, each)
         self.good += good
         self.bad += not good
 

@@ -81,7 +81,8 @@ class Tuner:
         self.changes: deque[Tuned] = deque(maxlen=KEPT)
         self.made = self.suggested = 0
         self.view: View | None = None  # of the last look
-        self.pace = 0.0  # share of the TPOT SLO that steps of D-heavy instances took since the look before it
+        # Share of the strictest TPOT SLO that steps of D-heavy instances took since the look before it.
+        self.pace = 0.0
         self.proposal: Proposal | None = None  # the last one
         self._paces = Average()
         self._nudged: tuple[bool, float] | None = (
@@ -142,7 +143,8 @@ class Tuner:
             return None
         since = max(self._since, now - WINDOW)
         self._seen(self.watch.view(now, self.core.slo, since, self._made))
-        self.pace, self._paces = self._paces.value(0.0) / self.core.slo.tpot, Average()
+        strictest = self.core.ledger.strictest.slo or self.core.slo
+        self.pace, self._paces = self._paces.value(0.0) / strictest.tpot, Average()
         self._advised(now)
         if self._target is not None:
             return self._approach(now, self._target)

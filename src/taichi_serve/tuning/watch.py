@@ -34,6 +34,8 @@ class Seen:
     cached: int = 0
     refused: bool = False  # turned away: it is bad, and nobody knows how long its answer would have been
     void: bool = False  # it was cancelled or failed: that says nothing about sliders
+    slo: SLO | None = None  # its own; None: the server's
+    slo_class: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Watch:
         if isinstance(event, Arrived):
             if event.request not in self._live:
                 seen = Seen(event.request, event.at, event.prompt_tokens, event.max_tokens, event.blocks)
+                seen.slo, seen.slo_class = event.slo, event.slo_class
                 self._live[event.request] = seen
                 self.requests.append(seen)
         elif isinstance(event, Prefilled):
@@ -87,12 +90,12 @@ class Watch:
                 yield seen
 
     def view(self, now: float, slo: SLO, since: float, made: Made) -> View:
-        """Of the requests that arrived since then."""
+        """Of the requests that arrived since then; `slo` is that of those that have none of their own."""
         ttfts: list[float] = []
         tpots: list[float] = []
         judged = good = 0
         for seen in islice(self.since(since), VIEWED):
-            ttft, tpot = used(seen, now, slo, made)
+            ttft, tpot = used(seen, now, seen.slo or slo, made)
             if ttft is not None:
                 ttfts.append(ttft)
             if tpot is not None:

@@ -14,7 +14,9 @@ import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from taichi_serve.bench.workload import workload
+from taichi_serve.classes import SLOClass
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.edges import edges
 from taichi_serve.latency.shipped import machine, measured, measured_names, names
 from taichi_serve.search.families import hybrid
 from taichi_serve.search.goodput import Contender, Scene
@@ -46,6 +48,37 @@ def test_our_flags_set_sliders_slos_and_policy() -> None:
     policy = flags.policy(args)
     assert (policy.watermark, policy.alpha, policy.ttft_margin) == (0.9, 0.8, 0.3)
     assert policy.tpot_margin == 0.9
+
+
+def test_classes_come_as_a_file_as_json_or_nested_in_the_config(tmp_path: Path) -> None:
+    classes = {"batch": {"ttft_slo": 10, "weight": 0.5}}
+    expected = {"batch": SLOClass("batch", ttft_slo=10.0, weight=0.5)}
+    file, whole = tmp_path / "classes.yaml", tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(classes))
+    whole.write_text(yaml.safe_dump({"model": MODEL, "slo_classes": classes}))
+    assert flags.classes(flags.parse([MODEL])) == {}
+    for words in ([MODEL, "--slo-classes", str(file)], [MODEL, "--slo-classes", json.dumps(classes)]):
+        assert flags.classes(flags.parse(words)) == expected
+    assert flags.classes(flags.parse(["--config", str(whole)])) == expected
+
+
+def test_a_wrong_class_is_named_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        ({"a": {"ttft_slo": -1}}, "--slo-classes: class a: ttft_slo must be a positive number, not -1.0"),
+        ({"a": {"keys": ["sk"]}}, "--slo-classes: class a: one of its keys is no key of the server"),
+    ):
+        with pytest.raises(SystemExit):
+            flags.parse([MODEL, "--slo-classes", json.dumps(words), "--api-key", "other"])
+        assert says in capsys.readouterr().err
+    words = json.dumps({"a": {"keys": ["sk"]}})
+    assert flags.classes(flags.parse([MODEL, "--slo-classes", words, "--api-key", "sk", "other"]))
+
+
+def test_slos_are_edges_of_the_histograms_of_times() -> None:
+    found = edges([SLO(4.0, 0.07), SLO(3.0, 0.2)], {"inter_token_latency": [0.1], "request_latency": [9.0]})
+    assert {3.0, 4.0, 2.5, 5.0} <= set(found["time_to_first_token"])
+    assert found["time_to_first_token"] == sorted(found["time_to_first_token"])
+    assert (found["inter_token_latency"], found["request_latency"]) == ([0.07, 0.1, 0.2], [9.0])
 
 
 def test_prefixes_are_fetched_unless_the_command_line_says_less() -> None:

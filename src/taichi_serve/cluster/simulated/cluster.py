@@ -190,7 +190,8 @@ class SimulatedCluster:
         self.jobs[name] = Job(name, call.at, call.prompt_tokens, call.output_tokens, call.blocks, call.then)
         bound_by = None if call.movable else "what it asks for"
         blocks = call.blocks[: call.prompt_tokens // self.shape.block_size]
-        return Arrived(call.at, name, call.prompt_tokens, room, call.movable, bound_by, blocks)
+        words = call.movable, bound_by, blocks, call.slo, call.slo_class
+        return Arrived(call.at, name, call.prompt_tokens, room, *words)
 
     def _draw(self) -> None:
         call = next(self._calls, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from taichi_serve.slo import SLO
 from taichi_serve.stage import Stage, step
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class Call:
 
     `blocks` are the hashes of the full blocks of prompt and output together, each standing for all before it
     too; empty where nothing is shared. `then` is the next turn of the same conversation: its `at` counts from
-    the end of this one (the user's think time)."""
+    the end of this one (the user's think time). `slo` is its own, where that is not the server's, and
+    `slo_class` its class."""
 
     at: float
     prompt_tokens: int
@@ -32,6 +34,8 @@ class Call:
     movable: bool = True
     blocks: tuple[int, ...] = ()
     then: Call | None = None
+    slo: SLO | None = None
+    slo_class: str | None = None
 
 
 class Where(Enum):

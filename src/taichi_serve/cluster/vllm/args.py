@@ -19,14 +19,17 @@ from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from taichi_serve.classes import Classes, read_classes
+from taichi_serve.cluster.vllm.edges import edges
 from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, given, one_line, one_line_given
+from taichi_serve.cluster.vllm.options import FLAGS, add_options
 from taichi_serve.cluster.vllm.patience import Patience
 from taichi_serve.cluster.vllm.refused import refusal
 from taichi_serve.cluster.vllm.transfer import host_bytes, transfer_config
 from taichi_serve.latency.profile import Profile
-from taichi_serve.latency.shipped import measured, measured_names
-from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES, SERVE, Policy
-from taichi_serve.sliders import MODES, OFF, Sliders
+from taichi_serve.latency.shipped import measured
+from taichi_serve.scheduling.policy import FETCH, SERVE, Policy
+from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 if TYPE_CHECKING:
@@ -35,55 +38,6 @@ if TYPE_CHECKING:
 SCHEDULER = "taichi_serve.cluster.vllm.core.scheduler.FlowScheduler"
 # Several CPU instances share one memory: each takes at most this much for KV unless told otherwise.
 CPU_KV_BYTES = 1 << 30
-
-# Our flags with one value each: name, type, default, meaning.
-FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None, str], ...] = (
-    ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
-    ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
-    ("p-chunk", int, 1024, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
-    ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
-    ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
-    ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
-    ("ttft-margin", float, 0.5, "an instance is feasible up to this share of the TTFT SLO, as predicted"),
-    (
-        "tpot-margin",
-        float,
-        0.8,
-        "prompts avoid a D-heavy instance above this share of the TPOT SLO, as predicted",
-    ),
-    ("watermark", float, 0.95, "share of a D-heavy instance's KV memory above which requests are degraded"),
-    ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
-    (
-        "move-timeout",
-        float,
-        10.0,
-        "seconds a move may wait for KV before it is given up, or the KV recomputed",
-    ),
-    (
-        "stall-timeout",
-        float,
-        120.0,
-        "seconds an instance may be silent before it counts as lost; after 6 it gets no more work",
-    ),
-    (
-        "restarts",
-        int,
-        10,
-        "how often in an hour a lost instance is started again before it stays out; 0: never",
-    ),
-    ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
-    (
-        "profile",
-        str,
-        None,
-        "what predictions start from instead of learning: a file of `taichi profile`, or a shipped one of "
-        "these: " + (", ".join(measured_names()) or "none yet"),
-    ),
-)
-LATE = (
-    "what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or the longest "
-    "before it is best effort, or it is turned away with a 503 (default: serve)"
-)
 
 
 class OneLineParser(FlexibleArgumentParser):
@@ -107,50 +61,8 @@ def make_parser() -> FlexibleArgumentParser:
     )
     make_arg_parser(serve)
     serve.set_defaults(model=None)  # vLLM would serve a model of its own choice
-    _add_taichi_flags(serve)
+    add_options(serve)
     return parser
-
-
-def _add_taichi_flags(serve: FlexibleArgumentParser) -> None:
-    group = serve.add_argument_group("TaiChi", "Sliders, SLOs and policy of TaiChi")
-    # vLLM has a --watermark too (a share of blocks to keep free, for another purpose): ours replaces it.
-    group.conflict_handler = "resolve"
-    for name, kind, default, text in FLAGS:
-        dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
-        explained = f"{text} (default: {default})"
-        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=explained)
-    group.add_argument(
-        "--kv-over",
-        choices=("auto", "nixl"),
-        default="auto",
-        help="how KV moves between instances: directly where they share a host and it lets them, or always "
-        "over NIXL (default: auto)",
-    )
-    group.add_argument(
-        "--prefixes",
-        choices=PREFIXES,
-        default=FETCH,
-        help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
-        "prefixes fetched from one instance to another, too (default: fetch)",
-    )
-    group.add_argument("--overload", choices=OVERLOAD, default=SERVE, help=LATE)
-    group.add_argument(
-        "--autotune",
-        choices=MODES,
-        default=OFF,
-        help="whether the server moves its sliders and margins by what it sees, or says where it would move "
-        "them (default: off)",
-    )
-    group.add_argument(
-        "--metrics-without-key",
-        action="store_true",
-        help="let /metrics be read without the key of --api-key, for scrapers that have none",
-    )
-    group.add_argument(
-        "--devices",
-        help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
-        "tensor-parallel size each; on CPU the cores are divided evenly)",
-    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -174,13 +86,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         validate_parsed_serve_args(args)
         sliders(args)
         slo(args)
+        classes(args)
         supervision(args)
         host_bytes(args)
         policy(args)
         patience(args)
         profile(args)
     except (TypeError, ValueError, VLLMError) as error:
-        said = _with_flags(str(error))
+        words = str(error)
+        said = words if words.startswith("--slo-classes") else _with_flags(words)
         parser.error(said if "--" in said else said + given(argv))
     return args
 
@@ -220,6 +134,21 @@ def supervision(args: argparse.Namespace) -> None:
 def slo(args: argparse.Namespace) -> SLO:
     """The SLOs of a parsed command line."""
     return SLO(args.ttft_slo, args.tpot_slo)
+
+
+def classes(args: argparse.Namespace) -> Classes:
+    """The classes of a parsed command line. A key of one must be a key of the server."""
+    if args.slo_classes is None:
+        return {}
+    try:
+        found = read_classes(args.slo_classes)
+        known = args.api_key or [envs.VLLM_API_KEY]
+        for one in found.values():
+            if not set(one.keys) <= set(known):
+                raise ValueError(f"class {one.name}: one of its keys is no key of the server (--api-key)")
+    except ValueError as wrong:
+        raise ValueError(f"--slo-classes: {wrong}") from None
+    return found
 
 
 def policy(args: argparse.Namespace) -> Policy:
@@ -269,6 +198,8 @@ def _set(engine_args: AsyncEngineArgs, args: argparse.Namespace, engine_id: str,
     engine_args.kv_transfer_config = transfer_config(
         engine_id, directory, args.kv_over == "auto", host_bytes(args)
     )
+    promised = [slo(args), *(one.slo(slo(args)) or slo(args) for one in classes(args).values())]
+    engine_args.custom_histogram_buckets = edges(promised, engine_args.custom_histogram_buckets)
     engine_args.kv_offloading_size = None  # vLLM would put its own connector in the place of ours
     chosen = sliders(args)
     if engine_args.max_num_batched_tokens is None:

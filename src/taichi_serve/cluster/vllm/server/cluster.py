@@ -10,6 +10,7 @@ from typing import Any, cast
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
 
+from taichi_serve.classes import PLAIN, Terms
 from taichi_serve.cluster.vllm.server import facts, figures
 from taichi_serve.cluster.vllm.server.acts import Place, Seat
 from taichi_serve.cluster.vllm.server.blocks import Hasher
@@ -125,14 +126,14 @@ class VllmCluster:
         """Hashes of the full blocks of a prompt, as instances tell them; none where nobody would."""
         return () if self.hasher is None else await self.hasher.of(request)
 
-    def accept(self, request: EngineCoreRequest, blocks: tuple[int, ...] = ()) -> None:
+    def accept(self, request: EngineCoreRequest, blocks: tuple[int, ...] = (), terms: Terms = PLAIN) -> None:
         """A new request of a user."""
         why = bound_by(request, self._v2) or self.stays
         journey = self._set_out(request, why is None)
         params = request.sampling_params
         most = (params.max_tokens if params is not None else 1) or 1
-        lengths = journey.prompt_tokens, most
-        self.tell(Arrived(journey.last_at, journey.id, *lengths, why is None, why, blocks))
+        words = why is None, why, blocks, terms.slo, terms.slo_class
+        self.tell(Arrived(journey.last_at, journey.id, journey.prompt_tokens, most, *words))
 
     def _set_out(self, request: EngineCoreRequest, movable: bool) -> Journey:
         length = len(request.prompt_token_ids or ())

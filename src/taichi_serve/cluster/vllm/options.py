@@ -1,0 +1,109 @@
+"""The flags of `taichi serve` that `vllm serve` does not have."""
+
+from __future__ import annotations
+
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from taichi_serve.latency.shipped import measured_names
+from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES, SERVE
+from taichi_serve.sliders import MODES, OFF
+
+# Our flags with one value each: name, type, default, meaning.
+FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None, str], ...] = (
+    ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
+    ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
+    ("p-chunk", int, 1024, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
+    ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
+    ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
+    ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
+    ("ttft-margin", float, 0.5, "an instance is feasible up to this share of the TTFT SLO, as predicted"),
+    (
+        "tpot-margin",
+        float,
+        0.8,
+        "prompts avoid a D-heavy instance above this share of the TPOT SLO, as predicted",
+    ),
+    ("watermark", float, 0.95, "share of a D-heavy instance's KV memory above which requests are degraded"),
+    ("alpha", float, 0.96, "share of the TPOT SLO at which a degraded request flows back"),
+    (
+        "move-timeout",
+        float,
+        10.0,
+        "seconds a move may wait for KV before it is given up, or the KV recomputed",
+    ),
+    (
+        "stall-timeout",
+        float,
+        120.0,
+        "seconds an instance may be silent before it counts as lost; after 6 it gets no more work",
+    ),
+    (
+        "restarts",
+        int,
+        10,
+        "how often in an hour a lost instance is started again before it stays out; 0: never",
+    ),
+    (
+        "slo-classes",
+        str,
+        None,
+        "classes of requests with SLOs of their own: a YAML or JSON file, or a JSON object",
+    ),
+    ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
+    (
+        "profile",
+        str,
+        None,
+        "what predictions start from instead of learning: a file of `taichi profile`, or a shipped one of "
+        "these: " + (", ".join(measured_names()) or "none yet"),
+    ),
+)
+# And those that are said or not.
+SWITCHES = (
+    ("slo-response-headers", "say in each answer's headers by which SLO, and as which class, it is judged"),
+    ("metrics-without-key", "let /metrics be read without the key of --api-key, for scrapers that have none"),
+)
+LATE = (
+    "what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or the longest "
+    "before it is best effort, or it is turned away with a 503 (default: serve)"
+)
+
+
+def add_options(serve: FlexibleArgumentParser) -> None:
+    """Give vLLM's parser of `serve` a group of our own."""
+    group = serve.add_argument_group("TaiChi", "Sliders, SLOs and policy of TaiChi")
+    # vLLM has a --watermark too (a share of blocks to keep free, for another purpose): ours replaces it.
+    group.conflict_handler = "resolve"
+    for name, kind, default, text in FLAGS:
+        dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
+        explained = f"{text} (default: {default})"
+        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=explained)
+    group.add_argument(
+        "--kv-over",
+        choices=("auto", "nixl"),
+        default="auto",
+        help="how KV moves between instances: directly where they share a host and it lets them, or always "
+        "over NIXL (default: auto)",
+    )
+    group.add_argument(
+        "--prefixes",
+        choices=PREFIXES,
+        default=FETCH,
+        help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
+        "prefixes fetched from one instance to another, too (default: fetch)",
+    )
+    group.add_argument("--overload", choices=OVERLOAD, default=SERVE, help=LATE)
+    group.add_argument(
+        "--autotune",
+        choices=MODES,
+        default=OFF,
+        help="whether the server moves its sliders and margins by what it sees, or says where it would move "
+        "them (default: off)",
+    )
+    for name, text in SWITCHES:
+        group.add_argument(f"--{name}", action="store_true", help=text)
+    group.add_argument(
+        "--devices",
+        help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
+        "tensor-parallel size each; on CPU the cores are divided evenly)",
+    )
