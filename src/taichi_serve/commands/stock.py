@@ -15,7 +15,7 @@ ENTRY = "vllm.entrypoints.launchers.api_server.entry"  # its console script does
 OURS = (
     *("p-heavy", "d-heavy", "p-chunk", "d-chunk", "ttft-slo", "tpot-slo", "ttft-margin", "tpot-margin"),
     *("watermark", "alpha", "move-timeout", "stall-timeout", "restarts", "event-log", "profile", "kv-over"),
-    *("prefixes", "devices", "autotune", "overload"),
+    *("prefixes", "devices", "autotune", "overload", "slo-classes"),
 )
 SWITCHES = ("metrics-without-key", "slo-response-headers")
 KV_SPACE, BINDING = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"
