@@ -90,3 +90,22 @@ def test_from_a_chunk_that_is_far_off_those_that_fit_the_tpot_slo_are_tried() ->
     # room for 390 tokens in 50 ms, and for 315 in 42.5 ms.
     chunks = {one.sliders.d_chunk for one in far(question(0.05, Setting(Sliders(1, 1, 2048, 16), 0.5, 0.8)))}
     assert {304, 384} <= chunks
+
+
+def test_an_instance_by_itself_finds_a_chunk_that_is_far_off() -> None:
+    # Every 4 s two prompts, 0.3 s apart: the 224 ms of steps with the second make each of 50 tokens of the
+    # first 4.5 ms later. A step with 32 prompt tokens takes 13.2 ms.
+    past = Past(tuple(Call(4.0 * (n // 2) + 0.3 * (n % 2), 2000, 50) for n in range(60)), 120.0)
+    now = Setting(Sliders(0, 1, 2048, 1024), 0.5, 10.0)
+    found = propose(Question(PLANT, past, SLO(4.0, 0.0135), Policy(), now, 2.0))
+    assert found.now.good < 0.9
+    assert found.then.held
+    assert (found.setting.sliders.instances, found.setting.sliders.p_chunk) == (1, 2048)
+    assert 16 <= found.setting.sliders.d_chunk <= 64
+
+
+def test_from_instances_that_are_all_alike_others_that_are_alike_are_tried() -> None:
+    now = Setting(Sliders(0, 2, 2048, 1024), 0.5, 10.0)
+    alike = {one.sliders.d_chunk for one in far(question(tpot=0.018, now=now)) if one.sliders.p_heavy == 0}
+    # Beside 1.8 decodes 51 tokens take 85 % of 18 ms, and 78 all of it.
+    assert {48, 64, 256, 512} <= alike

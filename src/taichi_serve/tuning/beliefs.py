@@ -9,7 +9,7 @@ from taichi_serve.latency.fit import Sample
 from taichi_serve.latency.model import Batch, Roofline
 from taichi_serve.latency.predict import Average, Learned, Predictor
 from taichi_serve.latency.profile import Transfer
-from taichi_serve.latency.profiled import Profiled, bounded
+from taichi_serve.latency.profiled import UNMEASURED, Profiled, bounded
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.rehearsal import Limits, Plant
@@ -45,7 +45,7 @@ class Beliefs:
             for seen in predictor.seen.values():
                 mixed.add(seen.mixed.above, seen.mixed.below, 1.0)
                 plain.add(seen.plain.above, seen.plain.below, 1.0)
-            transfers = tuple(predictor.transfers.values())
+            transfers = tuple(predictor.transfers.values()) or (UNMEASURED,)
             return self._made(
                 predictor.model, (), bounded(mixed.value(1.0)), bounded(plain.value(1.0)), transfers
             )

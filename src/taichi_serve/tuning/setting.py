@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.sliders import Sliders
 
 UNIT = 16  # chunks are multiples of so many tokens: a block of KV
+
+
+def largest(seconds: Callable[[int], float], limit: float, most: int) -> int:
+    """The largest chunk, of at most `most` tokens, with which a step takes at most `limit` seconds; 0 where
+    none does."""
+    low, high = 0, most // UNIT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if seconds(middle * UNIT) <= limit else (low, middle - 1)
+    return low * UNIT
 
 
 @dataclass(frozen=True, slots=True)
