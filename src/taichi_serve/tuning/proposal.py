@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.sliders import Sliders
+from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 from taichi_serve.tuning.rehearsal import Past, Plant, Standing, rehearse
 from taichi_serve.tuning.setting import UNIT, Setting, largest
@@ -173,9 +173,10 @@ def fitting(asked: Question, d_heavy: int) -> Iterator[int]:
     output = sum(call.output_tokens for call in calls) / len(calls)
     decodes = min(asked.past.rate * output * tpot / d_heavy, float(asked.plant.limits.max_running))
     context = decodes * (prompt + output / 2)
+    truth = asked.plant.kind(Kind.D_HEAVY)
 
     def seconds(chunk: int) -> float:
-        return asked.plant.of(chunk, chunk * prompt / 2, decodes, context)
+        return truth.of(chunk, chunk * prompt / 2, decodes, context)
 
     for share in FILLED:
         yield largest(seconds, share * tpot, asked.plant.limits.max_chunk)

@@ -206,7 +206,7 @@ class Tuner:
     def _ask(self, now: float, adviser: Adviser) -> None:
         seen = list(islice(self.watch.since(max(self._cut, now - REMEMBERED)), AT_MOST))
         seen.reverse()
-        plant = self.beliefs.plant()
+        plant = self.beliefs.plant({i.name: i.kind for i in self.core.instances.values()})
         if plant is None or len(seen) < FIRST_REQUESTS or now - seen[0].at < FIRST:
             return
         past = past_of(seen, now, plant.limit, self._made)
