@@ -70,9 +70,9 @@ def add_options(serve: FlexibleArgumentParser) -> None:
     group.conflict_handler = "resolve"
     for name, kind, default, text in FLAGS:
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
-        usual = f"{DEFAULTS[dest]}{CHOSEN}" if dest in DEFAULTS else f"{default}"
-        explained = f"{text} (default: {usual})"
-        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=explained)
+        usual = f"{DEFAULTS[dest]}{CHOSEN}" if dest in DEFAULTS else default
+        said = f"{text} (default: {usual})"
+        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=said)
     group.add_argument(
         "--kv-over",
         choices=("auto", "nixl"),
@@ -91,8 +91,7 @@ def add_options(serve: FlexibleArgumentParser) -> None:
         "--autotune",
         choices=MODES,
         default=None,
-        help="whether the server moves its sliders and margins by what it sees, or says where it would move "
-        "them (default: off; on where no slider is given)",
+        help="move sliders and margins by what is seen, or suggest it (default: off; on without a slider)",
     )
     group.add_argument(
         "--slo-response-headers",
