@@ -846,6 +846,47 @@ def test_configuration_says_what_a_profile_records() -> None:
     assert callable(current_platform.get_device_name)
 
 
+# ------------------------------------------------------ model.py, starting.py: what a start is chosen from
+
+
+def test_a_model_says_what_it_is_before_any_engine_is_made() -> None:
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert names(AsyncEngineArgs.create_model_config) == []
+    said = {field.name for field in fields(ModelConfig)}
+    assert {"model", "model_weights", "revision", "hf_text_config", "dtype", "quantization"} <= said
+    for name in ("is_moe", "use_mla", "is_hybrid", "is_attention_free"):
+        assert isinstance(inspect.getattr_static(ModelConfig, name), property), name
+    assert not mentions(ModelConfig, "self.model_arch_config", "total_num_kv_heads")
+
+
+def test_the_heads_of_safetensors_files_are_read_by_name_without_the_weights() -> None:
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    from taichi_serve.tiny import cached_tiny_model
+
+    assert names(get_safetensors_params_metadata) == ["model", "revision"]
+    tensors = get_safetensors_params_metadata(str(cached_tiny_model()))
+    assert tensors
+    own = tensors.pop("__metadata__", {})
+    assert "data_offsets" not in own
+    assert all({"dtype", "data_offsets"} <= set(tensor) for tensor in tensors.values())
+
+
+def test_a_platform_counts_its_devices_and_their_memory() -> None:
+    from importlib.util import find_spec
+
+    from vllm.platforms.interface import Platform
+
+    assert names(Platform.get_device_total_memory)[-1] == "device_id"
+    assert names(Platform.get_device_name)[-1] == "device_id"
+    for name in ("cuda", "rocm", "xpu"):  # not imported: they look for devices
+        found = find_spec(f"vllm.platforms.{name}")
+        assert found is not None and found.origin is not None
+        assert "def device_count(cls) -> int:" in Path(found.origin).read_text(), name
+
+
 # --------------------------------------------------------------------- exact.py: what a request can ask for
 
 

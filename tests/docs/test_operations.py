@@ -21,6 +21,7 @@ def table(heading: str) -> dict[str, list[str]]:
 
 def test_every_flag_is_in_the_table_with_its_default() -> None:
     from taichi_serve.cluster.vllm.args import make_parser
+    from taichi_serve.cluster.vllm.unsaid import DEFAULTS
 
     serve = make_parser()._subparsers._group_actions[0].choices["serve"]
     group = next(group for group in serve._action_groups if group.title == "TaiChi")
@@ -30,6 +31,8 @@ def test_every_flag_is_in_the_table_with_its_default() -> None:
     for flag, default in flags.items():
         if default is not None:
             assert rows[flag][1] == str(default), flag
+    for name, usual in DEFAULTS.items():
+        assert rows[f"--{name.replace('_', '-')}"][1].startswith(f"{usual}; "), name
 
 
 def test_every_refused_flag_is_named() -> None:

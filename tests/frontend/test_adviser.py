@@ -21,7 +21,7 @@ from taichi_serve.tuning.setting import Setting
 
 LINKS = tuple(Transfer(a, b, 0.005, 1e10) for a in Kind for b in Kind)
 PLANT = Plant(
-    Roofline(launch=0.01, token=1e-4), (), 1.0, 1.0, Limits(100_000, 64, 8192, 2048, 16, 1000), LINKS
+    Roofline(launch=0.01, token=1e-4), (), 1.0, 1.0, 1.0, Limits(100_000, 64, 8192, 2048, 16, 1000), LINKS
 )
 PAST = Past(tuple(Call(n * 1.0, 100, 5) for n in range(20)), 20.0)
 # One instance alone, and an SLO that nothing meets: every rehearsal is short.

@@ -31,7 +31,7 @@ async def ended(monkeypatch: pytest.MonkeyPatch, closing: bool, scheduler: Excep
     system = SimpleNamespace(ending=ending, fail=ending.fail, llm=SimpleNamespace(closing=closing))
 
     @contextlib.asynccontextmanager
-    async def running(args: Any, argv: list[str]) -> AsyncIterator[Any]:
+    async def running(args: Any, argv: list[str], start: Any) -> AsyncIterator[Any]:
         yield system
 
     async def serve_http(*args: Any) -> None:

@@ -41,7 +41,7 @@ CASES = {
     ),
     "an SLO that is no time": Failing(("--ttft-slo", "0"), 2, ("ttft",)),
     "a flag of vLLM that contradicts us": Failing(
-        ("--data-parallel-size", "2"), 2, ("--data-parallel-size", "--p-heavy")
+        ("--data-parallel-size", "2", "--d-heavy", "3"), 2, ("--data-parallel-size 2", "--d-heavy 3")
     ),
     "the profile is torn": Failing(("--profile", "{torn}"), 2, ("{torn}", "not JSON")),
     "the profile is of another model": Failing(

@@ -43,6 +43,7 @@ from taichi_serve.frontend.ending import STOP_SECONDS, Ending, no_longer_than
 from taichi_serve.frontend.glances import feed_of
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
+from taichi_serve.frontend.starting import begun, promised
 from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.frontend.viewers import Viewers
 from taichi_serve.latency.identity import differences, refusal
@@ -51,7 +52,9 @@ from taichi_serve.latency.profile import ProfileError
 from taichi_serve.latency.profiled import Profiled
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import OFF, ON
+from taichi_serve.slo import SLO
 from taichi_serve.tuning.rehearsal import Limits
+from taichi_serve.tuning.start import Start
 from taichi_serve.tuning.tuner import Tuner
 
 log = logging.getLogger("taichi")
@@ -97,17 +100,20 @@ def say(text: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(args: argparse.Namespace, argv: list[str]) -> AsyncIterator[System]:
+async def running(
+    args: argparse.Namespace, argv: list[str], start: Start | None = None
+) -> AsyncIterator[System]:
     """The whole system below the HTTP server; on leaving, no process and no socket of it is left."""
     with scratch(say) as here:
         config = flags.engine_config(argv, here.path.name)
-        predictor = _predictor(args, config)  # before the engines: what cannot be used is said at once
+        predictor = _predictor(args, config, start)  # first: what cannot be used is said at once
         outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         async with fleet(args, argv, config, here, outputs.put_nowait, say) as instances:
             await measure(instances.cluster)
+            slo = await promised(args, start, instances.cluster, say)
             for engine in instances.cluster.engines:
                 engine.client.tell(Call.SETTLE)
-            yield _system(args, instances, predictor, outputs)
+            yield _system(args, instances, predictor, outputs, slo)
 
 
 def _system(
@@ -115,6 +121,7 @@ def _system(
     instances: Fleet,
     predictor: Predictor,
     outputs: asyncio.Queue[EngineCoreOutputs],
+    slo: SLO,
 ) -> System:
     cluster, keeper = instances.cluster, instances.keeper
     capacities = {engine.name: engine.kv_capacity for engine in cluster.engines}
@@ -122,9 +129,7 @@ def _system(
     policy = flags.policy(args)
     if cluster.stays is not None:  # KV that cannot move cannot be fetched
         policy = replace(policy, fetch=False)
-    scheduler = GlobalScheduler(
-        flags.sliders(args), flags.slo(args), predictor, policy, capacities, block_size
-    )
+    scheduler = GlobalScheduler(flags.sliders(args), slo, predictor, policy, capacities, block_size)
     config = cluster.engines[0].client.vllm_config
     written = _event_log(args.event_log)
     trouble, ending = Trouble(say), Ending()
@@ -175,11 +180,13 @@ def _drive_ended(system: System, task: asyncio.Task[None]) -> None:
         system.fail(f"the scheduler failed: {task.exception()!r}")
 
 
-def _predictor(args: argparse.Namespace, config: VllmConfig) -> Predictor:
-    """What the policies believe at first: a profile that fits these engines, or a default that learns."""
+def _predictor(args: argparse.Namespace, config: VllmConfig, start: Start | None) -> Predictor:
+    """What the policies believe at first: a profile that fits these engines, what the start was chosen by, or
+    a default that learns."""
     profile = flags.profile(args)
     if profile is None:
-        return Learned()
+        known = start.known if start else None
+        return known.predictor(bytes_per_token(config)) if known else Learned()
     engine = identity(config, args.model)
     if why := refusal(profile, engine):
         raise ProfileError(f"{args.profile}: {why}")
@@ -188,7 +195,7 @@ def _predictor(args: argparse.Namespace, config: VllmConfig) -> Predictor:
     return Profiled.of(profile)
 
 
-async def serve(args: argparse.Namespace, argv: list[str]) -> int:
+async def serve(args: argparse.Namespace, argv: list[str], start: Start | None = None) -> int:
     """Serve until a signal; the exit status."""
     loop = asyncio.get_running_loop()
     this = asyncio.current_task()
@@ -204,7 +211,7 @@ async def serve(args: argparse.Namespace, argv: list[str]) -> int:
         return 1
     with sock:
         try:
-            async with running(args, argv) as system:
+            async with running(args, argv, start) as system:
                 await _serve_http(system, args, listen_address, sock)
         except StartError as wrong:
             say(str(wrong))
@@ -272,7 +279,8 @@ def main(argv: list[str]) -> int:
     args = flags.parse(argv)
     try:
         precheck(args)
-        return int(uvloop.run(serve(args, argv)))
+        args, argv, start = begun(args, argv, say)
+        return int(uvloop.run(serve(args, argv, start)))
     except KeyboardInterrupt:
         return 130
     except ProfileError as wrong:

@@ -13,6 +13,7 @@ small kernels, no tiles and no waiting in all-reduces. Measure before you trust 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,18 @@ DEVICES = {
         Device("H200", 989e12, 4.8e12, 141e9, 450e9),
     )
 }
+# Parts of these, and slower siblings with the same name in theirs.
+OTHERS = frozenset({"PCIE", "NVL", "MIG"})
+ALIKE = 0.1  # that memory may differ by: a data sheet counts it otherwise than a driver
+
+
+def described(name: str, memory: float) -> Device | None:
+    """The device above that goes by this name and has about so many bytes of memory, if any."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if words & OTHERS:
+        return None
+    known = (device for device in DEVICES.values() if device.name in words)
+    return next((device for device in known if abs(memory / device.memory - 1) <= ALIKE), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +102,15 @@ def read_config(path: Path) -> Shape:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: top level: expected an object")
+    return shape_of(config, path.parent.name, path)
+
+
+def shape_of(config: Mapping[str, Any], name: str, path: Path) -> Shape:
+    """The shape that such a config says; raises ValueError naming `path` and the field."""
     heads = _whole(path, config, "num_attention_heads")
     hidden = _whole(path, config, "hidden_size")
     return Shape(
-        name=str(config.get("_name_or_path") or path.parent.name),
+        name=str(config.get("_name_or_path") or name),
         layers=_whole(path, config, "num_hidden_layers"),
         hidden=hidden,
         intermediate=_whole(path, config, "intermediate_size"),

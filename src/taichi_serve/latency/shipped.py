@@ -63,7 +63,7 @@ class Machine:
         truth."""
         if isinstance(self.truth, Roofline):
             return self.truth
-        return _belief(self.truth, self.kv_capacity)
+        return believed(self.truth, self.kv_capacity)
 
     def scaled(self, by: float) -> StepCurve:
         """The truth, slower or faster than the belief."""
@@ -176,7 +176,8 @@ def _described(path: Path, device: str, tensor_parallel: int) -> Machine:
 
 
 @cache
-def _belief(truth: StepCurve, capacity: int) -> Roofline:
+def believed(truth: StepCurve, capacity: int) -> Roofline:
+    """What a predictor that was fitted to these steps would think, with KV of up to `capacity` tokens."""
     samples = []
     for decodes in (0, 1, 16, 64, 128):
         for prompt in (0, 128, 256, 512, 1024, 2048, 4096):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.fit import Sample
-from taichi_serve.latency.model import Batch, Roofline
+from taichi_serve.latency.model import Batch
 from taichi_serve.latency.predict import Average, Learned, Predictor
 from taichi_serve.latency.profile import Transfer
-from taichi_serve.latency.profiled import Profiled, bounded
+from taichi_serve.latency.profiled import UNMEASURED, Profiled, bounded
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.rehearsal import Limits, Plant
@@ -37,31 +38,29 @@ class Beliefs:
         batch = Batch(step.prefill_tokens, pairs, step.decodes, instance.context_tokens)
         (self._mixed if step.prefill_tokens else self._plain).append(Sample(batch, step.seconds))
 
-    def plant(self) -> Plant | None:
-        """The instances for a rehearsal; None while too little is known."""
+    def plant(self, kinds: Mapping[str, Kind]) -> Plant | None:
+        """The instances for a rehearsal; None while too little is known. `kinds` says what each is now."""
         predictor = self.predictor
         if isinstance(predictor, Profiled):
-            mixed, plain = Average(), Average()
-            for seen in predictor.seen.values():
-                mixed.add(seen.mixed.above, seen.mixed.below, 1.0)
-                plain.add(seen.plain.above, seen.plain.below, 1.0)
-            transfers = tuple(predictor.transfers.values())
-            return self._made(
-                predictor.model, (), bounded(mixed.value(1.0)), bounded(plain.value(1.0)), transfers
-            )
+            return self._corrected(predictor, kinds)
         if min(len(self._mixed), len(self._plain)) < ENOUGH:
             return None
-        return self._made(None, (*self._mixed, *self._plain), 1.0, 1.0, self._links(predictor))
+        steps = (*self._mixed, *self._plain)
+        return Plant(None, steps, 1.0, 1.0, 1.0, self.limits, self._links(predictor))
 
-    def _made(
-        self,
-        model: Roofline | None,
-        steps: tuple[Sample, ...],
-        mixed: float,
-        plain: float,
-        transfers: tuple[Transfer, ...],
-    ) -> Plant:
-        return Plant(model, steps, mixed, plain, self.limits, transfers)
+    def _corrected(self, predictor: Profiled, kinds: Mapping[str, Kind]) -> Plant:
+        """By what steps with prompt tokens took of either kind, and all others of both: a model of few terms
+        that is right for small chunks may be wrong for large ones, and R_PD is chosen by the difference."""
+        mixed = {kind: Average() for kind in Kind}
+        all_mixed, plain = Average(), Average()
+        for name, seen in predictor.seen.items():
+            for average in (mixed[kinds[name]], all_mixed):
+                average.add(seen.mixed.above, seen.mixed.below, 1.0)
+            plain.add(seen.plain.above, seen.plain.below, 1.0)
+        usual = all_mixed.value(1.0)  # what is believed of a kind that computed no prompts
+        p_mixed, d_mixed = (bounded(mixed[kind].value(usual)) for kind in (Kind.P_HEAVY, Kind.D_HEAVY))
+        transfers = tuple(predictor.transfers.values()) or (UNMEASURED,)
+        return Plant(predictor.model, (), p_mixed, d_mixed, bounded(plain.value(1.0)), self.limits, transfers)
 
     def _links(self, predictor: Predictor) -> tuple[Transfer, ...]:
         """As fast as moves were: all of a gap counts as latency."""

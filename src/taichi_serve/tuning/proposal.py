@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.sliders import Sliders
+from taichi_serve.sliders import Kind, Sliders
 from taichi_serve.slo import SLO
 from taichi_serve.tuning.rehearsal import Past, Plant, Standing, rehearse
-from taichi_serve.tuning.setting import UNIT, Setting
+from taichi_serve.tuning.setting import UNIT, Setting, largest
 
 TTFT_MARGINS = (0.3, 0.5, 0.75, 1.0)
 TPOT_MARGINS = (0.65, 0.8, 1.0)
@@ -153,8 +153,11 @@ def far(asked: Question) -> Iterator[Setting]:
         split = now.with_p_heavy(count, most)
         yield from (split.with_d_chunk(chunk, most) for chunk in fitting(asked, instances - count))
         yield from _chunks(split, most, (1.0, 0.67) if count != p_heavy else (0.5, 0.75, 1.5, 2.0))
-    if p_heavy in (1, 2):
-        for chunk in (chunk for chunk in ALIKE if chunk <= most):
+    if p_heavy <= 2:
+        more = (
+            () if p_heavy else fitting(asked, instances)
+        )  # all are alike: what suits them may be far as well
+        for chunk in (chunk for chunk in (*more, *ALIKE) if UNIT <= chunk <= most):
             yield Setting(Sliders(0, instances, now.sliders.p_chunk, chunk), 1.0, now.tpot_margin)
     yield from _margins(now)
     if p_heavy:
@@ -170,14 +173,13 @@ def fitting(asked: Question, d_heavy: int) -> Iterator[int]:
     output = sum(call.output_tokens for call in calls) / len(calls)
     decodes = min(asked.past.rate * output * tpot / d_heavy, float(asked.plant.limits.max_running))
     context = decodes * (prompt + output / 2)
+    truth = asked.plant.kind(Kind.D_HEAVY)
+
+    def seconds(chunk: int) -> float:
+        return truth.of(chunk, chunk * prompt / 2, decodes, context)
+
     for share in FILLED:
-        low, high = 0, asked.plant.limits.max_chunk // UNIT
-        while low < high:  # the largest that still fits
-            middle = (low + high + 1) // 2
-            chunk = middle * UNIT
-            fits = asked.plant.of(chunk, chunk * prompt / 2, decodes, context) <= share * tpot
-            low, high = (middle, high) if fits else (low, middle - 1)
-        yield low * UNIT
+        yield largest(seconds, share * tpot, asked.plant.limits.max_chunk)
 
 
 def near(now: Setting, most: int) -> Iterator[Setting]:

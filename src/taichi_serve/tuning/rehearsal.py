@@ -17,6 +17,7 @@ from taichi_serve.latency.profiled import Profiled
 from taichi_serve.messages import Arrived, Command, Event, Finished, Prefilled
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO, tpot
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.watch import SHARE, percentile
@@ -71,23 +72,38 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Corrected:
+    """What a model says of steps, times `mixed` with prompt tokens in them and times `plain` without."""
+
+    model: Roofline
+    mixed: float
+    plain: float
+
+    def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
+        """Seconds of a step with this work."""
+        seconds = self.model.of(prefill_tokens, attention, decodes, kv_tokens)
+        return seconds * (self.mixed if prefill_tokens else self.plain)
+
+
+@dataclass(frozen=True, slots=True)
 class Plant:
-    """The instances, all alike: `model` says what steps take, times `mixed` with prompt tokens in them and
-    times `plain` without, as was observed; how KV moves between two of them.
-    Where there is no model it is to be fitted to `steps`."""
+    """The instances, all alike: `model` says what steps take, with prompt tokens in them times `p_mixed` on
+    a P-heavy and `d_mixed` on a D-heavy one, without times `plain`, as was observed; how KV moves between
+    two of them. Where there is no model it is to be fitted to `steps`."""
 
     model: Roofline | None
     steps: tuple[Sample, ...]
-    mixed: float
+    p_mixed: float
+    d_mixed: float
     plain: float
     limits: Limits
     transfers: tuple[Transfer, ...]
 
-    def of(self, prefill_tokens: float, attention: float, decodes: float, kv_tokens: float) -> float:
-        """Seconds of a step with this work: the truth of a rehearsal."""
+    def kind(self, kind: Kind) -> Corrected:
+        """Step times of one kind of instance: the truth of a rehearsal."""
         assert self.model is not None, "it is fitted before anything is rehearsed"
-        seconds = self.model.of(prefill_tokens, attention, decodes, kv_tokens)
-        return seconds * (self.mixed if prefill_tokens else self.plain)
+        mixed = self.p_mixed if kind is Kind.P_HEAVY else self.d_mixed
+        return Corrected(self.model, mixed, self.plain)
 
     def fitted(self) -> Plant:
         """The same with a model. Raises ValueError where there are too few steps for one."""
@@ -182,9 +198,10 @@ def rehearse(
 ) -> Standing:
     """Play `count` of the past requests again at `load` times their rate, under this setting."""
     sliders, link = setting.sliders, plant.transfers[0]
+    truths = {kind: plant.kind(kind) for kind in Kind}
     cluster = SimulatedCluster(
         sliders,
-        [plant],
+        [truths[kind] for kind in sliders.kinds()],
         EngineShape(plant.limits.kv_capacity, plant.limits.max_running, plant.limits.block_size),
         Link(plant.limits.bytes_per_token, link.bytes_per_second, link.latency),
         past.again(load, count),

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.sliders import Sliders
 
 UNIT = 16  # chunks are multiples of so many tokens: a block of KV
+
+
+def largest(seconds: Callable[[int], float], limit: float, most: int) -> int:
+    """The largest chunk, of at most `most` tokens, with which a step takes at most `limit` seconds; 0 where
+    none does."""
+    low, high = 0, most // UNIT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if seconds(middle * UNIT) <= limit else (low, middle - 1)
+    return low * UNIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,17 @@ class Setting:
         s = self.sliders
         p_chunk = s.p_chunk if s.p_chunk >= max(1, s.d_chunk) else most
         return replace(self, sliders=Sliders(count, s.instances - count, p_chunk, s.d_chunk))
+
+    def towards(self, target: Setting, most: int) -> Setting:
+        """The target, or where its R_PD is more than one instance away: all of it with R_PD one instance from
+        here, and S_D as far on its way. Where more instances decode each has fewer decodes, so that a larger
+        chunk fits beside them, and where fewer are P-heavy it is needed."""
+        count, chunk = self.sliders.p_heavy, self.sliders.d_chunk
+        turns = target.sliders.p_heavy - count
+        if abs(turns) <= 1:
+            return target
+        split = target.with_p_heavy(count + (1 if turns > 0 else -1), most)
+        return split.with_d_chunk(chunk + (target.sliders.d_chunk - chunk) / abs(turns), most)
 
     def difference(self, other: Setting) -> str:
         """What `other` has otherwise, in the names of the paper: "S_D 256 -> 192, 4P4D -> 5P3D"."""

@@ -180,7 +180,9 @@ class Tuner:
         if proposal is not None:
             self.proposal, self._open = proposal, False
             self._rest_until = now + REST * self.adviser.took
-        if proposal is not None and self._asked_of == self.now:  # else it is an answer to another question
+        if proposal is not None and self._asked_of != self.now:  # an answer to a question of the past
+            self._ask_anew(now)
+        elif proposal is not None:
             better = proposal.setting != self.now and not self._too_little(proposal)
             self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
             if not better and self._steady:
@@ -206,7 +208,7 @@ class Tuner:
     def _ask(self, now: float, adviser: Adviser) -> None:
         seen = list(islice(self.watch.since(max(self._cut, now - REMEMBERED)), AT_MOST))
         seen.reverse()
-        plant = self.beliefs.plant()
+        plant = self.beliefs.plant({i.name: i.kind for i in self.core.instances.values()})
         if plant is None or len(seen) < FIRST_REQUESTS or now - seen[0].at < FIRST:
             return
         past = past_of(seen, now, plant.limit, self._made)
@@ -224,12 +226,10 @@ class Tuner:
         if now - self._chunk_at < (STEADY if self._steady else HURRY):
             return None
         there, self._nudged = target, None
-        wanted, count = target.sliders.p_heavy, here.sliders.p_heavy
-        if wanted != count:
+        if target.sliders.p_heavy != here.sliders.p_heavy:
             if now - self._kind_at < (KIND_STEADY if self._steady else KIND_HURRY):
                 return None
-            most = self.beliefs.limits.max_chunk
-            there = target.with_p_heavy(count + (1 if wanted > count else -1), most)
+            there = here.towards(target, self.beliefs.limits.max_chunk)
         if there == target:
             self._target = None
         why = self.proposal.why if self.proposal else ""
@@ -243,6 +243,8 @@ class Tuner:
             return None
         if now - self._since < SETTLED + self.core.slo.ttft:
             return None
+        if self._steady and self.adviser is not None and self.proposal is None:
+            return None  # nothing is urgent, and a cluster that was empty shows too little TTFT
         found = nudge(self.view, self.pace, self.now, self.beliefs.limits.max_chunk)
         if found is None:
             return None

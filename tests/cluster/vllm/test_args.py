@@ -175,7 +175,7 @@ def test_without_a_profile_nothing_is_loaded() -> None:
         ("--tpot-slo -1", "tpot"),
         ("--watermark 0.01", "vLLM's own flag of that name"),
         ("--alpha nan", "alpha must be a positive number"),
-        ("--data-parallel-size 2", "use --p-heavy and --d-heavy"),
+        ("--data-parallel-rank 1", "use --data-parallel-size, or --p-heavy and --d-heavy"),
         ("--pipeline-parallel-size 2", "use --tensor-parallel-size"),
         ("--kv-over pigeon", "--kv-over"),
         ("--profile /nowhere/p.json", "/nowhere/p.json: cannot be read"),

@@ -115,8 +115,8 @@ def test_saying_how_things_are_anyway_is_no_harm(words: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "-dp 2",
-        "--data_parallel_size=2",
+        "-dpl 2",
+        "--data_parallel_rank=1",
         "--speculative-config.method ngram",
         "--kv-events-config.enable_kv_cache_events true",
         "-sc {}",

@@ -20,12 +20,14 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.classes import Classes, read_classes
+from taichi_serve.cluster.vllm import unsaid
 from taichi_serve.cluster.vllm.edges import edges
 from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, given, one_line, one_line_given
 from taichi_serve.cluster.vllm.options import FLAGS, add_options
 from taichi_serve.cluster.vllm.patience import Patience
 from taichi_serve.cluster.vllm.refused import refusal
 from taichi_serve.cluster.vllm.transfer import host_bytes, transfer_config
+from taichi_serve.cluster.vllm.unsaid import complete
 from taichi_serve.latency.profile import Profile
 from taichi_serve.latency.shipped import measured
 from taichi_serve.scheduling.policy import FETCH, SERVE, Policy
@@ -82,6 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(why)
     args.watermark = 0.0  # vLLM's own, which our flag displaced
     try:
+        complete(args)
         _check_keys(args)
         validate_parsed_serve_args(args)
         sliders(args)
@@ -119,10 +122,7 @@ def _with_flags(message: str) -> str:
     return re.sub(rf"(?<![\w-])({names})\b", lambda m: "--" + m[1].replace("_", "-"), message)
 
 
-def sliders(args: argparse.Namespace) -> Sliders:
-    """The sliders of a parsed command line. Without P-heavy instances their chunk has no meaning."""
-    p_chunk = args.p_chunk if args.p_heavy else max(args.d_chunk, 0)  # a wrong d_chunk is said of d_chunk
-    return Sliders(args.p_heavy, args.d_heavy, p_chunk, args.d_chunk)
+sliders = unsaid.sliders  # of a parsed command line
 
 
 def supervision(args: argparse.Namespace) -> None:
@@ -219,7 +219,7 @@ def _check(config: VllmConfig, chosen: Sliders) -> None:
         raise ValueError("it is a pooling model, and only models that generate are served")
     if not config.scheduler_config.enable_chunked_prefill:
         raise ValueError("vLLM cannot prefill this model in chunks, and instances differ in nothing else")
-    largest = max(chosen.p_chunk, chosen.d_chunk)
+    largest = max(chosen.chunk(kind) for kind in chosen.kinds())
     budget = config.scheduler_config.max_num_batched_tokens
     if largest > budget:
         raise ValueError(f"a chunk of {largest} tokens is above --max-num-batched-tokens {budget}")

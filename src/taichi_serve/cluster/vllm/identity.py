@@ -6,7 +6,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from taichi_serve.latency.identity import Identity, Setting
@@ -20,7 +20,7 @@ def identity(config: VllmConfig, model: str) -> Identity:
     directory = Path(model)
     return Identity(
         model=directory.absolute().name if directory.is_dir() else model,
-        device=_device(),
+        device=device_name(),
         bytes_per_token=bytes_per_token(config),
         versions=_versions(),
         settings=_settings(config),
@@ -29,10 +29,14 @@ def identity(config: VllmConfig, model: str) -> Identity:
 
 def bytes_per_token(config: VllmConfig) -> int:
     """Bytes of KV that one token takes on an instance, all ranks together (models with full attention)."""
-    model = config.model_config
-    item = 1 if "fp8" in str(config.cache_config.cache_dtype) else model.dtype.itemsize
-    layers = model.get_total_num_hidden_layers()
-    return 2 * layers * model.get_total_num_kv_heads() * model.get_head_size() * int(item)
+    return kv_bytes(config.model_config, str(config.cache_config.cache_dtype))
+
+
+def kv_bytes(model: ModelConfig, cache_dtype: str) -> int:
+    """The same of a model, and of the type of its KV. Latent attention has one vector for all heads."""
+    item = 1 if "fp8" in cache_dtype else int(model.dtype.itemsize)
+    vectors = 1 if model.use_mla else 2 * model.get_total_num_kv_heads()
+    return int(vectors * model.get_total_num_hidden_layers() * model.get_head_size() * item)
 
 
 def _settings(config: VllmConfig) -> dict[str, Setting]:
@@ -62,7 +66,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device() -> str:
+def device_name() -> str:
+    """Of the first device, or the processor."""
     if not current_platform.is_cpu():
         return str(current_platform.get_device_name())
     lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from taichi_serve.cluster.vllm.unsaid import DEFAULTS
 from taichi_serve.latency.shipped import measured_names
 from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES, SERVE
-from taichi_serve.sliders import MODES, OFF
+from taichi_serve.sliders import MODES
 
-# Our flags with one value each: name, type, default, meaning.
+CHOSEN = "; chosen where no slider is given"
+
+# Our flags with one value each: name, type, default (of some in unsaid.py), meaning.
 FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None, str], ...] = (
-    ("p-heavy", int, 0, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
-    ("d-heavy", int, 1, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
-    ("p-chunk", int, 1024, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
-    ("d-chunk", int, 256, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
-    ("ttft-slo", float, 4.0, "seconds to the first token that a good request may take"),
-    ("tpot-slo", float, 0.07, "seconds per output token after the first that a good request may take"),
+    ("p-heavy", int, None, "number of P-heavy instances (large chunk: fast prefill, slow decode)"),
+    ("d-heavy", int, None, "number of D-heavy instances (small chunk: slow prefill, fast decode)"),
+    ("p-chunk", int, None, "prompt tokens a P-heavy instance takes into one step, beside its decodes"),
+    ("d-chunk", int, None, "prompt tokens a D-heavy instance takes into one step; 0: no prefill there"),
+    ("ttft-slo", float, None, "seconds to the first token that a good request may take"),
+    ("tpot-slo", float, None, "seconds per output token after the first that a good request may take"),
     ("ttft-margin", float, 0.5, "an instance is feasible up to this share of the TTFT SLO, as predicted"),
     (
         "tpot-margin",
@@ -76,8 +79,9 @@ def add_options(serve: FlexibleArgumentParser) -> None:
     group.conflict_handler = "resolve"
     for name, kind, default, text in FLAGS:
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
-        explained = f"{text} (default: {default})"
-        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=explained)
+        usual = f"{DEFAULTS[dest]}{CHOSEN}" if dest in DEFAULTS else default
+        said = f"{text} (default: {usual})"
+        group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=said)
     group.add_argument(
         "--kv-over",
         choices=("auto", "nixl"),
@@ -96,9 +100,8 @@ def add_options(serve: FlexibleArgumentParser) -> None:
     group.add_argument(
         "--autotune",
         choices=MODES,
-        default=OFF,
-        help="whether the server moves its sliders and margins by what it sees, or says where it would move "
-        "them (default: off)",
+        default=None,
+        help="move sliders and margins by what is seen, or suggest it (default: off; on without a slider)",
     )
     for name, text in SWITCHES:
         group.add_argument(f"--{name}", action="store_true", help=text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-_INSTANCES = "instances are TaiChi's: use --p-heavy and --d-heavy"
+_INSTANCES = "instances are TaiChi's: use --data-parallel-size, or --p-heavy and --d-heavy"
 _ONE_HOST = "all instances of a server are on its host"
 _CONTEXT = "context parallelism is not supported: KV would be spread over ranks that a move does not know"
 _SPECULATIVE = "speculative decoding is not supported yet"
@@ -35,7 +35,6 @@ REFUSED: dict[str, str] = {
     "grpc": _FRONT,
     "grpc_port": _FRONT,
     "api_server_count": _FRONT,
-    "data_parallel_size": _INSTANCES,
     "data_parallel_rank": _INSTANCES,
     "data_parallel_start_rank": _INSTANCES,
     "data_parallel_size_local": _INSTANCES,

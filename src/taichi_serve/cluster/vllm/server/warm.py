@@ -26,6 +26,7 @@ OUTPUT = 2  # tokens
 TURNS = 2  # the first meeting of a pair goes another way than all that follow
 MEASURE = 9  # a turn of its own: other prompts than in the turns before
 SECONDS = 180.0  # that one turn may take
+DECODES, STEPS = 8, 16  # requests and output tokens of each by which a step is timed
 
 Pair = tuple[Engine, Engine]
 
@@ -120,6 +121,33 @@ async def measure(cluster: VllmCluster) -> None:
             waits.append(cluster.rehearse(request, engine.index, None))
     if waits:
         await asyncio.wait(waits, timeout=60.0)
+
+
+async def paced(cluster: VllmCluster, tokens: int) -> tuple[float, float] | None:
+    """Seconds that a prompt of so many tokens (or as many as fit) takes, and a step of some decodes: of the
+    first instance by itself. None where they were not over in time."""
+    engine = cluster.engines[0]
+    if not engine.chunk:
+        return None
+    prompt = await _lasted(cluster, [_request(engine, engine, MEASURE, tokens, OUTPUT)])
+    if prompt is None:
+        return None
+    steps = await _lasted(cluster, [_request(engine, engine, MEASURE, 0, STEPS) for _ in range(DECODES)])
+    if steps is None:
+        return None
+    step = steps / STEPS
+    return max(0.0, prompt - (OUTPUT - 1) * step), step
+
+
+async def _lasted(cluster: VllmCluster, requests: list[EngineCoreRequest]) -> float | None:
+    """Seconds until the last of these, all on the first instance, was over."""
+    began = time.monotonic()
+    waits = [cluster.rehearse(request, 0, None) for request in requests]
+    _, pending = await asyncio.wait(waits, timeout=SECONDS)
+    for request, wait in zip(requests, waits, strict=True):
+        if wait in pending:
+            cluster.abandon(request.request_id, cancelled=False)
+    return None if pending else time.monotonic() - began
 
 
 def _request(
