@@ -3,6 +3,7 @@
 import pytest
 
 from taichi_serve.request import TRANSITIONS, Request, State
+from taichi_serve.slo import SLO
 from taichi_serve.stage import STAGES, Stage, TransitionError, step
 
 
@@ -23,7 +24,7 @@ def test_a_stage_that_must_not_follow_is_an_error_with_the_name_of_the_request()
 
 
 def test_a_state_that_must_not_follow_is_an_error_with_the_name_of_the_request() -> None:
-    request = Request("a", 0.0, 10, 10, state=State.DECODING)
+    request = Request("a", 0.0, 10, 10, SLO(1.0, 0.1), state=State.DECODING)
     with pytest.raises(TransitionError, match="request a went from decoding to prefilling"):
         request.enter(State.PREFILLING)
     assert request.state is State.DECODING
