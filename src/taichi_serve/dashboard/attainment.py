@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from taichi_serve.messages import Arrived, Event, Finished, Outcome, Prefilled
-from taichi_serve.slo import SLO, tpot
+from taichi_serve.messages import Arrived, Event, Finished, Prefilled
+from taichi_serve.scheduling.verdict import judged
+from taichi_serve.slo import SLO
 
 MINUTE, TEN_MINUTES = 60, 600
 WINDOWS = {"minute": MINUTE, "ten_minutes": TEN_MINUTES}
@@ -83,25 +84,21 @@ class Attainment:
                 self._judge(event, *live)
 
     def _judge(self, event: Finished, arrived_at: float, first_at: float | None, own: SLO | None) -> None:
-        slo, left = own or self._promised(), event.outcome is Outcome.CANCELLED
-        ttft = (event.at if first_at is None else first_at) - arrived_at
-        late = ttft > slo.ttft or (first_at is None and not left)
-        if left and not late:
+        times = arrived_at, first_at, event.at
+        verdict = judged(own or self._promised(), event.outcome, *times, event.output_tokens)
+        if verdict is None:
             return
         sums = self._second(int(event.at))
         sums.requests += 1
-        sums.ttft += not late
-        if left:
+        sums.ttft += verdict.ttft
+        if verdict.tpot is None:
             return
         sums.paced += 1
-        if first_at is None or event.outcome is Outcome.FAILED:
-            return
-        pace = tpot(first_at, event.at, event.output_tokens)
-        fast = pace <= slo.tpot
-        sums.tpot += fast
-        sums.good += fast and not late
-        self.points.append(Point(event.at, ttft, pace, fast and not late))
-        self.ended += 1
+        sums.tpot += verdict.tpot
+        sums.good += verdict.good
+        if verdict.pace is not None and first_at is not None:
+            self.points.append(Point(event.at, first_at - arrived_at, verdict.pace, verdict.good))
+            self.ended += 1
 
     def _second(self, at: int) -> Sums:
         if not self._seconds or self._seconds[-1][0] < at:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from taichi_serve.latency.predict import Average
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.request import Request
-from taichi_serve.slo import tpot
+from taichi_serve.scheduling.verdict import judged
 
 RECENT = 0.99  # weight of the past at each finished request: about the last hundred count
 FREQUENT = 0.1  # backflows a request from which on the sliders are called wrong
@@ -46,21 +46,15 @@ class Attained:
     both: Kept = field(default_factory=Kept)
 
     def judge(self, request: Request, outcome: Outcome, now: float, output_tokens: int) -> None:
-        """A request is over, with so many tokens out. One that failed met its TTFT SLO at most. One whose
-        client left is not judged, unless its first token was late by then."""
-        waited = (now if request.first_at is None else request.first_at) - request.arrived_at
-        late = waited > request.slo.ttft or (request.first_at is None and outcome is not Outcome.CANCELLED)
-        if outcome is Outcome.CANCELLED:
-            if late:
-                self.ttft.add(False)
-                self.both.add(False)
+        """A request is over, with so many tokens out."""
+        times = request.arrived_at, request.first_at, now
+        verdict = judged(request.slo, outcome, *times, output_tokens)
+        if verdict is None:
             return
-        fast = outcome is Outcome.FINISHED and request.first_at is not None
-        if fast and request.first_at is not None:
-            fast = tpot(request.first_at, now, output_tokens) <= request.slo.tpot
-        self.ttft.add(not late)
-        self.tpot.add(fast)
-        self.both.add(fast and not late)
+        self.ttft.add(verdict.ttft)
+        self.both.add(verdict.good)
+        if verdict.tpot is not None:
+            self.tpot.add(verdict.tpot)
 
 
 @dataclass(slots=True)
