@@ -28,6 +28,9 @@ class SLO:
         return ttft <= self.ttft and tpot <= self.tpot
 
 
+DEFAULT = SLO(4.0, 0.07)  # where nobody says, and nobody knows better
+
+
 def tpot(first_at: float, last_at: float, output_tokens: int) -> float:
     """Seconds per output token after the first; 0.0 for a request of at most one token."""
     return (last_at - first_at) / (output_tokens - 1) if output_tokens > 1 else 0.0

@@ -15,7 +15,7 @@ from itertools import groupby
 from taichi_serve.latency.known import Known
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.sliders import ON, Sliders
-from taichi_serve.slo import SLO
+from taichi_serve.slo import DEFAULT, SLO
 from taichi_serve.tuning.setting import UNIT, largest
 
 SHARE = 4  # of so many instances one is P-heavy
@@ -34,7 +34,6 @@ PROMPT = 4096  # tokens of a long prompt
 # The paper's SLOs stand so to its models (4 s and 70 ms: 8.5 prompts, 2.7 steps of 14B on an A100).
 PROMPTS, STEPS = 8.0, 2.5
 TTFT_GRAIN, TPOT_GRAIN = 0.5, 0.005  # seconds that SLOs are rounded up to
-DEFAULT = SLO(4.0, 0.07)  # where nobody knows better
 GIVEN_WORD, DEFAULT_WORD = "given", "default"
 
 

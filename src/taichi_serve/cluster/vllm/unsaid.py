@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from taichi_serve.sliders import OFF, Sliders
+from taichi_serve.slo import DEFAULT
 
 SLIDERS = frozenset({"p_heavy", "d_heavy", "p_chunk", "d_chunk"})
 # Of a command line with a slider; without one the server chooses (tuning/start.py).
@@ -13,8 +14,8 @@ DEFAULTS: dict[str, int | float | str] = {
     "d_heavy": 1,
     "p_chunk": 1024,
     "d_chunk": 256,
-    "ttft_slo": 4.0,
-    "tpot_slo": 0.07,
+    "ttft_slo": DEFAULT.ttft,
+    "tpot_slo": DEFAULT.tpot,
     "autotune": OFF,
 }
 
