@@ -40,8 +40,6 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
         app.state.taichi = system
         promises = Promises(system.classes, lambda: system.scheduler.slo, args.slo_response_headers)
         furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after, promises)
-        if args.overload != SERVE:
-            keep_back(app)
         return app
 
     entry.build_app = build_app
@@ -75,14 +73,10 @@ def furnish(
         retry_after=retry_after,
         promises=promises,
     )
+    # Within the door: no answer begins before it is known whether its request is turned away.
+    within = [] if args.overload == SERVE else [Middleware(TurnedAway)]
     # vLLM has built the stack already, so it is built anew.
-    app.user_middleware.insert(0, door)
-    app.middleware_stack = app.build_middleware_stack()
-
-
-def keep_back(app: FastAPI) -> None:
-    """Begin no answer before it is known whether its request is turned away; within the door."""
-    app.user_middleware.insert(1, Middleware(TurnedAway))
+    app.user_middleware[:0] = [door, *within]
     app.middleware_stack = app.build_middleware_stack()
 
 
