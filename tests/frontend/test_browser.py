@@ -92,15 +92,7 @@ def test_whoever_wants_less_motion_sees_moves_without_flights(tab: Tab) -> None:
 
 
 def test_it_fits_every_width_in_light_and_dark(tab: Tab) -> None:
-    colors = set()
-    for scheme in ("light", "dark"):
-        tab.prefer(scheme)
-        colors.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-        for width in (360, 768, 1080, 1920):
-            tab.size(width, 900)
-            wide = tab.evaluate("document.documentElement.scrollWidth")
-            assert wide <= width, f"{wide} pixels in a window of {width}"
-    assert len(colors) == 2
+    tab.check_widths(360, 768, 1080, 1920)
 
 
 def test_a_question_that_is_answered_with_no_changes_nothing(tab: Tab) -> None:

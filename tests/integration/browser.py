@@ -8,7 +8,6 @@ import itertools
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,11 +107,22 @@ class Tab:
 
     def until(self, expression: str, seconds: float) -> Any:
         """Wait until an expression of the page is true, and return it."""
-        end = time.monotonic() + seconds
-        while not (value := self.evaluate(expression)):
-            assert time.monotonic() < end, f"not within {seconds:g} s: {expression}; {self.complaints}"
-            time.sleep(0.05)
-        return value
+        try:
+            return eventually(lambda: self.evaluate(expression), seconds, expression)
+        except AssertionError as late:
+            raise AssertionError(f"{late}; {self.complaints}") from None
+
+    def check_widths(self, *widths: int) -> None:
+        """In light and in dark, each in colors of its own, nothing is wider than a window of these pixels."""
+        colors = set()
+        for scheme in ("light", "dark"):
+            self.prefer(scheme)
+            colors.add(self.evaluate("getComputedStyle(document.body).backgroundColor"))
+            for width in widths:
+                self.size(width, 900)
+                wide = self.evaluate("document.documentElement.scrollWidth")
+                assert wide <= width, f"{wide} pixels in a window of {width}"
+        assert len(colors) == 2
 
     def text(self, selector: str) -> str:
         """What the first such element says."""

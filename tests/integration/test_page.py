@@ -219,15 +219,7 @@ def test_the_page_asks_for_the_key_and_keeps_it_out_of_the_url(tab: Tab, aggrega
 @needs_browser
 def test_it_fits_a_phone_and_a_wide_screen_in_light_and_dark(tab: Tab, hybrid: Server) -> None:
     live(tab, hybrid)
-    colors = set()
-    for scheme in ("light", "dark"):
-        tab.prefer(scheme)
-        colors.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-        for width in (360, 768, 1280, 1920):
-            tab.size(width, 900)
-            wide = tab.evaluate("document.documentElement.scrollWidth")
-            assert wide <= width, f"{wide} pixels in a window of {width}"
-    assert len(colors) == 2
+    tab.check_widths(360, 768, 1280, 1920)
 
 
 @needs_browser
