@@ -1132,3 +1132,19 @@ def test_histograms_of_times_take_their_edges_from_two_families() -> None:
     ):
         made = source.split(f'name="vllm:{name}"')[1]
         assert re.search(r"buckets=(\w+)", made)[1] == edges
+
+
+def test_its_settings_can_be_read_once_for_all() -> None:
+    from vllm import envs
+    from vllm.v1.metrics.stats import IterationStats
+
+    assert not mentions(IterationStats.update_from_output, "envs.VLLM_COMPUTE_NANS_IN_LOGITS")  # every token
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_COMPUTE_NANS_IN_LOGITS", raising=False)
+        envs.enable_envs_cache()
+        try:
+            patch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+            assert not envs.VLLM_COMPUTE_NANS_IN_LOGITS
+        finally:
+            envs.disable_envs_cache()
+        assert envs.VLLM_COMPUTE_NANS_IN_LOGITS

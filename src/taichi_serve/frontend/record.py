@@ -87,7 +87,8 @@ class Recorder:
     def on(self, event: Event) -> Sequence[Command]:
         """Pass the fact on, and remember it with the decisions that came of it."""
         commands = self.scheduler.on(event)
-        self._remember(event, commands)
+        if commands or type(event) is not Cached:  # which no history tells, and no counter counts
+            self._remember(event, commands)
         if self._write is not None:
             self._write(event, commands)
         if self.observers and (commands or type(event) not in OFTEN):
@@ -100,6 +101,8 @@ class Recorder:
             self.steps[event.instance] += 1
             self.prefill_tokens[event.instance] += event.prefill_tokens
             self.output_tokens[event.instance] += event.decodes
+            if not commands:
+                return
         else:
             self._count(event)
             self.attainment.on(event)

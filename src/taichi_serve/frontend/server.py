@@ -252,6 +252,7 @@ async def _announce(system: System, sock: socket.socket, address: str) -> None:
     while not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     settle()  # after vLLM's own application is built
+    envs.enable_envs_cache()  # vLLM asks for one with every token
     say(f"ready on {address} with {_summary(system)}")
 
 

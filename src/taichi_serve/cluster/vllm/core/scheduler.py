@@ -97,9 +97,10 @@ class FlowScheduler(AsyncScheduler):
         with aside(queue, not_yet(self)), only_with_a_place_for_its_adapter(self), near:
             output = self._schedule(throttle_prefills)
         if self._flight is not None:  # before it runs
-            new = (request.req_id for request in output.scheduled_new_reqs)
-            prompts = (leg for leg, tokens in output.num_scheduled_tokens.items() if tokens > 1)
-            self._flight.planned((*new, *prompts))
+            new = [request.req_id for request in output.scheduled_new_reqs]
+            if self._steps[-1].prefill_tokens:
+                new += [leg for leg, tokens in output.num_scheduled_tokens.items() if tokens > 1]
+            self._flight.planned(new)
         return output
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
