@@ -196,8 +196,7 @@ async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_t
         async with server.client() as client:
             waiting = asyncio.create_task(stream(client, PATH, WISHES[0].body()))
             await until(lambda: decoding_any(server), 60, "it decodes")
-            for name in ("i0", "i1"):
-                processes(server, name)[0].kill()
+            kill_at_once(server, "i0", "i1")
 
             async def none_lives() -> bool:
                 return not any(i["alive"] for i in server.state()["instances"])
@@ -217,8 +216,7 @@ async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_t
             last = asyncio.create_task(stream(client, PATH, WISHES[2].body()))
             await until(lambda: decoding_any(server), 60, "it decodes")
             family = server.family()
-            for name in ("i0", "i1"):
-                processes(server, name)[0].kill()
+            kill_at_once(server, "i0", "i1")
             assert not (await asyncio.wait_for(last, 60)).ok
         assert await asyncio.to_thread(server.process.wait, STOP_SECONDS) == 3
         assert "no instance is left" in server.lines()[-1] or "no instance is left" in server.lines()[-2]
@@ -226,6 +224,13 @@ async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_t
         assert not alive
     finally:
         server.end()
+
+
+def kill_at_once(server: Server, *names: str) -> None:
+    """Kill these instances so shortly one after the other that none of them gets a request of another: one
+    that began to compute it could have died of it."""
+    for victim in [processes(server, name)[0] for name in names]:
+        victim.kill()
 
 
 async def decoding_any(server: Server) -> bool:

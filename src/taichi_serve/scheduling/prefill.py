@@ -15,7 +15,7 @@ from taichi_serve.messages import Forecast
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.residency import NONE, NOTHING, Prefixes
-from taichi_serve.scheduling.room import load_after
+from taichi_serve.scheduling.room import load_after, roomiest
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
 
@@ -192,28 +192,30 @@ class _Prompt:
             return 1.0
         return 0.0 if self.stays(instance) else 2.0
 
-    def fetching(self, instance: Instance, alone: Forecast, known: Known, before: float) -> Forecast:
+    def fetching(
+        self, instance: Instance, alone: Forecast, known: Known, copied: float, before: float
+    ) -> Forecast:
         """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
 
-        It is copied while the prompt waits in the queue, and what is left of the copying delays the prompt.
-        Nothing is fetched that the cluster would give up, nor where the first token cannot be there `before`
-        so many seconds after the arrival.
+        It is `copied` while the prompt waits in the queue, and what is left of these seconds delays the
+        prompt. Nothing is fetched that the cluster would give up, nor where the first token cannot be there
+        `before` so many seconds after the arrival.
         """
-        assert known.lender is not None
-        cached, prompt, queued = alone.cached, self.request.prompt_tokens, alone.queued_prefill_tokens
-        to_come = self.waited if instance.kind is Kind.D_HEAVY else self.later
+        prompt, queued = self.request.prompt_tokens, alone.queued_prefill_tokens
+        to_come = self.to_come(instance)
         computed, within = alone.ttft - to_come, min(before - to_come, self.policy.fetch_within)
-        queue = computed * queued / (queued + prompt - cached)  # its part of that time
-        if queue > within:
-            return alone
-        copied = known.behind + self.predictor.fetch(known.lender, instance, known.lent - cached)
-        if copied >= computed or copied > within:
+        queue = computed * queued / (queued + prompt - alone.cached)  # its part of that time
+        if queue > within or copied > within:
             return alone
         after = known.overtaken.get(instance.name, ALL_BEFORE)
         ttft = max(0.0, copied - queue) + self._ttft(instance, known.lent, after)
         if ttft >= computed:
             return alone
         return self._judged(instance, ttft, known.lent, alone.fits, after.tokens)
+
+    def to_come(self, instance: Instance) -> float:
+        """Seconds that are counted beside those until the prompt is through."""
+        return self.waited if instance.kind is Kind.D_HEAVY else self.later
 
 
 def _ask_for_fetches(
@@ -228,18 +230,22 @@ def _ask_for_fetches(
     With it they have equally much of the prompt, so the order of their queues is that of their keys, and
     whoever comes behind one that is feasible need not be asked.
     """
-    could = [
-        (prompt.rank(instance), alone.queued_prefill_tokens - known.lent, number)
-        for number, (instance, alone) in enumerate(zip(instances, forecasts, strict=True))
-        if alone.fits and alone.cached < known.lent and instance is not known.lender
-    ]
+    lender, lent, within = known.lender, known.lent, prompt.policy.fetch_within
+    assert lender is not None
+    could = []
+    for number, (instance, alone) in enumerate(zip(instances, forecasts, strict=True)):
+        if alone.fits and alone.cached < lent and instance is not lender:
+            could.append((prompt.rank(instance), alone.queued_prefill_tokens - lent, number))
     could.sort()
     best = min(keys)
     for rank, to_compute, number in could:
         if (0.0, rank, to_compute) > best:
             return
         instance, alone = instances[number], forecasts[number]
-        fetching = prompt.fetching(instance, alone, known, _before(best, prompt.limits.ttft))
+        copied = known.behind + prompt.predictor.fetch(lender, instance, lent - alone.cached)
+        if copied > within or copied >= alone.ttft - prompt.to_come(instance):
+            continue
+        fetching = prompt.fetching(instance, alone, known, copied, _before(best, prompt.limits.ttft))
         if fetching is not alone:
             forecasts[number] = fetching
             keys[number] = key = prompt.key(instance, fetching)
@@ -270,20 +276,8 @@ def _hand_over_seconds(
     source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
     if source is None or not decoders or not request.movable or request.max_tokens <= 1:
         return None
-    likely, held = _roomiest(decoders, known.prefixes)
+    likely, held = roomiest(decoders, known.prefixes)
     return predictor.move(source, likely, request.prompt_tokens, held)
-
-
-def _roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instance, int]:
-    """The one whose KV is used least, and how many tokens of the prompt it has."""
-    least, roomiest = float("inf"), (decoders[0], 0)
-    for decoder in decoders:
-        prefix = prefixes.get(decoder.name)
-        held = 0 if prefix is None else prefix.device
-        used = (decoder.kv_tokens - held) / decoder.kv_capacity
-        if used < least:
-            least, roomiest = used, (decoder, held)
-    return roomiest
 
 
 def _why(forecast: Forecast, chosen: Instance, limit: float, lender: Instance | None) -> str:

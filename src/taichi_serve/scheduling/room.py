@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from taichi_serve.instance import Instance
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.residency import Prefixes
 
 
 def room_for(kv_tokens: int, policy: Policy) -> int:
@@ -22,3 +25,15 @@ def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
     queued = instance.queued_tokens - instance.progress_tokens + instance.queued_unused
     used = instance.kv_tokens + instance.reserved_tokens + queued
     return (used + kv_tokens + grown) / instance.kv_capacity
+
+
+def roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instance, int]:
+    """The one whose KV is used least, and how many tokens of the prompt it has."""
+    least, roomiest = float("inf"), (decoders[0], 0)
+    for decoder in decoders:
+        prefix = prefixes.get(decoder.name)
+        held = 0 if prefix is None else prefix.device
+        used = (decoder.kv_tokens - held) / decoder.kv_capacity
+        if used < least:
+            least, roomiest = used, (decoder, held)
+    return roomiest
