@@ -720,6 +720,20 @@ def test_an_engine_core_runs_in_the_process_that_calls_it() -> None:
     assert callable(EngineCoreProc.run_engine_core)
 
 
+def test_a_core_whose_loop_is_over_says_so_and_is_then_shut_down() -> None:
+    from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+
+    assert not mentions(EngineCoreProc._handle_shutdown, "if not self.has_work()", "EngineShutdownState.SHUTTING_DOWN")
+    assert not mentions(EngineCoreProc.run_engine_core, "engine_core.shutdown()", "except SystemExit")
+    assert EngineShutdownState.SHUTTING_DOWN.value == 2
+
+
+def test_ranks_of_tokens_are_counted_by_a_function_that_is_compiled_at_its_first_call() -> None:
+    from vllm.v1.sample.ops import logprobs
+
+    assert not mentions(logprobs, "@torch.compile(backend=current_platform.simple_compile_backend)")
+
+
 # ------------------------------------------------------------------------------ args.py: the command line
 
 

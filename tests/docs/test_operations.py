@@ -55,11 +55,12 @@ def test_every_metric_is_in_the_table_with_its_type() -> None:
 
 def test_every_route_is_in_the_table() -> None:
     from taichi_serve.frontend.page import router as page
+    from taichi_serve.frontend.probes import router as probes
     from taichi_serve.frontend.routes import router
 
     made = {
         f"{method} {route.path}".replace("request_id:path", "id")
-        for route in (*router.routes, *page.routes)
+        for route in (*router.routes, *page.routes, *probes.routes)
         for method in route.methods
     }
     assert set(table("Routes")) == made

@@ -21,6 +21,7 @@ from taichi_serve.frontend.guard import MAX_HEADERS, Guard
 from taichi_serve.frontend.keys import Keys
 from taichi_serve.frontend.metrics import exported
 from taichi_serve.frontend.page import router as page
+from taichi_serve.frontend.probes import router as probes
 from taichi_serve.frontend.routes import router
 from taichi_serve.frontend.terms import Promises
 from taichi_serve.frontend.turned_away import TurnedAway
@@ -62,6 +63,7 @@ def furnish(
     may ask for."""
     app.include_router(router)
     app.include_router(page)
+    app.include_router(probes)
     app.exception_handler(parsed.Refusal)(parsed.answer)
     app.exception_handler(HTTPException)(_http_error)
     door = Middleware(
