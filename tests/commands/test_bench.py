@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from taichi_serve.bench.arrivals import Arrivals
+from taichi_serve.bench.client import Answer
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
-from taichi_serve.bench.score import Run, Sample
+from taichi_serve.bench.score import Live, Run, Sample, Score
 from taichi_serve.bench.trial import Goodput, Trial
 from taichi_serve.commands import bench, compare, contenders, installed
-from taichi_serve.commands.measure import line
+from taichi_serve.commands.measure import line, so_far
 from taichi_serve.slo import SLO
 
 BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07"
@@ -334,3 +335,21 @@ def test_a_source_tree_that_was_never_installed_can_measure_too(monkeypatch):
     monkeypatch.setattr(installed, "version", missing)
     assert installed.own_version() == "from source"
     assert installed.versions() == "taichi-serve from source, no engines installed"
+
+
+def test_every_file_of_a_measurement_is_named(tmp_path, capsys):
+    write(result(), tmp_path / "hybrid.json")
+    bench.report([result()], str(tmp_path))
+    names = ["hybrid.json", "goodput.md", "goodput.json", "goodput.svg"]
+    assert capsys.readouterr().err.splitlines() == [f"wrote {tmp_path}/{name}" for name in names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_while_a_rate_is_measured_its_attainment_so_far_is_said():
+    score = Score(SLO(1.0, 0.1), 10, 0.9)
+    assert so_far(score) == "0 good, 0 bad of at most 1, 0 under way"
+    for number, seconds in enumerate((0.5, 0.5, 0.5, 2.0)):
+        score.begin((0, number), Live(0.0, 5, 1), 0.0)
+        score.end((0, number), Answer(times=[seconds], tokens=[7], finish_reason="length"))
+    score.begin((0, 4), Live(0.0, 5, 1), 0.0)
+    assert so_far(score) == "attainment 75.0%, 3 good, 1 bad of at most 1, 1 under way"

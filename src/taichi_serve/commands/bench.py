@@ -30,8 +30,10 @@ from taichi_serve.bench.report import (
 )
 from taichi_serve.bench.trial import Trial
 from taichi_serve.commands import contenders
-from taichi_serve.commands.compare import compared
+from taichi_serve.commands.compare import compared, file_name
 from taichi_serve.commands.contenders import without_key
+from taichi_serve.commands.files import say_written
+from taichi_serve.commands.helping import EachDefaultOnce
 from taichi_serve.commands.installed import machine, today, versions_with, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=int, default=20, metavar="N", help="sent before those at every rate (default: 20)"
     )
     parser.add_argument("--seeds", default="0", metavar="N,N", help="of lengths and arrivals (default: 0)")
-    parser.add_argument("--start", type=float, default=1.0, metavar="R", help="first rate, requests/s (1)")
-    parser.add_argument("--tolerance", type=float, default=0.1, metavar="SHARE", help="of the rate (0.1)")
+    parser.add_argument("--start", type=float, default=1.0, metavar="R", help="first rate, requests/s")
+    parser.add_argument("--tolerance", type=float, default=0.1, metavar="SHARE", help="of the rate")
     parser.add_argument("--full", action="store_true", help="no rate ends before its last request")
     parser.add_argument("--out", metavar="DIR", help="write results, table and picture there")
     parser.add_argument(
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="taichi bench")
     commands = parser.add_subparsers(required=True, metavar="goodput")
-    add_arguments(commands.add_parser("goodput", description=__doc__, usage=USAGE))
+    add_arguments(commands.add_parser("goodput", description=__doc__, usage=USAGE, formatter_class=EachDefaultOnce))
     args = parser.parse_args(argv[:cut])
     console = Console(stderr=True, highlight=False)
     try:
@@ -197,6 +199,14 @@ def report(results: list[Result], out: str | None, contest: Contest | None = Non
         draw(results, folder / "goodput.svg")
         if contest:
             (folder / "pairs.json").write_bytes(pairtable.as_json(contest, found))
+        say_written(_files(results, folder), Console(stderr=True))
+
+
+def _files(results: Sequence[Result], folder: Path) -> list[Path]:
+    """What a measurement leaves in its folder."""
+    each = [f"{file_name(one.name)}.json" for one in results]
+    all_of = ["compare.json", "pairs.json", "goodput.md", "goodput.json", "goodput.svg"]
+    return [path for name in (*each, *all_of) if (path := folder / name).exists()]
 
 
 def _turned(table: Table, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from taichi_serve.commands.helping import EachDefaultOnce
 from taichi_serve.commands.installed import without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.latency.profile import Profile, ProfileError
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure how long the steps of an instance take, and how fast requests move between two "
         "instances. If it is interrupted, the same command goes on from FILE.part.",
         allow_abbrev=False,
+        formatter_class=EachDefaultOnce,
     )
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the profile")
     parser.add_argument(
