@@ -350,6 +350,6 @@ def test_while_a_rate_is_measured_its_attainment_so_far_is_said():
     assert so_far(score) == "0 good, 0 bad of at most 1, 0 under way"
     for number, seconds in enumerate((0.5, 0.5, 0.5, 2.0)):
         score.begin((0, number), Live(0.0, 5, 1), 0.0)
-        score.end((0, number), Answer(times=[seconds], tokens=[7], finish_reason="length"))
+        score.end((0, number), Answer(0.0, tokens=[7], times=[seconds], output_tokens=1, finish="length"))
     score.begin((0, 4), Live(0.0, 5, 1), 0.0)
     assert so_far(score) == "attainment 75.0%, 3 good, 1 bad of at most 1, 1 under way"
