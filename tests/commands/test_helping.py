@@ -9,7 +9,8 @@ import pytest
 
 from taichi_serve.cli import COMMANDS
 
-OWN = {"top": (), "explain": (), "profile": (), "simulate": (), "search": (), "demo": (), "bench": ("goodput",)}
+ALONE = ("top", "explain", "profile", "simulate", "search", "demo")
+OWN: dict[str, tuple[str, ...]] = {**dict.fromkeys(ALONE, ()), "bench": ("goodput",)}
 
 
 def options(text: str) -> Iterator[str]:

@@ -723,7 +723,8 @@ def test_an_engine_core_runs_in_the_process_that_calls_it() -> None:
 def test_a_core_whose_loop_is_over_says_so_and_is_then_shut_down() -> None:
     from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
-    assert not mentions(EngineCoreProc._handle_shutdown, "if not self.has_work()", "EngineShutdownState.SHUTTING_DOWN")
+    wanted = "if not self.has_work()", "EngineShutdownState.SHUTTING_DOWN"
+    assert not mentions(EngineCoreProc._handle_shutdown, *wanted)
     assert not mentions(EngineCoreProc.run_engine_core, "engine_core.shutdown()", "except SystemExit")
     assert EngineShutdownState.SHUTTING_DOWN.value == 2
 

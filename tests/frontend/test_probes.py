@@ -1,4 +1,4 @@
-"""Whether the process answers is one question, and whether it takes new requests another; neither needs the key."""
+"""Whether the process answers is one question, whether it takes requests another; neither needs the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server starts with few lines, is asked whether it is live and ready, and when it is idle stops at once."""
+"""A server starts with few lines, says whether it is live and ready, and when it is idle stops at once."""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="taichi bench")
     commands = parser.add_subparsers(required=True, metavar="goodput")
-    add_arguments(commands.add_parser("goodput", description=__doc__, usage=USAGE, formatter_class=EachDefaultOnce))
+    formatter = EachDefaultOnce
+    goodput = commands.add_parser("goodput", description=__doc__, usage=USAGE, formatter_class=formatter)
+    add_arguments(goodput)
     args = parser.parse_args(argv[:cut])
     console = Console(stderr=True, highlight=False)
     try:

@@ -72,7 +72,8 @@ def so_far(score: Score) -> str:
     """The attainment of the requests whose outcome is known, and how many these are."""
     known = score.good + score.bad
     share = f"attainment {score.good / known:.1%}, " if known else ""
-    return f"{share}{score.good} good, {score.bad} bad of at most {max(0, score.spare)}, {len(score.live)} under way"
+    bad = f"{score.bad} bad of at most {max(0, score.spare)}"
+    return f"{share}{score.good} good, {bad}, {len(score.live)} under way"
 
 
 def line(name: str, run: Run, verdict: str = "") -> str:

@@ -1,4 +1,4 @@
-"""How far a command is, on a terminal: a bar that looks for itself, or a line with the time that has passed."""
+"""How far a command is, on a terminal: a bar that looks for itself, or a line with the time so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `taichi serve` says to whoever watches it: lines that stay, and while it waits one that is rewritten."""
+"""What `taichi serve` says to whoever watches: lines that stay, and while it waits one that is rewritten."""
 
 from __future__ import annotations
 

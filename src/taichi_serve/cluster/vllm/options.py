@@ -73,8 +73,8 @@ LATE = (
 
 
 def usual(words: str) -> str:
-    """What follows where a flag is not given. vLLM's formatter adds the value itself to every text that does not
-    ask for it: this one asks for none of its characters."""
+    """What follows where a flag is not given. vLLM's formatter adds the value itself to every text that does
+    not ask for it: this one asks for none of its characters."""
     return f" (default: {words})%(default).0s"
 
 

@@ -16,7 +16,7 @@ from taichi_serve.cluster.vllm.server.warm import LOGPROBS, OUTPUT, meet
 
 
 class Cluster:
-    """Every rehearsal succeeds at once, and is noted: from where to where, and how many logprobs it asks for."""
+    """Every rehearsal succeeds at once, and is noted: from where, to where, how many logprobs it wants."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None, int | None]] = []

@@ -87,7 +87,7 @@ class Launcher:
         return engine
 
     async def all(self, kinds: list[tuple[Kind, int]], waiting: Waiting) -> list[Engine]:
-        """Start every instance side by side and wait until all are up; `waiting` hears once a second for whom.
+        """Start every instance side by side and wait until all are up; `waiting` hears each second for whom.
 
         If one fails, all are ended and its StartError is raised.
         """

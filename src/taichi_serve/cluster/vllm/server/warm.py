@@ -2,8 +2,8 @@
 instance that was started again is given work.
 
 NIXL's first pull between two instances makes a handshake of one to several seconds; no user should wait
-for it. It also shows that the pair can move KV at all. One more request on each instance stays there, and asks
-for logprobs: no user should wait for what is compiled then either.
+for it. It also shows that the pair can move KV at all. One more request on each instance stays there, and
+asks for logprobs: no user should wait for what is compiled then either.
 """
 
 from __future__ import annotations
