@@ -1,4 +1,4 @@
-"""docs/operations.md says what the program does: its tables are held against the parser and the metrics."""
+"""The pages for operators say what the program does: their tables are held against the parser and the metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 pytestmark = pytest.mark.engine  # it imports vLLM, which takes seconds
 
-TEXT = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("operations", "interface", "watching", "measuring")
+TEXT = "\n".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
 
 
 def table(heading: str) -> dict[str, list[str]]:
