@@ -1,4 +1,4 @@
-"""The pages for operators say what the program does: their tables are held against the parser and the metrics."""
+"""Pages for operators say what the program does: their tables are held against parser and metrics."""
 
 from __future__ import annotations
 
