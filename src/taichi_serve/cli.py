@@ -152,9 +152,7 @@ def _parsed(
 ) -> Run:
     from taichi_serve.commands.helping import EachDefaultOnce
 
-    parser = argparse.ArgumentParser(
-        prog=f"taichi {name}", description=text, formatter_class=EachDefaultOnce
-    )
+    parser = argparse.ArgumentParser(prog=f"taichi {name}", description=text, formatter_class=EachDefaultOnce)
     add(parser)
     return lambda words: run(parser.parse_args(words))
 

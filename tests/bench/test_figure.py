@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -22,4 +24,4 @@ def test_labels_below_a_panel_do_not_overlap(columns: int, low: float, high: flo
         boxes = [label.get_window_extent() for label in panel.get_xticklabels() if label.get_text()]
         inside = [box for box in boxes if panel.bbox.x0 - 1 <= (box.x0 + box.x1) / 2 <= panel.bbox.x1 + 1]
         assert len(inside) >= 3
-        assert all(one.x1 < two.x0 for one, two in zip(inside, inside[1:], strict=False))
+        assert all(one.x1 < two.x0 for one, two in pairwise(inside))

@@ -50,9 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
         ("moves", "tokens of the requests that are moved"),
     ):
         value = getattr(default, name)
-        shown = ",".join(map(str, value))
-        explained = f"{text} (default: {shown}; what an instance cannot take is left out)"
-        parser.add_argument(f"--grid-{name}", type=_numbers, default=value, metavar="N,N", help=explained)
+        usual = f"default: {','.join(map(str, value))}; what an instance cannot take is left out"
+        parser.add_argument(
+            f"--grid-{name}", type=_numbers, default=value, metavar="N,N", help=f"{text} ({usual})"
+        )
     for name, text in (
         ("fill", "tokens of context that all decodes of a step begin with, at most"),
         (

@@ -33,11 +33,7 @@ def add_scene(
     parser.add_argument("--device", default="A100", help="for a config.json: A100, H100 or H200")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="for a config.json")
     parser.add_argument(
-        "--bandwidth",
-        type=float,
-        default=50e9,
-        metavar="B/S",
-        help="of KV out of an instance (default: 50e9)",
+        "--bandwidth", type=float, default=50e9, metavar="B/S", help="KV out of an instance (default: 50e9)"
     )
     parser.add_argument("--link-latency", type=float, default=0.005, metavar="S", help="of a KV transfer")
     parser.add_argument(
