@@ -25,7 +25,7 @@ class Following(Progress):
         """Of `total`, `done()` are done; it is called in another thread."""
         self._done = done
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        super().__init__(*columns, console=console, transient=True)
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._bar = self.add_task(what, total=total)
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -38,7 +38,8 @@ class Following(Progress):
 def working(console: Console, what: str) -> Iterator[Tell]:
     """A line that says what is done and for how long by now; who is yielded changes what it says."""
     columns = SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Where nobody looks rich would still end the line that it has not written.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         line = progress.add_task(what, total=None)
 
         def tell(words: str) -> None:
