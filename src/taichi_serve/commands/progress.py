@@ -11,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -24,13 +25,15 @@ class Following(Progress):
     def __init__(self, console: Console, what: str, total: int, done: Callable[[], int]) -> None:
         """Of `total`, `done()` are done; it is called in another thread."""
         self._done = done
+        self._bar: TaskID | None = None  # rich draws once before there is one
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._bar = self.add_task(what, total=total)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """What is drawn, with how far it is now."""
-        self.update(self._bar, completed=self._done())
+        if self._bar is not None:
+            self.update(self._bar, completed=self._done())
         yield from super().get_renderables()
 
 
