@@ -43,6 +43,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="so many more instances serve requests while one is measured: where they share a GPU, or the "
         "cores of a host (default: 0)",
     )
+    _add_grid(parser, default)
+    return parser
+
+
+def _add_grid(parser: argparse.ArgumentParser, default: Grid) -> None:
+    """Which cells are measured."""
     for name, text in (
         ("chunks", "prompt tokens in one step"),
         ("decodes", "decodes beside them"),
@@ -64,7 +70,6 @@ def make_parser() -> argparse.ArgumentParser:
         value = getattr(default, name)
         explained = f"{text} (default: {value})"
         parser.add_argument(f"--grid-{name}", type=int, default=value, metavar="N", help=explained)
-    return parser
 
 
 def _numbers(words: str) -> tuple[int, ...]:
