@@ -65,7 +65,7 @@ async def test_without_a_key_every_route_says_401_but_those_that_say_nothing(
         request = httpx.Request(method, f"http://door{path}")
         answered.setdefault(path, set()).add((await client.send(request)).status_code)
     open_ones = {path for path, statuses in answered.items() if statuses != {401}}
-    assert open_ones == {"/health", "/ping", "/version"} | PAGE
+    assert open_ones == {"/health", "/live", "/ready", "/ping", "/version"} | PAGE
     assert len(answered) > 70
     assert {"/metrics", "/docs", "/openapi.json", "/invocations", "/sleep", "/static/x"} <= set(answered)
 
