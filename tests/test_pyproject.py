@@ -1,4 +1,4 @@
-"""What pyproject.toml promises whoever installs the package: the commands, and everything that is imported."""
+"""What pyproject.toml promises to whoever installs the package: the commands, and all that is imported."""
 
 from __future__ import annotations
 

@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 pytest.importorskip("prometheus_client")  # it comes with vLLM
 
-from taichi_serve.cluster.vllm.server.supervisor import Supervisor
-from taichi_serve.frontend.metrics import TaichiCollector
-from taichi_serve.frontend.record import Recorder
-from taichi_serve.latency.predict import Learned
+from scraping import scraped, system
+
 from taichi_serve.messages import Arrived, Finished, Outcome, Prefilled
-from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.scheduler import GlobalScheduler
-from taichi_serve.sliders import Sliders
-from taichi_serve.slo import SLO
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What a scrape asks of an engine."""
-
-    index: int
-    name: str
-    cached_blocks: int
-    host_blocks: int | None
-
-
-def system() -> Any:
-    """Over i0 P-heavy and i1 D-heavy, before the first request."""
-    scheduler = GlobalScheduler(
-        Sliders(1, 1, 1024, 256), SLO(4.0, 0.07), Learned(), Policy(), {"i0": 100_000, "i1": 100_000}
-    )
-    engines = [
-        Engine(index=0, name="i0", cached_blocks=3, host_blocks=9),
-        Engine(index=1, name="i1", cached_blocks=0, host_blocks=None),
-    ]
-    cluster = SimpleNamespace(engines=engines)
-    recorder = Recorder(scheduler, 2048)
-    keeper = SimpleNamespace(silent=set(), supervisor=Supervisor(("i0", "i1"), restarts=1))
-    parts = {"cluster": cluster, "keeper": keeper, "tuner": None, "classes": {}}
-    return SimpleNamespace(scheduler=scheduler, recorder=recorder, **parts)
-
-
-def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:
-    """The samples of one name by their labels' values."""
-    samples = [s for metric in TaichiCollector(system).collect() for s in metric.samples if s.name == name]
-    return {tuple(s.labels.values()): s.value for s in samples}
 
 
 def test_predicted_and_actual_times_are_summed_for_each_instance() -> None:
