@@ -14,10 +14,10 @@ from scraping import with_everything
 from taichi_serve.frontend.metrics import TaichiCollector
 
 # Prometheus adds these to everything that it scrapes.
-SCRAPED: dict[str, frozenset[str] | None] = {"job": None, "instance": None}
+Labels = dict[str, frozenset[str] | None]
+SCRAPED: Labels = {"job": None, "instance": None}
 # Labels with values that no list can have.
 OPEN = {"engine", "class", "by", "reading", "model_name", "le", "handler", "status"}
-HISTOGRAM = ("_bucket", "_sum", "_count")
 KINDS = {"_counter_cls": "counter", "_gauge_cls": "gauge", "_histogram_cls": "histogram"}
 
 
@@ -29,9 +29,8 @@ def prometheus() -> dict[str, Known]:
 def http() -> dict[str, Known]:
     """What vLLM's front end counts of HTTP; a scrape of a real server is asked whether it is so."""
     requests = Known(COUNTER, {"handler": None, "method": None, "status": None, **SCRAPED})
-    duration = Known(COUNTER, {"handler": None, "method": None, **SCRAPED})
-    names = (f"http_request_duration_seconds{suffix}" for suffix in HISTOGRAM)
-    return {"http_requests_total": requests, **dict.fromkeys(names, duration)}
+    labels: Labels = {"handler": None, "method": None, **SCRAPED}
+    return {"http_requests_total": requests, **samples("http_request_duration_seconds", "histogram", labels)}
 
 
 def ours() -> dict[str, Known]:
@@ -96,7 +95,7 @@ def labels_of(words: ast.expr) -> list[str]:
             raise AssertionError(f"labels that cannot be read: {ast.unparse(words)}")
 
 
-def samples(name: str, kind: str, labels: dict[str, frozenset[str] | None]) -> dict[str, Known]:
+def samples(name: str, kind: str, labels: Labels) -> dict[str, Known]:
     """The names under which Prometheus keeps a metric."""
     match kind:
         case "counter":
@@ -104,4 +103,7 @@ def samples(name: str, kind: str, labels: dict[str, frozenset[str] | None]) -> d
         case "gauge":
             return {name: Known(GAUGE, labels)}
         case _:
-            return {name + suffix: Known(COUNTER, {"le": None, **labels}) for suffix in HISTOGRAM}
+            bucket = Known(COUNTER, {"le": None, **labels})
+            return {f"{name}_bucket": bucket} | {
+                f"{name}_{of}": Known(COUNTER, labels) for of in ("sum", "count")
+            }
