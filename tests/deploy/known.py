@@ -33,6 +33,13 @@ def http() -> dict[str, Known]:
     return {"http_requests_total": requests, **samples("http_request_duration_seconds", "histogram", labels)}
 
 
+def process() -> dict[str, Known]:
+    """What prometheus_client tells of the server's own process."""
+    gauges = ("start_time_seconds", "resident_memory_bytes", "virtual_memory_bytes", "open_fds", "max_fds")
+    found = {f"process_{name}": Known(GAUGE, SCRAPED) for name in gauges}
+    return {"process_cpu_seconds_total": Known(COUNTER, SCRAPED), **found}
+
+
 def ours() -> dict[str, Known]:
     """What TaichiCollector gives."""
     found = {}

@@ -46,7 +46,11 @@ TIMES = (
 )
 TOKENS = {"vllm:prompt_tokens_total", "vllm:generation_tokens_total"}
 
-# The metrics of the boards in vLLM's repository, by the file of each below examples/observability.
+# Its labels are the settings of vLLM's cache.
+INFO = "vllm:cache_config_info"
+
+# The metrics of the boards in vLLM's repository, by the file of each below examples/observability. Of rows that
+# are collapsed nothing is here: each needs a flag (--kv-cache-metrics, --enable-mfu-metrics and the like).
 PUBLISHED: dict[str, set[str]] = {
     "prometheus_grafana/grafana.json": TIMES
     | TOKENS
@@ -103,5 +107,43 @@ PUBLISHED: dict[str, set[str]] = {
         "vllm:mm_cache_hits_total",
         "vllm:mm_cache_queries_total",
         "vllm:prompt_tokens_by_source_total",
+    },
+    "dashboards/grafana/vllm_instances.json": TIMES
+    | TOKENS
+    | histogram("vllm:request_queue_time_seconds")
+    | histogram("vllm:iteration_tokens_total")
+    | {
+        INFO,
+        "process_start_time_seconds",
+        "process_cpu_seconds_total",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_max_fds",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_preemptions_total",
+        "vllm:request_success_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:prefix_cache_queries_total",
+    },
+    "dashboards/grafana/vllm_kv_cache.json": TOKENS
+    | histogram("vllm:request_prompt_tokens")
+    | histogram("vllm:request_prefill_kv_computed_tokens")
+    | {
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:num_preemptions_total",
+        "vllm:prompt_tokens_cached_total",
+        "vllm:prompt_tokens_by_source_total",
+        "vllm:prompt_tokens_cached_by_source_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:external_prefix_cache_hits_total",
+        "vllm:external_prefix_cache_queries_total",
+        "vllm:mm_cache_hits_total",
+        "vllm:mm_cache_queries_total",
     },
 }

@@ -11,9 +11,20 @@ import pytest
 pytest.importorskip("prometheus_client")  # it comes with vLLM
 
 import yaml
-from known import http, ours, prometheus, vllm_source, vllms
+from known import http, ours, process, prometheus, vllm_source, vllms
 from promql import Known, parsed
-from sources import ALERTS, BOARD, DEPLOY, PANELS, PUBLISHED, RULES, WITH_A_FLAG, WITH_A_VALUE, expressions
+from sources import (
+    ALERTS,
+    BOARD,
+    DEPLOY,
+    INFO,
+    PANELS,
+    PUBLISHED,
+    RULES,
+    WITH_A_FLAG,
+    WITH_A_VALUE,
+    expressions,
+)
 
 from taichi_serve.scheduling.policy import Policy
 
@@ -27,7 +38,7 @@ def known() -> dict[str, Known]:
     source = vllm_source()
     if source is None:
         pytest.skip("vLLM is not installed")
-    return prometheus() | http() | ours() | vllms(source)
+    return prometheus() | process() | http() | ours() | vllms(source)
 
 
 @pytest.mark.parametrize("where", EXPRESSIONS)
@@ -42,7 +53,7 @@ def test_every_expression_is_promql_over_metrics_that_a_server_exports(
 
 @pytest.mark.parametrize("board", PUBLISHED)
 def test_whatever_vllms_boards_ask_for_is_exported(board: str, known: dict[str, Known]) -> None:
-    assert PUBLISHED[board] <= set(known)
+    assert PUBLISHED[board] <= {*known, INFO}
 
 
 def test_every_metric_of_ours_is_on_the_board_or_in_an_alarm(known: dict[str, Known]) -> None:

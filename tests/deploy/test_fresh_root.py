@@ -1,4 +1,4 @@
-"""The script of the image in a fresh Debian root: what it leaves behind serves. Needs root, a network and this:
+"""The script of the image in a fresh Debian root: what it leaves serves. Needs root, a network and this:
 
 debootstrap --variant=minbase bookworm ROOT
 mount --rbind /dev ROOT/dev && mount --bind /proc ROOT/proc && cp /etc/resolv.conf ROOT/etc
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def inside(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def installed() -> Iterator[str]:
+def installed() -> str:
     """What the script said at its end; the parts of the checkout are in the root meanwhile."""
     source = Path(str(WHERE)) / "tmp" / "taichi"
     source.mkdir(parents=True)
@@ -45,7 +44,7 @@ def installed() -> Iterator[str]:
         assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     finally:
         shutil.rmtree(source)
-    yield ended.stdout.splitlines()[-1]
+    return ended.stdout.splitlines()[-1]
 
 
 def test_the_script_ends_with_the_versions_that_it_installed(installed: str) -> None:

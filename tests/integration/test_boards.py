@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import httpx
-from known import http, ours, prometheus, vllm_source, vllms
+from known import http, ours, process, prometheus, vllm_source, vllms
 from load import PATH, Wish
 from prometheus_client.parser import text_string_to_metric_families
 from promql import parsed
@@ -44,7 +44,7 @@ async def test_a_scrape_has_every_metric_of_the_board_and_the_alarms(hybrid: Ser
     found = await after_a_request(hybrid)
     source = vllm_source()
     assert source is not None
-    known = prometheus() | http() | ours() | vllms(source)
+    known = prometheus() | process() | http() | ours() | vllms(source)
     asked = {name for _, text in expressions() for name in parsed(text, known).names}
     assert asked - set(found) - BY_PROMETHEUS <= {*WITH_A_FLAG, *WITH_A_VALUE}
 
@@ -59,7 +59,7 @@ async def test_metrics_have_the_labels_that_the_parser_of_boards_knows(hybrid: S
     found = await after_a_request(hybrid)
     source = vllm_source()
     assert source is not None
-    known = http() | ours() | vllms(source)
+    known = process() | http() | ours() | vllms(source)
     there = {name: metric for name, metric in known.items() if name in found}
     assert len(there) > 90
     differing = {
