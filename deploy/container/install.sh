@@ -26,7 +26,6 @@ PACKAGES=(ca-certificates g++ libnuma1 python3 python3-dev python3-venv)
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_NO_CACHE_DIR=1
 apt-get update
 apt-get install --yes --no-install-recommends "${PACKAGES[@]}"
-rm -rf /var/lib/apt/lists/*
 
 python3 -m venv "$VENV"
 PIP=("$VENV/bin/python" -m pip)

@@ -49,8 +49,8 @@ TOKENS = {"vllm:prompt_tokens_total", "vllm:generation_tokens_total"}
 # Its labels are the settings of vLLM's cache.
 INFO = "vllm:cache_config_info"
 
-# The metrics of the boards in vLLM's repository, by the file of each below examples/observability. Of rows that
-# are collapsed nothing is here: each needs a flag (--kv-cache-metrics, --enable-mfu-metrics and the like).
+# The metrics of the boards in vLLM's repository, by the file of each below examples/observability. Rows
+# that are collapsed are left out: each needs a flag (--kv-cache-metrics, --enable-mfu-metrics and the like).
 PUBLISHED: dict[str, set[str]] = {
     "prometheus_grafana/grafana.json": TIMES
     | TOKENS
