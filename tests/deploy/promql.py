@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 SCALAR, VECTOR, RANGE, STRING = "a number", "a vector", "a range", "a string"
 COUNTER, GAUGE = "counter", "gauge"
@@ -74,12 +75,22 @@ class Known:
     labels: Mapping[str, frozenset[str] | None]  # None: any value
 
 
+@dataclass(frozen=True)
+class Node:
+    """A part of an expression: what it gives, which part it is, and what that consists of."""
+
+    gives: str
+    what: str  # number, text, negative, binary, aggregate, call or select
+    of: tuple[Any, ...]
+
+
 @dataclass
 class Query:
     """What an expression asks for."""
 
     names: set[str] = field(default_factory=set)
     groups: set[str] = field(default_factory=set)  # labels that it groups by or matches on
+    tree: Node = Node(SCALAR, "number", (0.0,))
 
 
 def parsed(text: str, known: Mapping[str, Known]) -> Query:
@@ -106,11 +117,11 @@ class _Parser:
         return [*tokens, ("end", "")]
 
     def whole(self) -> Query:
-        kind = self._binary(0)
+        self._query.tree = self._binary(0)
         if self._tokens[self._at][0] != "end":
             self._wrong(f"{self._tokens[self._at][1]!r} is too much")
-        if kind not in {SCALAR, VECTOR}:
-            self._wrong(f"gives {kind}")
+        if self._query.tree.gives not in {SCALAR, VECTOR}:
+            self._wrong(f"gives {self._query.tree.gives}")
         return self._query
 
     def _wrong(self, why: str) -> None:
@@ -137,33 +148,38 @@ class _Parser:
         if self._accept(sign) is None:
             self._wrong(f"{self._next() or 'the end'!r} where {sign!r} belongs")
 
-    def _binary(self, level: int) -> str:
+    def _binary(self, level: int) -> Node:
         if level == len(LEVELS):
             return self._unary()
         left = self._binary(level + 1)
         while sign := self._accept(*LEVELS[level]):
-            compared_as_bool = sign in COMPARISONS and self._accept("bool") is not None
-            self._matching()
+            as_bool = sign in COMPARISONS and self._accept("bool") is not None
+            matched = self._matching()
             right = self._binary(level + 1)
-            left = self._both(sign, left, right, compared_as_bool)
+            left = Node(
+                self._both(sign, left.gives, right.gives, as_bool), "binary", (sign, left, right, matched)
+            )
         return left
 
-    def _both(self, sign: str, left: str, right: str, compared_as_bool: bool) -> str:
+    def _both(self, sign: str, left: str, right: str, as_bool: bool) -> str:
         if not {left, right} <= {SCALAR, VECTOR}:
             self._wrong(f"{sign} between {left} and {right}")
         if sign in SETS and SCALAR in {left, right}:
             self._wrong(f"{sign} is between vectors")
         if left == right == SCALAR:
-            if sign in COMPARISONS and not compared_as_bool:
+            if sign in COMPARISONS and not as_bool:
                 self._wrong("numbers are compared with bool")
             return SCALAR
         return VECTOR
 
-    def _matching(self) -> None:
-        if self._accept("on", "ignoring"):
+    def _matching(self) -> bool:
+        """Whether labels are matched otherwise than all with all."""
+        if not self._accept("on", "ignoring"):
+            return False
+        self._query.groups |= self._labels()
+        if self._accept("group_left", "group_right") and self._next() == "(":
             self._query.groups |= self._labels()
-            if self._accept("group_left", "group_right") and self._next() == "(":
-                self._query.groups |= self._labels()
+        return True
 
     def _labels(self) -> set[str]:
         self._expect("(")
@@ -174,22 +190,22 @@ class _Parser:
                 self._expect(",")
         return found
 
-    def _unary(self) -> str:
-        if self._accept("-", "+"):
-            kind = self._unary()
-            if kind not in {SCALAR, VECTOR}:
-                self._wrong(f"a sign before {kind}")
-            return kind
-        return self._primary()
+    def _unary(self) -> Node:
+        sign = self._accept("-", "+")
+        if sign is None:
+            return self._primary()
+        inner = self._unary()
+        if inner.gives not in {SCALAR, VECTOR}:
+            self._wrong(f"a sign before {inner.gives}")
+        return Node(inner.gives, "negative", (inner,)) if sign == "-" else inner
 
-    def _primary(self) -> str:
-        kind, _ = self._tokens[self._at]
-        if kind == "number":
+    def _primary(self) -> Node:
+        kind, text = self._tokens[self._at]
+        if kind in {"number", "string"}:
             self._at += 1
-            return SCALAR
-        if kind == "string":
-            self._at += 1
-            return STRING
+            return (
+                Node(SCALAR, "number", (float(text),)) if kind == "number" else Node(STRING, "text", (text,))
+            )
         if self._accept("("):
             inner = self._binary(0)
             self._expect(")")
@@ -201,32 +217,34 @@ class _Parser:
             return self._aggregation(name)
         return self._call(name) if self._next() == "(" else self._selector(name)
 
-    def _aggregation(self, name: str) -> str:
+    def _aggregation(self, name: str) -> Node:
         grouped = self._grouping()
         arguments = self._arguments(name)
-        if not grouped:
-            self._grouping()
+        if grouped is None:
+            grouped = self._grouping()
         wanted = [SCALAR, VECTOR] if name in WITH_NUMBER else [VECTOR]
-        if arguments != wanted:
-            self._wrong(f"{name} takes {', '.join(wanted)}, not {', '.join(arguments)}")
-        return VECTOR
+        if (given := [one.gives for one in arguments]) != wanted:
+            self._wrong(f"{name} takes {', '.join(wanted)}, not {', '.join(given)}")
+        return Node(VECTOR, "aggregate", (name, arguments, grouped or ("by", set())))
 
-    def _grouping(self) -> bool:
-        if self._accept("by", "without") is None:
-            return False
-        self._query.groups |= self._labels()
-        return True
+    def _grouping(self) -> tuple[str, set[str]] | None:
+        word = self._accept("by", "without")
+        if word is None:
+            return None
+        labels = self._labels()
+        self._query.groups |= labels
+        return word, labels
 
-    def _call(self, name: str) -> str:
+    def _call(self, name: str) -> Node:
         if name not in FUNCTIONS:
             self._wrong(f"no function {name!r} is known")
         takes, gives = FUNCTIONS[name]
         arguments = self._arguments(name)
-        if tuple(arguments) != takes:
-            self._wrong(f"{name} takes {', '.join(takes)}, not {', '.join(arguments)}")
-        return gives
+        if (given := tuple(one.gives for one in arguments)) != takes:
+            self._wrong(f"{name} takes {', '.join(takes)}, not {', '.join(given)}")
+        return Node(gives, "call", (name, arguments))
 
-    def _arguments(self, name: str) -> list[str]:
+    def _arguments(self, name: str) -> list[Node]:
         self._expect("(")
         self._inside.append(name)
         found = []
@@ -237,23 +255,23 @@ class _Parser:
         self._inside.pop()
         return found
 
-    def _selector(self, name: str) -> str:
+    def _selector(self, name: str) -> Node:
         metric = self._known.get(name)
         if metric is None:
             raise PromQLError(f"no metric {name!r} is known: {self._text}")
         self._query.names.add(name)
-        if self._accept("{"):
-            self._matchers(name, metric)
-        ranged = self._accept("[") is not None
-        if ranged:
-            self._take("duration")
+        matchers = self._matchers(name, metric) if self._accept("{") else []
+        window = None
+        if self._accept("["):
+            window = self._take("duration")
             self._expect("]")
         if self._accept("offset"):
             self._take("duration")
-        self._meant(name, metric, ranged)
-        return RANGE if ranged else VECTOR
+        self._meant(name, metric)
+        return Node(VECTOR if window is None else RANGE, "select", (name, matchers, window))
 
-    def _matchers(self, name: str, metric: Known) -> None:
+    def _matchers(self, name: str, metric: Known) -> list[tuple[str, str, str]]:
+        found = []
         while self._accept("}") is None:
             label = self._take("name")
             sign = self._accept("=", "!=", "=~", "!~")
@@ -261,8 +279,10 @@ class _Parser:
                 self._wrong(f"{self._next()!r} after the label {label}")
             value = self._take("string")[1:-1]
             self._matches(name, metric, label, sign or "", value)
+            found.append((label, sign or "", value))
             if self._next() != "}":
                 self._expect(",")
+        return found
 
     def _matches(self, name: str, metric: Known, label: str, sign: str, value: str) -> None:
         if label not in metric.labels:
@@ -275,7 +295,7 @@ class _Parser:
             if one not in values:
                 self._wrong(f"the label {label!r} of {name} is never {one!r}")
 
-    def _meant(self, name: str, metric: Known, ranged: bool) -> None:
+    def _meant(self, name: str, metric: Known) -> None:
         around = self._inside[-1] if self._inside else None
         if metric.kind == COUNTER and around not in {*COUNTED, "absent", "count"}:
             self._wrong(f"{name} is a counter, and no rate of it is taken")
