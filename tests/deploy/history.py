@@ -1,6 +1,7 @@
-"""Samples over time, and what an expression of the alarms gives over them.
+"""Samples over time, and what an expression of the board or an alarm gives over them.
 
-As Prometheus evaluates it, but that an increase is not extrapolated to the edges of its window.
+As Prometheus evaluates it, but that an increase is not extrapolated to the edges of its window, and a quantile
+is the upper edge of its bucket.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class History:
             case "select":
                 return {labels: seen[-1][1] for labels, seen in self._selected(node, at, LOOK_BACK).items()}
             case "call":
-                return self._counted(node, at)
+                return self._called(node, at)
             case "aggregate":
                 name, (of,), (word, labels) = node.of
                 assert word == "by"
@@ -93,8 +94,12 @@ class History:
                 found[labels] = seen
         return found
 
-    def _counted(self, node: Node, at: float) -> Vector:
-        name, (of,) = node.of
+    def _called(self, node: Node, at: float) -> Vector:
+        name, arguments = node.of
+        if name == "histogram_quantile":
+            share, of = arguments
+            return quantiles(float(share.of[0]), self.gives(of, at))
+        (of,) = arguments
         assert name in {"rate", "increase"}, name
         window = of.of[2]
         found = {}
@@ -125,7 +130,8 @@ def combined(sign: str, left: Vector | float, right: Vector | float) -> Vector |
     if isinstance(left, float) and isinstance(right, float):
         return ARITHMETIC[sign](left, right)
     if not isinstance(left, dict):
-        raise AssertionError("a vector comes first here")
+        assert isinstance(right, dict)
+        return {labels: ARITHMETIC[sign](left, value) for labels, value in right.items()}
     if sign == "and":
         assert isinstance(right, dict)
         return {labels: value for labels, value in left.items() if labels in right}
@@ -137,3 +143,16 @@ def combined(sign: str, left: Vector | float, right: Vector | float) -> Vector |
     if sign in COMPARED:
         return {labels: here for labels, (here, there) in pairs.items() if COMPARED[sign](here, there)}
     return {labels: ARITHMETIC[sign](here, there) for labels, (here, there) in pairs.items()}
+
+
+def quantiles(share: float, vector: Vector) -> Vector:
+    """The upper edge of the bucket that each quantile is in."""
+    groups: dict[Labels, list[tuple[float, float]]] = defaultdict(list)
+    for labels, count in vector.items():
+        edge = float(dict(labels)["le"].replace("+Inf", "inf"))
+        groups[frozenset(pair for pair in labels if pair[0] != "le")].append((edge, count))
+    found = {}
+    for labels, buckets in groups.items():
+        buckets.sort()
+        found[labels] = next(edge for edge, count in buckets if count >= share * buckets[-1][1])
+    return found

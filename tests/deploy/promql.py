@@ -25,12 +25,7 @@ PLAIN: dict[str, Signature] = {
     "clamp_min": ((VECTOR, SCALAR), VECTOR),
     "clamp_max": ((VECTOR, SCALAR), VECTOR),
     "absent": ((VECTOR,), VECTOR),
-    "abs": ((VECTOR,), VECTOR),
-    "round": ((VECTOR,), VECTOR),
     "vector": ((SCALAR,), VECTOR),
-    "scalar": ((VECTOR,), SCALAR),
-    "time": ((), SCALAR),
-    "label_replace": ((VECTOR, STRING, STRING, STRING, STRING), VECTOR),
 }
 FUNCTIONS = COUNTED | OVER_TIME | PLAIN
 AGGREGATIONS = ("sum", "avg", "min", "max", "count", "group", "stddev")
