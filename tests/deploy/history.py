@@ -1,7 +1,7 @@
 """Samples over time, and what an expression of the board or an alarm gives over them.
 
-As Prometheus evaluates it, but that an increase is not extrapolated to the edges of its window, and a quantile
-is the upper edge of its bucket.
+As Prometheus evaluates it, but that an increase is not extrapolated to the edges of its window, and that a
+quantile is the upper edge of its bucket.
 """
 
 from __future__ import annotations

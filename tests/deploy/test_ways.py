@@ -159,6 +159,7 @@ def test_wrong_flags_are_not_tried_again_and_everything_else_is() -> None:
     service = unit()["Service"]
     assert service["Restart"] == ["on-failure"]
     assert service["RestartPreventExitStatus"] == ["2"]
+    assert service["SuccessExitStatus"] == ["130"]  # SIGTERM before it was ready
     assert service["KillMode"] == ["mixed"]  # SIGTERM for the server, which ends its instances itself
 
 
