@@ -62,6 +62,14 @@ def test_every_metric_of_ours_is_on_the_board_or_in_an_alarm(known: dict[str, Kn
     assert set(ours()) - shown == {"taichi_attainment"}
 
 
+def test_what_vllm_registers_under_a_condition_is_not_counted_on(known: dict[str, Known]) -> None:
+    here = {name for name in known if name.startswith("vllm:")}
+    assert {"vllm:kv_cache_usage_perc", "vllm:prompt_tokens_total"} <= here
+    # With --enable-lora, with --kv-cache-metrics, and where an instance takes KV in.
+    conditional = ("lora_requests_info", "kv_block_lifetime_seconds_sum", "num_requests_kv_fetch_by_stage")
+    assert here.isdisjoint(f"vllm:{name}" for name in conditional)
+
+
 def test_what_appears_with_a_flag_or_a_value_is_one_of_ours() -> None:
     assert {*WITH_A_FLAG, *WITH_A_VALUE} <= set(ours())
 
