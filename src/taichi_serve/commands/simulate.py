@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or "
         "the longest before it is best effort, or it is turned away (default: %(default)s)",
     )
+    parser.add_argument(
+        "--fair-classes",
+        action="store_true",
+        help="weights of --classes are shares of what is computed in time under overload (else the class with "
+        "the lowest weight goes first)",
+    )
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
     parser.add_argument("--requests", type=int, default=2000, metavar="N")
 
@@ -64,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
         scene = scene_of(args)
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
         knobs = args.watermark, args.alpha, args.ttft_margin, args.tpot_margin
-        policy = Policy(*knobs, overload=args.overload)
+        policy = Policy(*knobs, overload=args.overload, fair=args.fair_classes)
         began = time.perf_counter()
         tally, changes = _run(scene, Contender("simulate", sliders, policy), args)
         took = time.perf_counter() - began

@@ -72,6 +72,7 @@ class GlobalScheduler:
         self.predictor = predictor
         self.policy = policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
+        self.ledger.strictest.bound(slo, policy.classes)
         self.requests = self.ledger.requests
         self.instances = self.ledger.instances
         self.counters = Counters()
