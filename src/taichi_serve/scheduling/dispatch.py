@@ -24,8 +24,10 @@ from taichi_serve.messages import (
 from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
+from taichi_serve.scheduling.door import Door
 from taichi_serve.scheduling.ledger import Ledger
-from taichi_serve.scheduling.policy import REFUSE, SERVE, Policy
+from taichi_serve.scheduling.policy import SERVE, Policy
+from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import UNKNOWN, Known, Placement, choose_prefill
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
@@ -50,7 +52,7 @@ class Dispatcher:
         self.predictor = predictor
         self.policy = policy
         self.counters = counters
-        self.triage = Triage(ledger, predictor)
+        self.triage = Triage(ledger, predictor, Precedence(policy))
 
     def serving(self) -> list[Instance]:
         """Who may get new work; when all that answer are being drained, these; when none answers, all that
@@ -115,38 +117,34 @@ class Dispatcher:
         request.by = triage.deadline(request, policy, request.best_effort)
         placed, known = self._choose(request, now, able)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
-        slo = request.slo
-        if new and triage.slow(request, placed, decoders(self.serving())):
-            why = f"its TPOT, and that of others, would be above {slo.tpot * 1e3:g} ms"
-            return [self._decline(request, now, placed, able, why)]
-        if request.best_effort or not triage.late(request, placed):
-            return [self._enqueue(request, placed, known, now)]
-        victim, late = triage.victim(request, placed), f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
-        if new and policy.overload == REFUSE and request.work <= slo.ttft:  # else it is not for want of time
-            return [self._decline(request, now, placed, able, f"it would be late: {late}")]
-        if new and not triage.room(victim, able, policy):
-            return [self._decline(request, now, placed, able, f"{late}, and best effort would wait too long")]
-        if victim is not request:
-            demoted = self._demote(victim, f"the longest before {request.id}, which would be late: {late}")
-            placed.ttft -= victim.work
-            return [demoted, self._enqueue(request, placed, known, now)]
-        request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
-        self.counters.best_effort += 1
-        placed, known = self._choose(request, now, able)
-        request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
-        placed.why = f"best effort: {late}; {placed.why}"
-        return [self._enqueue(request, placed, known, now)]
+        door = Door(triage, policy, able, decoders(self.serving()), now, new)
+        verdict = door.judge(request, placed)
+        if verdict.declined:
+            return [self._decline(request, now, placed, able, verdict.why)]
+        if verdict.best_effort:
+            triage.precedence.lost(request, now, 0 if new else request.prompt_tokens - placed.cached)
+            request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
+            self.counters.best_effort += 1
+            placed, known = self._choose(request, now, able)
+            request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
+            placed.why = f"best effort: {verdict.why}; {placed.why}"
+        elif new:
+            triage.precedence.taken(request, request.prompt_tokens - placed.cached)
+        placed.ttft -= sum(victim.work for victim in verdict.victims if victim.by <= request.by)
+        demoted = [self._demote(victim, now, verdict.why) for victim in verdict.victims]
+        return [*demoted, self._enqueue(request, placed, known, now)]
 
     def sort(self, instance: Instance, now: float) -> list[Command]:
         """Make best effort of those queued on an instance by which a deadline there would be missed."""
         if self.policy.overload == SERVE:
             return []
         return [
-            self._demote(victim, f"{late.id} needs {end:.3g} s more, and {late.by - now:.3g} s are left")
+            self._demote(victim, now, f"{late.id} needs {end:.3g} s more, and {late.by - now:.3g} s are left")
             for victim, end, late in self.triage.hopeless(instance, now)
         ]
 
-    def _demote(self, victim: Request, why: str) -> Demote:
+    def _demote(self, victim: Request, now: float, why: str) -> Demote:
+        self.triage.precedence.lost(victim, now, victim.prompt_tokens - victim.cached)
         by = self.triage.deadline(victim, self.policy, best_effort=True)
         self.ledger.demote(victim, by)
         self.counters.best_effort += 1
@@ -155,6 +153,7 @@ class Dispatcher:
     def _decline(
         self, request: Request, now: float, placed: Placement, able: list[Instance], why: str
     ) -> Decline:
+        self.triage.precedence.lost(request, now)
         self.counters.ended(Outcome.REFUSED, 0)
         self.counters.judge(request, Outcome.REFUSED, now)
         self.ledger.forget(request)

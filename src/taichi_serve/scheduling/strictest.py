@@ -20,14 +20,20 @@ class Strictest:
         self._ttfts: dict[float, int] = {}
         self._tpots: dict[float, int] = {}
         self._classes: tuple[SLOClass, ...] = ()
+        self._server: SLO | None = None
         self._least: SLO | None = None  # of what the server promises
         self._slo: SLO | None = None
 
     def bound(self, server: SLO, classes: tuple[SLOClass, ...]) -> None:
         """The server promises this, and its classes what they say."""
         slos = [server, *(one.slo(server) or server for one in classes)]
-        self._classes, self._slo = classes, None
+        self._server, self._classes, self._slo = server, classes, None
         self._least = SLO(min(slo.ttft for slo in slos), min(slo.tpot for slo in slos))
+
+    def promised(self, one: SLOClass) -> SLO:
+        """What the server promises to a class."""
+        assert self._server is not None, "nothing is promised yet"
+        return one.slo(self._server) or self._server
 
     def add(self, slo: SLO) -> None:
         """A request with this SLO has come."""
