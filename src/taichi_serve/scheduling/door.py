@@ -31,7 +31,7 @@ class Verdict:
 SERVED = Verdict()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made at each arrival
 class Door:
     """Judges a prompt that has a place, of those that were `able` to take it. One that is not `new` was
     accepted before, and is not turned away any more."""

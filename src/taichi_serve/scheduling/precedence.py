@@ -44,7 +44,8 @@ class Precedence:
         self._default = self._standings[DEFAULT]
         self.fair, self._patience = policy.fair, policy.patience
         self._refusable = all(one.refuse for one in named.values())
-        self._equal = not policy.fair and len({one.weight for one in named.values()}) == 1
+        self.demotable = all(one.demote for one in named.values())
+        self.equal = not policy.fair and len({one.weight for one in named.values()}) == 1
 
     def rights(self, request: Request) -> SLOClass:
         """The class of a request: whether it may be refused, or demoted."""
@@ -52,7 +53,7 @@ class Precedence:
 
     def place(self, request: Request) -> float:
         """The place of its class: of two the lower one gives way."""
-        return 0.0 if self._equal else self._place(self._of(request))
+        return 0.0 if self.equal else self._place(self._of(request))
 
     def came(self, request: Request) -> None:
         """A request is new."""
@@ -61,7 +62,7 @@ class Precedence:
 
     def above(self, request: Request, now: float) -> list[Standing]:
         """Classes that fall short, and to which this request gives way at the door."""
-        if self._equal and self._refusable:
+        if self.equal and self._refusable:
             return []
         here = self._at_door(self._of(request))
         short = (one for one in self._standings.values() if one.short_until > now)

@@ -154,8 +154,8 @@ class Triage:
         gives way to it. All that is queued counts, whatever its deadline: it will be due, too. Not so best
         effort, unless its patience is about to end."""
         here = placed.instance
-        above = self.precedence.above(request, now) if here.queued_requests or here.decodes else []
-        if not above:
+        above = self.precedence.above(request, now)
+        if not (above and (here.queued_requests or here.decodes)):
             return None
         put_off = [self.ledger.requests[name] for name in self.ledger.best_effort]
         end = self.predictor.ttft(here, 0) + self.predictor.since(here, now - here.stepped_at) + request.work
@@ -202,8 +202,11 @@ class Triage:
         be, the longest of the same place that is longer than the newcomer. Nobody where it is not enough."""
         place, mine = self.precedence.place, self.precedence.place(request)
         bound = not self.precedence.rights(request).demote  # all in the same place come after it
+        equal = self.precedence.equal
         before = [other for other in self._movable(here) if other.by <= lack.of.by]
-        giving = [other for other in before if place(other) < mine or (bound and place(other) == mine)]
+        giving: list[Request] = []
+        if bound or not equal:
+            giving = [other for other in before if place(other) < mine or (bound and place(other) == mine)]
         found: list[Request] = []
         freed = 0.0
         for other in sorted(giving, key=lambda one: (place(one), -one.work, one.by)):
@@ -215,7 +218,7 @@ class Triage:
             return []
         longest = request
         for other in before:
-            if other.work > longest.work and place(other) == mine:
+            if other.work > longest.work and (equal or place(other) == mine):
                 longest = other
         return [] if longest is request or longest.work < lack.seconds else [longest]
 
@@ -261,5 +264,7 @@ class Triage:
         """Those queued on an instance that keep their deadline so far, are in no step yet and may be demoted,
         in order."""
         waiting = (self.ledger.requests[name] for name in self.ledger.queues[instance.name].waiting())
-        rights = self.precedence.rights
-        return [other for other in waiting if not other.best_effort and rights(other).demote]
+        movable = [other for other in waiting if not other.best_effort]
+        if self.precedence.demotable:
+            return movable
+        return [other for other in movable if self.precedence.rights(other).demote]
