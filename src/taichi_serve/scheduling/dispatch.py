@@ -93,13 +93,14 @@ class Dispatcher:
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
         if self.policy.overload == SERVE:
-            placed, known = self._choose(request, now, able)
-            commands.append(self._enqueue(request, placed, known, now))
+            placed, known = self.choose(request, now, able)
+            commands.append(self.enqueue(request, placed, known, now))
         else:
             commands += self._triaged(request, now, able, new)
         return commands
 
-    def _choose(self, request: Request, now: float, able: list[Instance]) -> tuple[Placement, Known]:
+    def choose(self, request: Request, now: float, able: list[Instance]) -> tuple[Placement, Known]:
+        """The place for a prompt among these, and what they have of it."""
         below = decoders(self.serving())
         known = self._known(request, now)
         if self.policy.overload != SERVE:
@@ -115,7 +116,7 @@ class Dispatcher:
         if new:
             triage.came(request)
         request.by = triage.deadline(request, policy, request.best_effort)
-        placed, known = self._choose(request, now, able)
+        placed, known = self.choose(request, now, able)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         door = Door(triage, policy, able, decoders(self.serving()), now, new)
         verdict = door.judge(request, placed)
@@ -125,25 +126,17 @@ class Dispatcher:
             triage.precedence.lost(request, now, 0 if new else request.prompt_tokens - placed.cached)
             request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
             self.counters.best_effort += 1
-            placed, known = self._choose(request, now, able)
+            placed, known = self.choose(request, now, able)
             request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
             placed.why = f"best effort: {verdict.why}; {placed.why}"
         elif new:
             triage.precedence.taken(request, request.prompt_tokens - placed.cached)
         placed.ttft -= sum(victim.work for victim in verdict.victims if victim.by <= request.by)
-        demoted = [self._demote(victim, now, verdict.why) for victim in verdict.victims]
-        return [*demoted, self._enqueue(request, placed, known, now)]
+        demoted = [self.demote(victim, now, verdict.why) for victim in verdict.victims]
+        return [*demoted, self.enqueue(request, placed, known, now)]
 
-    def sort(self, instance: Instance, now: float) -> list[Command]:
-        """Make best effort of those queued on an instance by which a deadline there would be missed."""
-        if self.policy.overload == SERVE:
-            return []
-        return [
-            self._demote(victim, now, f"{late.id} needs {end:.3g} s more, and {late.by - now:.3g} s are left")
-            for victim, end, late in self.triage.hopeless(instance, now)
-        ]
-
-    def _demote(self, victim: Request, now: float, why: str) -> Demote:
+    def demote(self, victim: Request, now: float, why: str) -> Demote:
+        """A queued prompt is best effort from now on."""
         self.triage.precedence.lost(victim, now, victim.prompt_tokens - victim.cached)
         by = self.triage.deadline(victim, self.policy, best_effort=True)
         self.ledger.demote(victim, by)
@@ -159,7 +152,8 @@ class Dispatcher:
         self.ledger.forget(request)
         return Decline(request.id, self.triage.drained(able), why, placed.forecasts)
 
-    def _enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
+    def enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
+        """Book it there, and say so."""
         here = placed.instance
         if not (here.decodes or here.queued_requests):  # idle: a step with it begins at once
             here.stepped_at = now

@@ -175,10 +175,10 @@ class Triage:
         seconds = placed.ttft - request.slo.ttft * (1.0 - SPARE)
         return Lack(seconds, request) if seconds > 0.0 else None
 
-    def harming(self, request: Request, here: Instance, now: float) -> Lack | None:
+    def harming(self, request: Request, here: Instance, now: float, everybody: bool = False) -> Lack | None:
         """What those lack that have later deadlines, where the newcomer is computed before them: the one that
-        would be latest. Only where there are shares to hold, or between classes in different places; else
-        the stricter one is helped first, as ever."""
+        would be latest. Unless `everybody` counts, only where there are shares to hold, or between classes in
+        different places; else the stricter one is helped first, as ever."""
         precedence, queue, found = self.precedence, self.ledger.queues[here.name], None
         if not queue.ends_after(request.by):
             return None
@@ -189,7 +189,7 @@ class Triage:
             if (
                 seconds > (found.seconds if found else 0.0)
                 and not other.best_effort
-                and (precedence.fair or precedence.place(other) != precedence.place(request))
+                and (everybody or precedence.fair or precedence.place(other) != precedence.place(request))
             ):
                 found = Lack(seconds, other)
             end -= other.work
