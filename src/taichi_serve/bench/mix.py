@@ -44,16 +44,7 @@ class Mix:
     @property
     def classes(self) -> tuple[SLOClass, ...]:
         """Them, as a scheduler knows them."""
-        return tuple(
-            SLOClass(
-                part.name,
-                *((None, None) if part.name == DEFAULT else (part.slo.ttft, part.slo.tpot)),
-                weight=part.weight,
-                refuse=part.refuse,
-                demote=part.demote,
-            )
-            for part in self.parts
-        )
+        return tuple(map(_known, self.parts))
 
     def over(self, calls: Iterable[Call], seed: int) -> Iterator[Call]:
         """The same calls, each with a class: all turns of a conversation have that of its first. Which it is
@@ -77,6 +68,11 @@ class Mix:
             f"{part.share / whole:.0%} {part.name} ({part.slo.ttft:g} s and {part.slo.tpot * 1e3:g} ms)"
             for part in self.parts
         )
+
+
+def _known(part: Part) -> SLOClass:
+    ttft, tpot = (None, None) if part.name == DEFAULT else (part.slo.ttft, part.slo.tpot)  # the server's
+    return SLOClass(part.name, ttft, tpot, weight=part.weight, refuse=part.refuse, demote=part.demote)
 
 
 def _of(call: Call, part: Part) -> Call:
