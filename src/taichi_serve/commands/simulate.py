@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fair-classes",
         action="store_true",
-        help="weights of --classes are shares of what is computed in time under overload (else the class with "
-        "the lowest weight goes first)",
+        help="weights of --classes are shares of what is computed in time under overload; else the class "
+        "with the lowest weight goes first",
     )
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
     parser.add_argument("--requests", type=int, default=2000, metavar="N")
