@@ -180,7 +180,7 @@ class Triage:
         would be latest. Unless `everybody` counts, only where there are shares to hold, or between classes in
         different places; else the stricter one is helped first, as ever."""
         precedence, queue, found = self.precedence, self.ledger.queues[here.name], None
-        if not queue.ends_after(request.by):
+        if (precedence.equal and not everybody) or not queue.ends_after(request.by):
             return None
         end = now + self.predictor.ttft(here, 0) + self.predictor.since(here, now - here.stepped_at)
         for name in queue.behind(request.by):
