@@ -264,6 +264,36 @@ def test_with_equal_weights_nobody_gives_way() -> None:
     assert known.rights(Request("c", 0.0, 1, 1, SERVERS, slo_class="unknown")).name == "default"
 
 
+# ------------------------------------------------------------------- strict ones, and loose ones after them
+
+STRICT, PATIENT = SLO(1.0, 0.1), SLO(10.0, 0.1)
+
+
+def test_among_equals_a_strict_prompt_overtakes_patient_ones_whatever_becomes_of_them() -> None:
+    # The patient ones end at 9.5 s, and at 10.1 s with both.
+    s = scheduler(SLOClass("chat"), overload=REFUSE)
+    arrive(s, None, slo=PATIENT, a=300, b=6000, c=3200)
+    assert [type(c) for c in arrive(s, "chat", slo=STRICT, d=500, e=100)] == [Prefill, Prefill]
+    assert order(s) == ["a", "d", "e", "b", "c"]
+
+
+def test_with_a_lower_weight_it_is_turned_away_where_one_after_it_would_be_late() -> None:
+    s = scheduler(BATCH, overload=REFUSE)
+    arrive(s, None, slo=PATIENT, a=300, b=6000, c=3200)
+    assert [type(c) for c in arrive(s, "batch", slo=STRICT, d=400)] == [Prefill]
+    (declined,) = arrive(s, "batch", at=0.1, slo=STRICT, e=200)  # 0.1 + 10.1 s
+    assert isinstance(declined, Decline)
+    assert declined.why == "c after it would be 0.2 s late"
+
+
+def test_with_a_higher_weight_those_after_it_make_way() -> None:
+    s = scheduler(CHAT, overload=REFUSE)
+    arrive(s, None, slo=PATIENT, a=300, b=6000, c=3200)
+    assert [type(c) for c in arrive(s, "chat", slo=STRICT, d=500)] == [Prefill]
+    assert demoted(arrive(s, "chat", slo=STRICT, e=100)) == ["b"]
+    assert order(s) == ["a", "d", "e", "c", "b"]
+
+
 # ------------------------------------------------------------------------------------------- fair shares
 
 
