@@ -5,6 +5,8 @@ A command and its booking are made in one place, so that none goes out that the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
@@ -28,11 +30,13 @@ from taichi_serve.scheduling.door import Door
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import SERVE, Policy
 from taichi_serve.scheduling.precedence import Precedence
-from taichi_serve.scheduling.prefill import UNKNOWN, Known, Placement, choose_prefill
+from taichi_serve.scheduling.prefill import UNKNOWN, Behind, Known, Placement, choose_prefill
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.triage import Triage
 from taichi_serve.sliders import Kind, Sliders
+
+NOBODY: Mapping[str, Behind] = {}  # comes after a prompt where all are served in order of arrival
 
 
 def decoders(instances: list[Instance]) -> list[Instance]:
@@ -93,21 +97,20 @@ class Dispatcher:
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
         if self.policy.overload == SERVE:
-            placed, known = self.choose(request, now, able)
+            placed, known = self.choose(request, now, able, decoders(self.serving()))
             commands.append(self.enqueue(request, placed, known, now))
         else:
             commands += self._triaged(request, now, able, new)
         return commands
 
-    def choose(self, request: Request, now: float, able: list[Instance]) -> tuple[Placement, Known]:
-        """The place for a prompt among these, and what they have of it."""
-        below = decoders(self.serving())
-        known = self._known(request, now)
-        if self.policy.overload != SERVE:
-            after = self.triage.overtaken(request, now, able)
-            known = Known(known.prefixes, known.lender, known.lent, known.behind, after)
+    def choose(
+        self, request: Request, now: float, able: list[Instance], low: list[Instance]
+    ) -> tuple[Placement, Known]:
+        """The place for a prompt among these, where `low` are the D-heavy ones that its decode may go to; and
+        what they have of it."""
+        known = self._known(request, now, able)
         beside = self.ledger.strictest.beside(request.slo)
-        return choose_prefill(request, now, able, below, self.predictor, self.policy, known, beside), known
+        return choose_prefill(request, now, able, low, self.predictor, self.policy, known, beside), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
         """Place a prompt by its deadline. Where it would be missed, it or the longest before it is best
@@ -116,17 +119,17 @@ class Dispatcher:
         if new:
             triage.came(request)
         request.by = triage.deadline(request, policy, request.best_effort)
-        placed, known = self.choose(request, now, able)
+        low = decoders(self.serving())
+        placed, known = self.choose(request, now, able, low)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
-        door = Door(triage, policy, able, decoders(self.serving()), now, new)
-        verdict = door.judge(request, placed)
+        verdict = Door(triage, policy, able, low, now, new).judge(request, placed)
         if verdict.declined:
             return [self._decline(request, now, placed, able, verdict.why)]
         if verdict.best_effort:
             triage.precedence.lost(request, now, 0 if new else request.prompt_tokens - placed.cached)
             request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
             self.counters.best_effort += 1
-            placed, known = self.choose(request, now, able)
+            placed, known = self.choose(request, now, able, low)
             request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
             placed.why = f"best effort: {verdict.why}; {placed.why}"
         elif new:
@@ -178,14 +181,16 @@ class Dispatcher:
             request.best_effort,
         )
 
-    def _known(self, request: Request, now: float) -> Known:
-        """What the instances have of a prompt; of those that answer the one with most of it may lend, and of
-        equals the one that has lent least."""
+    def _known(self, request: Request, now: float, able: list[Instance]) -> Known:
+        """What the instances have of a prompt, and what is queued on those that are `able` and comes after it.
+        Of those that answer the one with most of it may lend, and of equals the one that has lent least."""
+        serve = self.policy.overload == SERVE
+        overtaken = NOBODY if serve else self.triage.overtaken(request, now, able)
         prefixes = self.ledger.prefixes(request)
         if not prefixes:
-            return UNKNOWN
+            return Known(prefixes, overtaken=overtaken) if overtaken else UNKNOWN
         if not self.policy.fetch:
-            return Known(prefixes)
+            return Known(prefixes, overtaken=overtaken)
         lender, lent = None, 0
         for name, prefix in prefixes.items():
             instance = self.ledger.instances[name]
@@ -193,7 +198,8 @@ class Dispatcher:
                 continue
             if lender is None or prefix.held > lent or instance.lends_until < lender.lends_until:
                 lender, lent = instance, prefix.held
-        return Known(prefixes, lender, lent, max(0.0, lender.lends_until - now) if lender else 0.0)
+        behind = max(0.0, lender.lends_until - now) if lender else 0.0
+        return Known(prefixes, lender, lent, behind, overtaken)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
