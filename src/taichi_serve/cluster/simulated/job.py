@@ -58,7 +58,7 @@ class Job:
     """
 
     __slots__ = (
-        "arrived_at", "began", "best_effort", "blocks", "by", "cached", "computed", "engine", "fetched",
+        "arrived_at", "began", "best_effort", "blocks", "bound", "by", "cached", "computed", "engine", "fetched",
         "filled", "finish_tick",
         "hand_over", "hashes", "id", "last", "last_at", "leg", "lender", "lent", "local", "made", "missing",
         "named", "need", "output", "pinned", "pinned_named", "prompt", "pulled", "read", "reading", "run",
@@ -79,6 +79,7 @@ class Job:
         self.prompt = prompt
         self.output = output
         self.by, self.best_effort = 0.0, False  # its place where it is queued, the lowest first
+        self.bound = False  # with a token it cannot go on elsewhere
         self.leg, self.stage = 0, Stage.WAITING
         self.where: Where | None = None
         self.engine: Engine | None = None  # where it waits, runs or is held

@@ -56,6 +56,7 @@ class Marks(msgspec.Struct, frozen=True, omit_defaults=True):
     fetch: int = 0  # blocks of its prompt, from the first one on, that are fetched before it is computed
     by: float = 0.0  # its place among the prompts that wait there, the lowest first
     best_effort: bool = False  # it can no longer meet its TTFT
+    bound: bool = False  # it cannot go on elsewhere once it has a token
 
     def entry(self) -> dict[str, Any]:
         """As it goes into `extra_args`."""
