@@ -125,7 +125,8 @@ def _show_classes(tally: Tally, scene: Scene, console: Console) -> None:
         console.print(
             f"{part.name} ({part.slo.ttft:g} s and {part.slo.tpot * 1e3:g} ms): attainment "
             f"{of.attainment:.1%} ({low:.1%} to {high:.1%}), {of.good} of {of.sent} good; p90 "
-            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms",
+            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms; "
+            f"{of.in_time_tokens / max(1, tally.in_time_tokens):.1%} of the prompt tokens in time",
             highlight=False,
             soft_wrap=True,
         )
