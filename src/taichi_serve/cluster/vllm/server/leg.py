@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from msgspec.structs import replace
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -23,8 +24,7 @@ def first_leg(
     """The engine request of a prefill. With `reader` it ends after the first token, and what it has computed
     is pinned for the leg of that name; its first `fetch` blocks come from another instance. Once it has a
     token one that is `bound` can go on nowhere else."""
-    by, late = place.by, place.best_effort
-    marks = Marks(reader is not None, reader, fetch=fetch, by=by, best_effort=late, bound=bound)
+    marks = _placed(Marks(hand_over=reader is not None, reader=reader, fetch=fetch, bound=bound), place)
     if marks == NO_MARKS and name == request.request_id:
         return request
     leg = copy.copy(request)
@@ -49,14 +49,7 @@ def next_leg(
     leg.prompt_token_ids = [*(request.prompt_token_ids or ()), *tokens]
     done = len(tokens)
     mandatory = min(done, _params(request).min_tokens)
-    marks = Marks(
-        moved=True,
-        output=done,
-        min_tokens_done=mandatory,
-        ahead=room,
-        by=place.by,
-        best_effort=place.best_effort,
-    )
+    marks = _placed(Marks(moved=True, output=done, min_tokens_done=mandatory, ahead=room), place)
     extra = marks.entry()
     if kv is not None:
         extra["kv_transfer_params"] = dict(kv)
@@ -66,6 +59,10 @@ def next_leg(
     params.min_tokens -= mandatory
     leg.sampling_params = params
     return leg
+
+
+def _placed(marks: Marks, place: Place) -> Marks:
+    return marks if place == ANY else replace(marks, by=place.by, best_effort=place.best_effort)
 
 
 def _params(request: EngineCoreRequest) -> SamplingParams:
