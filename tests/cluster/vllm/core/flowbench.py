@@ -368,7 +368,8 @@ class Instance:
         sights = {leg: self._sight(leg, tokens) for leg, tokens in output.num_scheduled_tokens.items()}
         self.steps.append((output, sights))
         for leg in output.preempted_req_ids or ():
-            late = marks_of(self.scheduler.requests[leg]).best_effort
+            one = self.scheduler.requests.get(leg)  # it may have been ended since
+            late = one is not None and marks_of(one).best_effort
             self._count("best effort preempted" if late else "preempted")
         return output
 
