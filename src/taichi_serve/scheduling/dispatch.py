@@ -182,7 +182,7 @@ class Dispatcher:
         )
 
     def _known(self, request: Request, now: float, able: list[Instance]) -> Known:
-        """What the instances have of a prompt, and what is queued on those that are `able` and comes after it.
+        """What the instances have of a prompt, and what comes after it on those that are `able` to take it.
         Of those that answer the one with most of it may lend, and of equals the one that has lent least."""
         serve = self.policy.overload == SERVE
         overtaken = NOBODY if serve else self.triage.overtaken(request, now, able)

@@ -176,9 +176,7 @@ def test_no_good_request_is_preempted_beside_best_effort_nor_a_bound_one_beside_
         for n in range(12)
     ]
     answers: Answers = {
-        f"r{n}": [
-            Prefill(f"r{n}", 0, "i0", by=chance.uniform(1, 60), best_effort=chance.random() < 0.4)
-        ]
+        f"r{n}": [Prefill(f"r{n}", 0, "i0", by=chance.uniform(1, 60), best_effort=chance.random() < 0.4)]
         for n in range(12)
     }
     made = cluster(calls, kv=160)

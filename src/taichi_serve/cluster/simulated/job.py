@@ -58,8 +58,8 @@ class Job:
     """
 
     __slots__ = (
-        "arrived_at", "began", "best_effort", "blocks", "bound", "by", "cached", "computed", "engine", "fetched",
-        "filled", "finish_tick",
+        "arrived_at", "began", "best_effort", "blocks", "bound", "by", "cached", "computed", "engine",
+        "fetched", "filled", "finish_tick",
         "hand_over", "hashes", "id", "last", "last_at", "leg", "lender", "lent", "local", "made", "missing",
         "named", "need", "output", "pinned", "pinned_named", "prompt", "pulled", "read", "reading", "run",
         "since", "source", "stage", "target", "then", "where",

@@ -65,7 +65,7 @@ def test_the_kv_to_pull_is_given_along_and_copied() -> None:
     assert leg.sampling_params.extra_args["kv_transfer_params"] is not held
 
 
-def test_an_engine_is_told_of_each_leg_whether_it_is_best_effort_and_of_the_first_whether_it_is_bound() -> None:
+def test_an_engine_is_told_whether_a_leg_is_best_effort_and_whether_the_first_one_is_bound() -> None:
     late = Place(7.5, best_effort=True)
     first = first_leg(asked(), "a", None, place=late, bound=True).sampling_params.extra_args[KEY]
     assert first == {"by": 7.5, "best_effort": True, "bound": True}

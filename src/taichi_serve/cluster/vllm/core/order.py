@@ -33,7 +33,7 @@ def line_up(scheduler: AsyncScheduler, request: Request) -> None:
 
 
 def line_up_again(scheduler: AsyncScheduler, legs: Collection[str]) -> None:
-    """These were just preempted, and vLLM has put them before all that wait: best effort goes to its place."""
+    """These were just preempted, and vLLM has put them before all others: best effort goes to its place."""
     waiting = [request for request in scheduler.waiting if request.request_id in legs]
     for request in waiting:
         if marks_of(request).best_effort:
