@@ -179,7 +179,8 @@ def test_who_was_preempted_is_passed_over_however_many_they_are() -> None:
     source, helper = d_heavy(kv=9_600), p_heavy(kv=1_000)
 
     def choice(*missed: str) -> object:
-        found = choose_degrade(source, here, ledger, [helper], 1.0, ByHand(), STILL, lambda _: {}, missed)
+        source.missed = missed
+        found = choose_degrade(source, here, ledger, [helper], 1.0, ByHand(), STILL)
         return found and found[0].id
 
     assert choice() == "a0"

@@ -5,7 +5,7 @@ Every function reads the ledger and answers; none of them writes anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
@@ -102,17 +102,16 @@ def choose_degrade(
     predictor: Predictor,
     policy: Policy,
     match: Match = lambda _: NOTHING,
-    missed: Collection[str] = (),
 ) -> Flowing | None:
     """Longest-first degrading: whom a D-heavy instance past the watermark sends to a P-heavy one, and where.
 
     The longest output has banked the most TPOT slack. It is passed over when it moved a moment ago, is about
-    to end, or could not pay the gap of the move out of its slack. Those who `missed` the last step were
+    to end, or could not pay the gap of the move out of its slack. Those who missed the last step were
     preempted: they hold no KV that the instance would be relieved of.
     """
     if not helpers or source.kv_tokens - source.leaving_tokens <= policy.watermark * source.kv_capacity:
         return None
-    longest = (name for name in residents.longest() if name not in missed)
+    longest = (name for name in residents.longest() if name not in source.missed)
     for request in _first(longest, requests, policy.scan):
         if now - request.moved_at < policy.dwell:
             continue

@@ -8,7 +8,7 @@ an error in the books, and raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from taichi_serve.instance import Instance
@@ -212,7 +212,7 @@ class GlobalScheduler:
         if instance.draining:
             return empty(self._dispatcher, instance, event.at)
         if instance.kind is Kind.D_HEAVY:
-            return self._degrade(instance, event.at, event.missed) if self.policy.degrades else []
+            return self._degrade(instance, event.at) if self.policy.degrades else []
         ahead = self._dispatcher.copy_ahead(instance) if self.policy.ahead and event.prefill_tokens else []
         return [*ahead, *self._backflow(instance, event.at)]
 
@@ -221,14 +221,14 @@ class GlobalScheduler:
             self.ledger.residency.learn(event)
         return []
 
-    def _degrade(self, source: Instance, now: float, missed: Collection[str]) -> list[Command]:
+    def _degrade(self, source: Instance, now: float) -> list[Command]:
         if source.kv_tokens - source.leaving_tokens <= self.policy.watermark * source.kv_capacity:
             return []
         commands: list[Command] = []
         helpers = [i for i in self.instances.values() if i.serving and i.kind is Kind.P_HEAVY]
-        residents, predictor, policy = self.ledger.residents[source.name], self.predictor, self.policy
+        residents = self.ledger.residents[source.name]
         while choice := choose_degrade(
-            source, residents, self.requests, helpers, now, predictor, policy, self._match, missed
+            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._match
         ):
             request, target = choice
             why = f"KV of {source.name} at {source.kv_usage:.3f}, watermark {self.policy.watermark:g}"

@@ -1,4 +1,5 @@
-"""Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour.
+"""Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour. Users see
+none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
 
 | from   | to     | how                              | what                                        |
 |--------|--------|----------------------------------|---------------------------------------------|
@@ -13,10 +14,7 @@
 | worker | server | the copier's socket              | Copied, Failed, Dropped, Pong               |
 | worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
 | core   | server | a file in its directory          | `flight_file`: who is being computed        |
-
-Users see none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
 """
-
 from __future__ import annotations
 
 import struct
