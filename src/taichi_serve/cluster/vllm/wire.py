@@ -15,6 +15,7 @@ none of it, and may set none of it (frontend/client.py). All times are time.mono
 | worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
 | core   | server | a file in its directory          | `flight_file`: who is being computed        |
 """
+
 from __future__ import annotations
 
 import struct
