@@ -34,7 +34,7 @@ def line_up(scheduler: AsyncScheduler, request: Request) -> None:
 
 def line_up_again(scheduler: AsyncScheduler, legs: Collection[str]) -> None:
     """These were just preempted, and vLLM has put them before all others: best effort goes to its place."""
-    waiting = [request for request in scheduler.waiting if request.request_id in legs]
+    waiting = [one for one in scheduler.waiting if one.request_id in legs] if legs else []
     for request in waiting:
         if marks_of(request).best_effort:
             scheduler.waiting.remove_request(request)

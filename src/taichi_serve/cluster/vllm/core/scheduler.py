@@ -114,8 +114,7 @@ class FlowScheduler(AsyncScheduler):
         at = time.monotonic()
         with room_for_moving_in(self, chunk) if moving_in else contextlib.nullcontext():
             output = super().schedule(throttle_prefills)
-        if output.preempted_req_ids:
-            line_up_again(self, output.preempted_req_ids)
+        line_up_again(self, output.preempted_req_ids or ())
         single = list(output.num_scheduled_tokens.values()).count(1)
         moved_in = self._arrivals.in_step(output, at, self._side.pulled)
         reading = [new.req_id for new in output.scheduled_new_reqs if new.req_id in self._reads]
