@@ -16,7 +16,7 @@ SHORT, LONG = (Synthetic(LogNormal(n, 0.0, n), LogNormal(1, 0.0, 1)) for n in (1
 def test_of_a_mix_each_kind_of_request_has_the_share_that_its_weight_says():
     load = workload("mix:100/400@5,3000/10@1", LIMIT)
     prompts = [call.prompt_tokens for call in load.calls(2.0, 6000, 0)]
-    # With sigma 0.6 hardly any prompt of those with mean 3000 is below 600, and none of those with mean 100 above.
+    # Sigma is 0.6: hardly any prompt of those with mean 3000 is below 600, and none of the others above it.
     assert sum(prompt > 600 for prompt in prompts) / len(prompts) == pytest.approx(1 / 6, abs=0.015)
     assert not load.shares
 
