@@ -49,12 +49,14 @@ BAD = [
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     (
         "--compare hybrid,mixed",
-        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock and stock:TOKENS, and no URL",
+        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock, stock-pd, stock:TOKENS and "
+        "stock-pd:TOKENS, and no URL",
     ),
     ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
     ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),
     ("--compare stock:0", "--compare: 'stock:0': expected tokens a step after the colon, as in stock:192"),
     ("--compare stock --instances 0", "--instances: must be at least 1, not 0"),
+    ("--compare stock-pd --instances 1", "--instances: must be at least 2, not 1"),
     ("--compare hybrid --contender hybrid=", "--contender: 'hybrid' is there twice"),
     ("--contender =1", "--contender: '=1': expected NAME=FLAGS, the name of letters and digits"),
     ("--contender mine", "--contender: 'mine': expected NAME=FLAGS, the name of letters and digits"),
