@@ -1,4 +1,4 @@
-"""vLLM's own prefill/decode disaggregation: what its proxy asks of whom, with servers that are made by hand."""
+"""vLLM's own prefill/decode disaggregation: what the proxy asks of whom. The servers are made by hand."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ BODY = {
 }
 
 
+async def events():
+    """As they come, one by one."""
+    yield b'data: {"choices": []}\n\n'
+    yield b"data: [DONE]\n\n"
+
+
 class Servers:
     """Remember what they are asked; those that prefill give KV parameters, the others two events."""
 
@@ -35,8 +41,7 @@ class Servers:
         self.asked.append((request.url.host, request.headers["x-request-id"], body))
         if request.url.host.startswith("p"):
             return httpx.Response(self.status, json={"kv_transfer_params": PARAMETERS})
-        events = b'data: {"choices": []}\n\ndata: [DONE]\n\n'
-        return httpx.Response(200, content=events, headers={"content-type": "text/event-stream"})
+        return httpx.Response(200, content=events(), headers={"content-type": "text/event-stream"})
 
 
 async def asked(servers, *bodies):

@@ -3,10 +3,10 @@
     python -m taichi_serve.commands.prefilldecode --model MODEL --instances 2 --host H --port P [vLLM's flags]
 
 Half of the instances prefill, rounded down, and the others decode. Each is a server of vLLM with its
-NixlConnector, and a proxy stands before them as vLLM's documentation has it: a request goes to the next
+NixlConnector, and a proxy stands before them as vLLM's documentation has it: a request goes to the next one
 of those that prefill for its first token, and with the KV parameters of that answer to the next one of those
-that decode, whose answer is the user's. Which ones are next goes round. The first token is made twice, and the
-user gets the second one of these: that is how it is done there.
+that decode, whose answer is the user's. Which ones are next goes round. The first token is made twice, and
+the user gets the second one of these: that is how it is done there.
 """
 
 from __future__ import annotations
