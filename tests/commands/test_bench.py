@@ -49,8 +49,8 @@ BAD = [
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     (
         "--compare hybrid,mixed",
-        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock, stock-pd, stock:TOKENS and "
-        "stock-pd:TOKENS, and no URL",
+        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock, stock-pd, stock-rr and "
+        "stock:TOKENS, and no URL",
     ),
     ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
     ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),
@@ -135,6 +135,17 @@ def test_vllms_own_server_gets_vllms_flags_only_and_its_budget_last(model):
     assert jobs["stock"].flags == (*kept, *ranks)
     assert jobs["stock:192"].flags == (*kept, *ranks, "--max-num-batched-tokens", "192")
     assert {(job.kind, job.instances) for job in jobs.values()} == {("stock", 3)}
+
+
+def test_vllms_own_servers_behind_a_proxy_are_on_our_devices_and_half_of_them_prefill(model):
+    args = asked(f"{model} {BASE} --compare stock-pd:2048,stock-rr --instances 4")
+    flags = ("--devices", "0;0;1;1", "--p-chunk", "8192", "--enforce-eager")
+    jobs = bench.jobs_of(args, flags, bench.trial_of(args))
+    split, alike = jobs["stock-pd:2048"], jobs["stock-rr"]
+    budget = "--enforce-eager --max-num-batched-tokens 2048"
+    assert " ".join(split.flags) == f"{budget} --instances 4 --prefill 2 --devices 0;0;1;1"
+    assert " ".join(alike.flags) == "--enforce-eager --instances 4 --prefill 0 --devices 0;0;1;1"
+    assert (split.kind, alike.kind) == ("proxied", "proxied")
 
 
 def test_urls_stand_beside_configurations_and_beside_one_another(model):

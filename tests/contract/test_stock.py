@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm.args import make_parser
 from taichi_serve.commands.compare import CALM
-from taichi_serve.commands.prefilldecode import SIDE_HOST, SIDE_PORT, TRANSFER, prefill_body
+from taichi_serve.commands.proxied import SIDE_HOST, SIDE_PORT, TRANSFER, prefill_body
 from taichi_serve.commands.stock import BINDING, ENTRY, KV_SPACE, OURS, SWITCHES, stock_flags
 
 

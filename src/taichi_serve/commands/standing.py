@@ -13,7 +13,7 @@ from taichi_serve.commands.contenders import Contender
 from taichi_serve.commands.family import available, cpu_seconds
 from taichi_serve.commands.gpus import Gpus
 from taichi_serve.commands.metering import Reading
-from taichi_serve.commands.prefilldecode import PrefillDecodeServer
+from taichi_serve.commands.proxied import ProxiedServers
 from taichi_serve.commands.stock import StockServer, stock_environment
 from taichi_serve.commands.subserver import ServerError, Subserver
 
@@ -102,6 +102,6 @@ def _server(contender: Contender, words: list[str]) -> Subserver:
     """What a contender is, beginning to start."""
     if contender.kind == "stock":
         return StockServer(words, stock_environment(contender.instances))
-    if contender.kind == "stock-pd":
-        return PrefillDecodeServer([*words, "--instances", str(contender.instances)])
+    if contender.kind == "proxied":
+        return ProxiedServers(words)
     return Subserver(words)

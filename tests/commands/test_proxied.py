@@ -1,4 +1,4 @@
-"""vLLM's own prefill/decode disaggregation: what the proxy asks of whom. The servers are made by hand."""
+"""vLLM's own servers behind a proxy: what it asks of whom. The servers are made by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from taichi_serve.commands.gpus import VISIBLE
-from taichi_serve.commands.prefilldecode import SIDE_PORT, Proxy, environment, parsed, prefill_body
+from taichi_serve.commands.proxied import SIDE_PORT, Proxy, environment, groups, parsed, prefill_body
 from taichi_serve.commands.stock import BINDING, KV_SPACE
 
 PARAMETERS = {"remote_engine_id": "e", "remote_block_ids": [3, 4], "do_remote_prefill": True}
@@ -44,10 +44,10 @@ class Servers:
         return httpx.Response(200, content=events(), headers={"content-type": "text/event-stream"})
 
 
-async def asked(servers, *bodies):
-    """The answers of a proxy before two servers that prefill and one that decodes."""
+async def asked(servers, *bodies, prefill=("http://p0", "http://p1"), decode=("http://d0",)):
+    """The answers of a proxy before these."""
     async with httpx.AsyncClient(transport=httpx.MockTransport(servers)) as inner:
-        proxy = Proxy(["http://p0", "http://p1"], ["http://d0"], inner)
+        proxy = Proxy(prefill, decode, inner)
         transport = httpx.ASGITransport(proxy.application())
         async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as client:
             return [await client.post("/v1/completions", json=body) for body in bodies] or [
@@ -81,6 +81,13 @@ async def test_servers_of_a_kind_take_turns():
     assert [host for host, *_ in servers.asked] == ["p0", "d0", "p1", "d0", "p0", "d0"]
 
 
+async def test_where_none_prefills_for_others_a_request_goes_to_the_next_one_as_it_is():
+    servers = Servers()
+    await asked(servers, BODY, BODY, BODY, prefill=(), decode=("http://d0", "http://d1"))
+    assert [host for host, *_ in servers.asked] == ["d0", "d1", "d0"]
+    assert [body for *_, body in servers.asked] == [BODY] * 3
+
+
 async def test_what_the_first_one_refuses_goes_to_no_other():
     servers = Servers(status=503)
     (answer,) = await asked(servers, BODY)
@@ -94,22 +101,28 @@ async def test_which_model_is_served_says_one_that_decodes():
 
 
 def test_each_server_has_its_own_gpus_cores_and_side_channel(monkeypatch):
-    monkeypatch.setenv(VISIBLE, "4,5,6,7")
     monkeypatch.delenv(BINDING, raising=False)
     monkeypatch.delenv(KV_SPACE, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3})
-    first, second = (environment(number, 2, 5600 + number, 2) for number in (0, 1))
-    assert (first[VISIBLE], second[VISIBLE]) == ("4,5", "6,7")
+    first, second = (environment(number, 2, 5600 + number, f"{number}") for number in (0, 1))
+    assert (first[VISIBLE], second[VISIBLE]) == ("0", "1")
     assert (first[BINDING], second[BINDING]) == ("2", "3")
     assert (first[SIDE_PORT], second[SIDE_PORT]) == ("5600", "5601")
-    monkeypatch.delenv(VISIBLE)
-    assert environment(1, 2, 5601, 1)[VISIBLE] == "1"
+
+
+def test_gpus_are_given_one_after_the_other_unless_they_are_said(monkeypatch):
+    monkeypatch.delenv(VISIBLE, raising=False)
+    assert groups(None, 2, 2) == ["0,1", "2,3"]
+    monkeypatch.setenv(VISIBLE, "4,5,6,7")
+    assert groups(None, 2, 2) == ["4,5", "6,7"]
+    assert groups("0;0", 2, 1) == ["0", "0"]
 
 
 def test_flags_that_are_not_its_own_are_for_every_server():
-    words = "--model m --dtype float32 --enforce-eager --instances 4 --tensor-parallel-size 2 --port 1"
-    args, flags = parsed([*words.split(), "--compilation-config", '{"mode": 0}'])
-    assert (args.model, args.instances, args.tensor_parallel_size) == ("m", 4, 2)
+    words = "--model m --dtype float32 --enforce-eager --instances 4 --prefill 2 --port 1"
+    ranks = "--tensor-parallel-size", "2"
+    args, flags = parsed([*words.split(), *ranks, "--compilation-config", '{"mode": 0}'])
+    assert (args.model, args.instances, args.prefill, args.tensor_parallel_size) == ("m", 4, 2, 2)
     assert flags == ["--dtype", "float32", "--enforce-eager", "--compilation-config", '{"mode": 0}']
     with pytest.raises(SystemExit):
         parsed(["--model", "m"])

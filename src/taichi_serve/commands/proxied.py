@@ -1,12 +1,12 @@
-"""vLLM's own prefill/decode disaggregation over NIXL, as one server, to stand beside ours in a comparison.
+"""Several servers of vLLM's own behind a proxy, as one server, to stand beside ours in a comparison.
 
-    python -m taichi_serve.commands.prefilldecode --model MODEL --instances 2 --host H --port P [vLLM's flags]
+    python -m taichi_serve.commands.proxied --model MODEL --instances 2 --prefill 1 --port P [vLLM's flags]
 
-Half of the instances prefill, rounded down, and the others decode. Each is a server of vLLM with its
-NixlConnector, and a proxy stands before them as vLLM's documentation has it: a request goes to the next one
-of those that prefill for its first token, and with the KV parameters of that answer to the next one of those
-that decode, whose answer is the user's. Which ones are next goes round. The first token is made twice, and
-the user gets the second one of these: that is how it is done there.
+With `--prefill 0` the proxy sends each request to the next one. Otherwise it is vLLM's own prefill/decode
+disaggregation over NIXL, as its documentation has it: every server has its NixlConnector, a request goes to
+the next one of those that prefill for its first token, and with the KV parameters of that answer to the next
+one of those that decode, whose answer is the user's. The first token is made twice, and the user gets the
+second one of these: that is how it is done there.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
 Body = dict[str, Any]
 
 
-class PrefillDecodeServer(StockServer):
+class ProxiedServers(StockServer):
     """All of them and the proxy, as a child process: it answers /health when all are ready."""
 
-    module = ("taichi_serve.commands.prefilldecode", "--model")
+    module = ("taichi_serve.commands.proxied", "--model")
 
 
 def prefill_body(body: Body) -> Body:
@@ -56,25 +56,31 @@ def prefill_body(body: Body) -> Body:
     return {**asked, "max_tokens": 1, **limits, "stream": False, "kv_transfer_params": remote}
 
 
-def environment(number: int, instances: int, side_port: int, tensor_parallel: int) -> dict[str, str]:
-    """Of one of the servers: its side channel, and its own GPUs or cores."""
+def environment(number: int, instances: int, side_port: int, devices: str) -> dict[str, str]:
+    """Of one of the servers: its side channel, its GPUs, and on a CPU its own cores."""
     bound = stock_environment(instances)
     if BINDING in bound:
         bound[BINDING] = bound[BINDING].split("|")[number]
-    devices = os.environ.get(VISIBLE, "").split(",")
-    if devices == [""]:
-        devices = [str(device) for device in range(instances * tensor_parallel)]
-    own = devices[number * tensor_parallel : (number + 1) * tensor_parallel]
-    return {**bound, VISIBLE: ",".join(own), SIDE_HOST: LOOPBACK, SIDE_PORT: str(side_port)}
+    return {**bound, VISIBLE: devices, SIDE_HOST: LOOPBACK, SIDE_PORT: str(side_port)}
+
+
+def groups(devices: str | None, instances: int, ranks: int) -> list[str]:
+    """The GPUs of each server: as said in "0,1;2,3", or so many after the other of those that there are."""
+    if devices is not None:
+        return devices.split(";")
+    visible = os.environ.get(VISIBLE, "").split(",")
+    every = [str(n) for n in range(instances * ranks)] if visible == [""] else visible
+    return [",".join(every[n * ranks : (n + 1) * ranks]) for n in range(instances)]
 
 
 class Proxy:
-    """Sends every request to two servers, one after the other; those of each kind take turns."""
+    """Sends every request to two servers, one after the other, or to one where none prefills for the others;
+    those of a kind take turns."""
 
     def __init__(self, prefill: Sequence[str], decode: Sequence[str], client: httpx.AsyncClient) -> None:
         """With the URLs of the servers."""
         self._prefill, self._decode, self._client = cycle(prefill), cycle(decode), client
-        self._first = decode[0]
+        self._splits, self._first = bool(prefill), decode[0]
 
     async def complete(self, request: Any) -> Any:
         """A completion, streamed or not."""
@@ -82,14 +88,15 @@ class Proxy:
 
         body, path = await request.json(), request.url.path
         headers = {"X-Request-Id": uuid4().hex}
-        first = f"{next(self._prefill)}{path}"
-        made = await self._client.post(first, json=prefill_body(body), headers=headers)
-        if made.status_code != 200:
-            return Response(made.content, made.status_code, media_type=made.headers.get("content-type"))
-        following = {**body, "kv_transfer_params": made.json().get("kv_transfer_params")}
-        asked = self._client.build_request(
-            "POST", f"{next(self._decode)}{path}", json=following, headers=headers
-        )
+        if self._splits:
+            first = f"{next(self._prefill)}{path}"
+            made = await self._client.post(first, json=prefill_body(body), headers=headers)
+            if made.status_code != 200:
+                kind = made.headers.get("content-type")
+                return Response(made.content, made.status_code, media_type=kind)
+            body |= {"kv_transfer_params": made.json().get("kv_transfer_params")}
+        where = f"{next(self._decode)}{path}"
+        asked = self._client.build_request("POST", where, json=body, headers=headers)
         answer = await self._client.send(asked, stream=True)
         kind = answer.headers.get("content-type")
         return StreamingResponse(_through(answer), answer.status_code, media_type=kind)
@@ -144,6 +151,8 @@ def parsed(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True)
     parser.add_argument("--instances", type=int, default=2)
+    parser.add_argument("--prefill", type=int, default=1, help="how many of them (0: each does both)")
+    parser.add_argument("--devices", help='GPUs of each one, as in "0,1;2,3" (default: one after the other)')
     parser.add_argument("--host", default=LOOPBACK)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -155,17 +164,18 @@ def main(words: Sequence[str]) -> None:
     args, flags = parsed(words)
     ranks = args.tensor_parallel_size
     common = [args.model, *flags, "--tensor-parallel-size", str(ranks)]
-    common += ["--kv-transfer-config", json.dumps(TRANSFER)]
+    common += ["--kv-transfer-config", json.dumps(TRANSFER)] if args.prefill else []
+    devices = groups(args.devices, args.instances, ranks)
     signal.signal(signal.SIGTERM, _leave)
     servers: list[StockServer] = []
     with ExitStack() as stack:
         side: list[socket.socket] = [stack.enter_context(reserve()) for _ in range(args.instances)]
         try:
             for number in range(args.instances):
-                own = environment(number, args.instances, port_of(side[number]), ranks)
+                own = environment(number, args.instances, port_of(side[number]), devices[number])
                 servers.append(StockServer(common, own))
             asyncio.run(ready(servers))
-            asyncio.run(served([one.url for one in servers], args.instances // 2, args.host, args.port))
+            asyncio.run(served([one.url for one in servers], args.prefill, args.host, args.port))
         finally:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda one: one.stop(keep=False), servers))
