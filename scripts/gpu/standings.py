@@ -73,13 +73,13 @@ def rows(kept: Kept) -> Iterator[tuple[str, ...]]:
     for result in kept.results:
         cells = dict(zip(report.HEADS, report.row(result), strict=True))
         shown = [cells[head] for head in HEADS[3:7]]
-        against = over(pair) if result.name == pair.second else ("-", "-", "-")
+        against = over(contest, pair) if result.name == pair.second else ("-", "-", "-")
         yield (what, slo, result.name, *shown, *against, *took.get(result.name, unknown), done)
 
 
-def over(pair: Pair) -> tuple[str, str, str]:
-    """The second contender over the first: goodputs, a verdict, and requests at the highest rate that both
-    saw whole."""
+def over(contest: Contest, pair: Pair) -> tuple[str, str, str]:
+    """The second contender over the first: goodputs, a verdict, and the same requests at the higher of the
+    two goodputs, or the rate next to it that both saw whole."""
     ratio, verdict = "-", "one of them is only a bound"
     if pair.ratio is not None:
         low, value, high = 1 / pair.ratio.high, 1 / pair.ratio.value, 1 / pair.ratio.low
@@ -87,8 +87,10 @@ def over(pair: Pair) -> tuple[str, str, str]:
         verdict = {"ahead": "behind", "behind": "ahead"}.get(pair.ratio.verdict, pair.ratio.verdict)
     if not pair.differences:
         return ratio, verdict, "-"
-    last = pair.differences[-1]
-    return ratio, verdict, f"{-last.share:+.1%} ({-last.high:+.1%} to {-last.low:+.1%}) at {last.rate:.3g}/s"
+    rate = max(contest.goodput(name).rate for name in (pair.first, pair.second))
+    there = min(pair.differences, key=lambda one: abs(one.rate - rate))
+    more = f"{-there.share:+.1%} ({-there.high:+.1%} to {-there.low:+.1%}) at {there.rate:.3g}/s"
+    return ratio, verdict, more
 
 
 def table(out: Path) -> str:

@@ -1,4 +1,4 @@
-"""The comparison with stock on GPUs: who is compared when, and the table, from files that are made by hand."""
+"""The comparison with stock on GPUs: who is compared when, and the table, from files made by hand."""
 
 from __future__ import annotations
 
