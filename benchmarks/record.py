@@ -1,7 +1,8 @@
 """Record what real engines did with a stream of requests, for the simulated ones to be held to.
 
     python benchmarks/record.py OUT.jsonl.gz [--p-heavy 1 --d-heavy 1 --p-chunk 512 --d-chunk 128]
-                                [--requests 200] [--rate 3] [--seed 1] [--workload NAME] [--kv-bytes N]
+                                [--requests 200] [--rate 3] [--seed 1] [--workload W]
+                                [--kv-bytes N] [--block-size N]
 
 It starts a server with the tiny model, sends requests at Poisson times, and keeps the server's event log,
 with what the run was in its first line (bench/recording.py). Without a workload prompts have 16 to 2,000
@@ -79,6 +80,7 @@ def head(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
         "workload": args.workload,
         "sliders": state["sliders"],
         "slo": args.slo,
+        "block_size": args.block_size,
         "kv_capacity": [instance["kv_capacity"] for instance in state["instances"]],
     }
 
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workload", help="as `taichi bench goodput` takes it")
     parser.add_argument("--kv-bytes", type=int, default=KV_BYTES, help="of each instance")
+    parser.add_argument("--block-size", type=int, default=128, help="tokens of a block of KV")
     parser.add_argument("--slo", type=float, nargs=2, default=(1.0, 0.03), metavar=("TTFT", "TPOT"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,7 +106,7 @@ def main() -> None:
             for name in ("p-heavy", "d-heavy", "p-chunk", "d-chunk")
         ]
         flags += ["--ttft-slo", str(args.slo[0]), "--tpot-slo", str(args.slo[1])]
-        flags += ["--kv-cache-memory-bytes", str(args.kv_bytes)]
+        flags += ["--kv-cache-memory-bytes", str(args.kv_bytes), "--block-size", str(args.block_size)]
         server = Server(Path(scratch), *flags, "--event-log", str(log), "--no-enable-prefix-caching")
         try:
             server.wait_ready()

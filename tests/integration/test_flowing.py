@@ -24,6 +24,7 @@ SHARE = 2.0  # of that TPOT. A step with a whole prompt takes many times as long
 FLAGS = (
     *("--p-heavy", "1", "--d-heavy", "1", "--p-chunk", "2048", "--d-chunk", "64"),
     *("--ttft-slo", "30", "--tpot-slo", str(LOOSE), "--kv-cache-memory-bytes", str(KV_BYTES)),
+    *("--block-size", "32"),  # of blocks with 128 tokens, as is usual on CPUs, chats would fill many half
 )
 
 

@@ -104,8 +104,10 @@ class Recording:
 
     @property
     def shape(self) -> EngineShape:
-        """The blocks of the real engines: all instances have the same."""
-        return EngineShape(min(self.head["kv_capacity"]))
+        """The blocks of the real engines: all instances have the same. An older recording does not say how
+        large blocks are: there KV is ample, and it makes no difference."""
+        capacity, size = min(self.head["kv_capacity"]), self.head.get("block_size")
+        return EngineShape(capacity) if size is None else EngineShape(capacity, block_size=size)
 
     @property
     def moves(self) -> Counter[Move]:
