@@ -58,7 +58,8 @@ def told(scene: Scene, sliders: Sliders, args: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     still = mixed(sliders, Policy(watermark=1.0))
     before = [goodput(scene, still, args.requests, seed, args.guess) for seed in seeds]
-    print(f"KV {scene.machine.kv_capacity}: watermark 1: {statistics.fmean(before):.3g} requests/s", flush=True)
+    mean = statistics.fmean(before)
+    print(f"KV {scene.machine.kv_capacity}: watermark 1: {mean:.3g} requests/s", flush=True)
     for word in args.watermarks.split(","):
         one = mixed(sliders, Policy(watermark=float(word)))
         found = [goodput(scene, one, args.requests, seed, args.guess) for seed in seeds]
