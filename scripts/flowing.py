@@ -54,7 +54,7 @@ class ByTpot(GlobalScheduler):
             kv_tokens = request.prompt_tokens + request.output_tokens(source.ticks)
             target = choose_target(helpers, kv_tokens, self.policy.full_mark, self.policy)
             if target is None or self.predictor.tpot(target, kv_tokens) >= here:
-                return []
+                continue
             gap = self.predictor.move(source, target, kv_tokens)
             slack, stays = residents.slack(request, now, source.ticks), self.policy.dwell
             if now - request.moved_at >= stays and slack > gap:
