@@ -1,6 +1,7 @@
 """Workloads made of others: shares of a mix, parts of a change, and what makes no sense."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_parts_of_a_change_take_equally_long_and_come_as_fast_as_their_weigh
     load = Changing((Part(SHORT), Part(LONG, 5.0), Part(SHORT)))
     calls = list(load.calls(Arrivals("gamma", 0.0), 7.0, 70, 0))
     assert [call.prompt_tokens for call in calls] == [100] * 9 + [3000] * 50 + [100] * 11
-    gaps = [round(b.at - a.at, 6) for a, b in zip(calls, calls[1:], strict=False)]
+    gaps = [round(b.at - a.at, 6) for a, b in pairwise(calls)]
     assert Counter(gaps) == {0.333333: 19, 0.066667: 50}
     assert calls[-1].at == pytest.approx(10.0)
 

@@ -35,7 +35,8 @@ BAD = [
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
     (
         "--workload nothing",
-        "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100",
+        "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100, "
+        "mix:..., change:...",
     ),
     ("--scale 0", "scale must be a positive number, not 0.0"),
     (
@@ -49,8 +50,8 @@ BAD = [
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     (
         "--compare hybrid,mixed",
-        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock, stock-pd, stock-rr and "
-        "stock:TOKENS, and no URL",
+        "--compare: 'mixed' is none of aggregation, disaggregation, hybrid, stock, stock-pd, stock-rr "
+        "and stock:TOKENS, and no URL",
     ),
     ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
     ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),

@@ -7,8 +7,8 @@ import json
 from importlib.util import find_spec
 
 from vllm import envs
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -39,7 +39,7 @@ def kept(path, trial=TRIAL, rounds=None, **cliffs):
         replace(done, visits=tuple(replace(visit, usage=used) for visit in done.visits))
         for done in contest.rounds
     ]
-    flags = {name: () for name in names}
+    flags = dict.fromkeys(names, ())
     found = Kept(
         "tiny", trial, flags, "2026-11-27", "2 GPUs", dict.fromkeys(names, "1"), (), tuple(made[:rounds])
     )
