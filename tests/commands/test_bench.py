@@ -11,7 +11,7 @@ from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
 from taichi_serve.bench.score import Run, Sample
 from taichi_serve.bench.trial import Goodput, Trial
-from taichi_serve.commands import bench, compare, contenders, installed
+from taichi_serve.commands import bench, compare, installed
 from taichi_serve.commands.measure import line
 from taichi_serve.slo import SLO
 
@@ -35,8 +35,10 @@ BAD = [
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
     (
         "--workload nothing",
-        "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100, "
-        "mix:..., change:...",
+        (
+            "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100, "
+            "mix:..., change:..."
+        ),
     ),
     ("--scale 0", "scale must be a positive number, not 0.0"),
     (
@@ -50,8 +52,10 @@ BAD = [
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     (
         "--compare hybrid,mixed",
-        "--compare: 'mixed' is none of aggregation, disaggregation, hybrid, stock, stock-pd, stock-rr "
-        "and stock:TOKENS, and no URL",
+        (
+            "--compare: 'mixed' is none of aggregation, disaggregation, hybrid, stock, stock-pd, stock-rr "
+            "and stock:TOKENS, and no URL"
+        ),
     ),
     ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
     ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),
