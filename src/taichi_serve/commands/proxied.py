@@ -50,7 +50,7 @@ class ProxiedServers(StockServer):
 
 def prefill_body(body: Body) -> Body:
     """What is asked of the server that prefills: one token, and that its KV is kept for another server."""
-    limits = {name: 1 for name in ("max_tokens", "max_completion_tokens", "min_tokens") if name in body}
+    limits: Body = {name: 1 for name in ("max_tokens", "max_completion_tokens", "min_tokens") if name in body}
     asked = {name: value for name, value in body.items() if name != "stream_options"}
     remote = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(REMOTE)}
     return {**asked, "max_tokens": 1, **limits, "stream": False, "kv_transfer_params": remote}
