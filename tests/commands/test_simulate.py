@@ -55,11 +55,14 @@ def test_classes_are_told_one_by_one_each_by_its_own_slo(capsys, tmp_path):
     figures = json.loads(capsys.readouterr().out)
     never, always = (figures["classes"][name] for name in ("never", "always"))
     assert (never["good"], always["attainment"]) == (0, 1.0)
+    assert never["in_time_tokens"] == 0 < always["in_time_tokens"]
     assert never["sent"] + always["sent"] == 60
     assert 30 < always["sent"] < 60
     assert figures["mix"] == "25% never (0.001 s and 70 ms), 75% always (900 s and 9000 ms)"
     assert simulate.main(parsed(simulate, f"{ONE} --classes {file}")) == 0
-    assert "always (900 s and 9000 ms): attainment 100.0%" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "always (900 s and 9000 ms): attainment 100.0%" in out
+    assert "; 100.0% of the prompt tokens in time" in out
     assert simulate.main(parsed(simulate, f"{ONE} --classes gone.yaml")) == 2
     assert "--classes: gone.yaml: No such file" in capsys.readouterr().err
 

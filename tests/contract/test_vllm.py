@@ -1126,12 +1126,24 @@ def test_waiting_requests_are_a_deque_that_is_taken_from_the_left_and_preempted_
 
     from vllm.v1.core.sched.request_queue import FCFSRequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
     assert issubclass(FCFSRequestQueue, deque)
     assert not mentions(FCFSRequestQueue, "return self.popleft()", "return self[0]", "self.append(request)")
     assert not mentions(Scheduler, "self.waiting = create_request_queue(self.policy)")
-    assert not mentions(Scheduler._preempt_request, "self.waiting.prepend_request(request)")
-    assert not mentions(Scheduler.schedule, "preempted_req = self.running.pop()")
+    assert not mentions(
+        Scheduler._preempt_request,
+        "self.waiting.prepend_request(request)",
+        "self.reset_preempted_req_ids.add(request.request_id)",
+    )
+    assert not mentions(
+        Scheduler.schedule,
+        "preempted_req = self.running[-1]",
+        "preempted_req = self.running.pop()",
+        "if not preempted_reqs and",  # a step that preempts takes nobody in
+        "preempted_req_ids=self.reset_preempted_req_ids",
+    )
+    assert isinstance(Request.num_output_tokens, property)
 
 
 def test_histograms_of_times_take_their_edges_from_two_families() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from taichi_serve.bench import pairtable
+from taichi_serve.bench import pairtable, usage
 from taichi_serve.bench.contest import Contest
 from taichi_serve.bench.endpoint import EndpointGoneError
 from taichi_serve.bench.pairs import pairs
@@ -192,10 +192,10 @@ def report(results: list[Result], out: str | None, contest: Contest | None = Non
     folder = Path(out) if out else None
     found = pairs(contest) if contest else []
     if contest and found:
-        for words in (*pairtable.lines(found), pairtable.machine(contest)):
+        for words in (*pairtable.lines(found), *usage.lines(contest), pairtable.machine(contest)):
             console.print(words, soft_wrap=True, markup=False)
     if folder:
-        more = f"\n{pairtable.markdown(contest, found)}" if contest else ""
+        more = f"\n{pairtable.markdown(contest, found)}\n{usage.markdown(contest)}" if contest else ""
         (folder / "goodput.md").write_text(markdown(results) + more, encoding="utf-8")
         (folder / "goodput.json").write_bytes(as_json(results))
         draw(results, folder / "goodput.svg")

@@ -67,7 +67,8 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         "--workload",
         required=True,
         help="sharegpt, summarization, mean lengths as in 1200/100, conversations (with settings as in "
-        "conversations:share=0.8,turns=5,think=20), or the path of a trace (CSV, or Mooncake's JSON lines)",
+        "conversations:share=0.8,turns=5,think=20), several of these at once (mix:sharegpt,1200/100) or one "
+        "after the other (change:1200/100,661/257@5), or the path of a trace (CSV, or Mooncake's JSON lines)",
     )
     parser.add_argument(
         "--arrivals",

@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or "
         "the longest before it is best effort, or it is turned away (default: %(default)s)",
     )
+    parser.add_argument(
+        "--fair-classes",
+        action="store_true",
+        help="weights of --classes are shares of what is computed in time under overload; else the class "
+        "with the lowest weight goes first",
+    )
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
     parser.add_argument("--requests", type=int, default=2000, metavar="N", help="that are sent")
 
@@ -72,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
             scene = scene_of(args)
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
         knobs = args.watermark, args.alpha, args.ttft_margin, args.tpot_margin
-        policy = Policy(*knobs, overload=args.overload)
+        policy = Policy(*knobs, overload=args.overload, fair=args.fair_classes)
         began = time.perf_counter()
         tally, changes = _run(scene, Contender("simulate", sliders, policy), args)
         took = time.perf_counter() - began
@@ -131,7 +137,8 @@ def _show_classes(tally: Tally, scene: Scene, console: Console) -> None:
         console.print(
             f"{part.name} ({part.slo.ttft:g} s and {part.slo.tpot * 1e3:g} ms): attainment "
             f"{of.attainment:.1%} ({low:.1%} to {high:.1%}), {of.good} of {of.sent} good; p90 "
-            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms",
+            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms; "
+            f"{of.in_time_tokens / max(1, tally.in_time_tokens):.1%} of the prompt tokens in time",
             highlight=False,
             soft_wrap=True,
         )

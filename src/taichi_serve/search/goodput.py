@@ -88,7 +88,8 @@ class Scene:
     def scheduler(self, sliders: Sliders, policy: Policy, capacities: Mapping[str, int]) -> GlobalScheduler:
         """The scheduler that serves, for such a cluster."""
         known = 0 if self.prefixes == BLIND else self.workload.block_size
-        policy = replace(policy, fetch=True) if self.prefixes == FETCH else policy
+        fetch = policy.fetch or self.prefixes == FETCH
+        policy = replace(policy, fetch=fetch, classes=self.workload.mix.classes)
         return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
 
     def tuner(self, scheduler: GlobalScheduler, act: bool = True) -> Tuner:

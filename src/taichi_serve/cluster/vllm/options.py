@@ -64,6 +64,10 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
 # And those that are said or not.
 SWITCHES = (
     ("slo-response-headers", "say in each answer's headers by which SLO, and as which class, it is judged"),
+    (
+        "fair-classes",
+        "weights of classes are their shares of what is computed in time under overload (docs/overload.md)",
+    ),
     ("metrics-without-key", "let /metrics be read without the key of --api-key, for scrapers that have none"),
 )
 LATE = (
