@@ -62,18 +62,20 @@ def kept_pairs(out: Path) -> Iterator[Kept]:
 
 
 def rows(kept: Kept) -> Iterator[tuple[str, ...]]:
-    """Under HEADS: both contenders of a pair. Stock is the first one."""
+    """Under HEADS: every contender, and what it is over the first one, which is stock."""
     contest, trial = kept.contest, kept.trial
     what = trial.workload if trial.arrivals.cv == 1.0 else f"{trial.workload}, {trial.arrivals.words}"
     slo = f"{trial.slo.ttft:g} s, {trial.slo.tpot * 1e3:g} ms"
     took = {row[0]: row[2:] for row in usage.rows(contest)}
     unknown = ("-",) * len(usage.HEADS[2:])
     done = f"{len(kept.rounds)}" if contest.next() is None else f"{len(kept.rounds)}, not done"
-    (pair,) = pairs(contest)
+    first, *_ = contest.names
+    beside = {pair.second: pair for pair in pairs(contest) if pair.first == first}
     for result in kept.results:
         cells = dict(zip(report.HEADS, report.row(result), strict=True))
         shown = [cells[head] for head in HEADS[3:7]]
-        against = over(contest, pair) if result.name == pair.second else ("-", "-", "-")
+        pair = beside.get(result.name)
+        against = ("-", "-", "-") if pair is None else over(contest, pair)
         yield (what, slo, result.name, *shown, *against, *took.get(result.name, unknown), done)
 
 

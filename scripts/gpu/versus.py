@@ -9,7 +9,7 @@ real shape without weights, graphs, and KV that leaves room for two servers on e
   tune    the chunk with which stock is best for the SLO of each workload: neighbours are compared, uphill
   search  settings of our three ways of serving (`taichi search --tuned`; with --profile; it needs no GPU)
   pairs   ours (aggregation, disaggregation, hybrid, auto: without any slider) and stock's own prefill/decode
-          disaggregation, each beside stock as it was tuned
+          disaggregation, each beside stock as it was tuned; or all of --together in one comparison
 
 A call ends after --seconds, as at Ctrl-C, with exit code 3 where something is left: the same call goes on
 with the next round. At its end it prints the table of all pairs so far, which is OUT/table.md too. With
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import NO_WEIGHTS, QWEN_7B, QWEN_14B, keep_logs, shape
@@ -38,7 +38,7 @@ from taichi_serve.commands.compare import FILE
 from taichi_serve.commands.gpus import Gpus
 from taichi_serve.tiny import cached_tiny_model
 
-SHAPES = {"7b": QWEN_7B, "14b": QWEN_14B}
+SHAPES = {"7b": ("Qwen2.5-7B", QWEN_7B), "14b": ("Qwen2.5-14B", QWEN_14B)}
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
 CHUNKS, SMALL_CHUNKS, FIRST = (192, 256, 384, 512, 768, 1024, 1536, 2048), (64, 256), 256
 OURS, SPLIT, SMALL_SPLIT = ("aggregation", "disaggregation", "hybrid", "auto"), "stock-pd:8192", "stock-pd"
@@ -84,12 +84,17 @@ SMALL = {
 }
 
 
+def asked(load: Load, args: argparse.Namespace) -> Load:
+    """With the SLO of the command line, where it has one."""
+    return replace(load, ttft=args.ttft_slo or load.ttft, tpot=args.tpot_slo or load.tpot)
+
+
 class Field:
     """What is compared with what, in which folders; and the calls that do it."""
 
     def __init__(self, args: argparse.Namespace, model: Path) -> None:
         self.args, self.model, self.out = args, model, args.out
-        self.loads = SMALL if args.rehearse else LOADS
+        self.loads = {name: asked(load, args) for name, load in (SMALL if args.rehearse else LOADS).items()}
         self.instances: int = args.share or args.gpus // args.tensor_parallel_size
         # Where instances share a card there is no data parallelism: as many servers take turns.
         self.stock = "stock-rr" if args.share else "stock"
@@ -126,14 +131,16 @@ class Field:
         return self._called([*words, "--instances", str(self.instances)])
 
     def pairs(self, name: str) -> bool:
-        """Every contender beside stock; whether all is known."""
+        """Every contender beside stock, or all that were named together; whether all is known."""
+        args, done = self.args, True
+        sizes = ["--requests", str(args.requests), "--warm-up", str(args.warm_up), "--seeds", args.seeds]
+        sizes += ["--tolerance", str(args.tolerance), "--step", str(args.step)]
+        if args.together:
+            return self._compared(name, "together", args.together.split(","), sizes)
         chunk = self.chunk(name)
         if not isinstance(chunk, int):
             print(f"{name}: stock is not tuned yet (stage tune)", flush=True)
             return False
-        args, done = self.args, True
-        sizes = ["--requests", str(args.requests), "--warm-up", str(args.warm_up), "--seeds", args.seeds]
-        sizes += ["--tolerance", str(args.tolerance)]
         for one in (SMALL_SPLIT if args.rehearse else SPLIT, *OURS):
             kind = one.partition(":")[0]
             if not args.contenders or kind in args.contenders.split(","):
@@ -146,7 +153,8 @@ class Field:
         """Compare these under a workload, in a folder of it; whether that is done."""
         load, args = self.loads[name], self.args
         asked = [one for one in contenders if one != "auto"]
-        words = ["bench", "goodput", str(self.model), *load.words, "--start", f"{load.start:g}", *sizes]
+        start = args.start or load.start
+        words = ["bench", "goodput", str(self.model), *load.words, "--start", f"{start:g}", *sizes]
         words += ["--out", str(self.out / name / folder), "--instances", str(self.instances)]
         words += ["--compare", ",".join(asked), *self._settings(name)]
         words += ["--contender", "auto="] if "auto" in contenders else []
@@ -208,8 +216,9 @@ def main() -> int:
     args = parsed()
     args.out.mkdir(parents=True, exist_ok=True)
     tiny = cached_tiny_model()
-    there = Path(tempfile.gettempdir()) / f"taichi-{args.shape}"  # the same for every call: others begin anew
-    made = args.model or (tiny if args.rehearse else shape(tiny, SHAPES[args.shape], there))
+    name, config = SHAPES[args.shape]  # what is known of step times is looked for by name
+    there = Path(tempfile.gettempdir()) / "taichi" / name  # the same for every call: others begin anew
+    made = args.model or (tiny if args.rehearse else shape(tiny, config, there))
     field, left = Field(args, Path(made)), False
     stages = {"tune": field.tune, "search": field.search, "pairs": field.pairs}
     try:
@@ -248,6 +257,16 @@ def parsed() -> argparse.Namespace:
     add("--memory", default="0.3", help="--gpu-memory-utilization of each instance (default: 0.3)")
     add("--workloads", default=",".join(LOADS), help=f"some of {','.join(LOADS)} (default: all)")
     add("--contenders", help=f"some of {','.join((SMALL_SPLIT, *OURS))} (default: all)")
+    add(
+        "--together",
+        metavar="LIST",
+        help="these in one comparison, all up where they fit, the first one "
+        "judges: stock:256,stock:384,hybrid,auto; nothing is tuned then",
+    )
+    add("--start", type=float, metavar="RATE", help="the first rate (default: of the workload)")
+    add("--step", type=float, default=2.0, help="from it to the next one (default: 2)")
+    add("--ttft-slo", type=float, metavar="S", help="of all workloads (default: of each)")
+    add("--tpot-slo", type=float, metavar="S", help="of all workloads (default: of each)")
     add("--settings", default="256,8192,192", metavar="CHUNK,S_P,S_D", help="where none are searched")
     add("--profile", help="of `taichi profile`, or a shipped one: our settings are searched from it")
     add("--requests", type=int, default=600, help="that count, of each seed and rate (default: 600)")

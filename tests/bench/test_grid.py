@@ -62,3 +62,17 @@ def test_any_cliff_within_reach_is_found(tolerance: float) -> None:
     grid = Grid(1.0, tolerance)
     for cliff in range(-grid.reach, grid.reach):
         assert climbed(cliff, grid)[1].deciding == (cliff, cliff + 1)
+
+
+def test_the_first_steps_may_be_small_and_each_is_the_square_of_the_one_before():
+    near = Grid(start=4.0, tolerance=0.05, step=1.2)
+    # 1.05 ** 4 is 1.22, 1.05 ** 7 is 1.41, 1.05 ** 14 is 1.98
+    assert Climb(near, {0: True}).next == 4
+    assert Climb(near, {0: True, 4: True}).next == 4 + 7
+    assert Climb(near, {0: True, 4: True, 11: True}).next == 11 + 14
+    assert Climb(near, {0: False}).next == -4
+    assert Climb(near, {0: True, 4: False}).next == 2
+
+
+def test_a_first_step_of_two_is_two_every_time():
+    assert [TENTHS.stride(tried) for tried in (0, 1, 2, 9)] == [TENTHS.rungs(2.0)] * 4

@@ -114,6 +114,11 @@ def arguments(tmp_path, **more):
         "model": None,
         "memory": "0.3",
         "kv": "6G",
+        "together": None,
+        "start": None,
+        "step": 2.0,
+        "ttft_slo": None,
+        "tpot_slo": None,
     }
     return argparse.Namespace(**common | more)
 
@@ -149,6 +154,30 @@ def test_stock_is_tuned_by_pairs_and_then_everybody_stands_beside_it(versus, cal
     assert "auto=" in calls[-1]
     assert all(words[words.index("--cv") + 1] == "2" for words in calls)
     assert all(words[words.index("--devices") + 1] == "0;1" for words in calls)
+
+
+def test_those_named_together_stand_in_one_comparison_and_nothing_is_tuned(versus, calls, tmp_path):
+    more = {"together": "stock:256,stock:320,hybrid,auto", "gpus": 4, "start": 13.0, "step": 1.15}
+    field = versus.Field(arguments(tmp_path, **more, tpot_slo=0.014), Path("m"))
+    field.pairs("long")
+    (words,) = calls
+    said = {word: words[words.index(word) + 1] for word in words if word.startswith("--")}
+    assert said["--compare"] == "stock:256,stock:320,hybrid"
+    assert said["--contender"] == "auto="
+    assert (said["--start"], said["--step"]) == ("13", "1.15")
+    assert (said["--ttft-slo"], said["--tpot-slo"]) == ("2", "0.014")
+    assert said["--out"] == str(tmp_path / "long" / "together")
+
+
+def test_of_several_the_table_has_what_each_reaches_over_the_first(standings, tmp_path):
+    kept(tmp_path / "long" / "together", stock_256=2.4, stock_384=2.0, hybrid=2.6)
+    _, _, *rows = standings.table(tmp_path).splitlines()
+    found = [
+        dict(zip(standings.HEADS, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
+        for row in rows
+    ]
+    assert [row["contender"] for row in found] == ["stock:256", "stock:384", "hybrid"]
+    assert [row["verdict"] for row in found] == ["-", "behind", "ahead"]
 
 
 def test_instances_that_share_a_card_stand_beside_as_many_servers_in_turn(versus, calls, tmp_path):

@@ -93,7 +93,7 @@ class Contest:
     @property
     def grid(self) -> Grid:
         """The rates."""
-        return Grid(self.trial.start, self.trial.tolerance)
+        return Grid(self.trial.start, self.trial.tolerance, self.trial.step)
 
     def add(self, done: Round) -> None:
         """A round more."""

@@ -15,10 +15,12 @@ from taichi_serve.bench.bracket import REACH
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Rates `start * (1 + tolerance) ** rung`, in requests/s, from `start` / 64 to `start` * 64."""
+    """Rates `start * (1 + tolerance) ** rung`, in requests/s, from `start` / 64 to `start` * 64. `step` is
+    from the first rate to the next one that is tried, and is squared with every further one, up to 2."""
 
     start: float
     tolerance: float
+    step: float = 2.0
 
     def rate(self, rung: int) -> float:
         """Requests/s."""
@@ -27,6 +29,10 @@ class Grid:
     def rungs(self, factor: float) -> int:
         """So many rungs come nearest to a rate that is `factor` times as high; at least one."""
         return max(1, round(math.log(factor) / math.log1p(self.tolerance)))
+
+    def stride(self, tried: int) -> int:
+        """So many rungs further the next rate is, where so many were tried and all lay on one side."""
+        return self.rungs(min(2.0, self.step ** (2 ** min(tried - 1, 6)) if tried else self.step))
 
     @property
     def reach(self) -> int:
@@ -56,7 +62,8 @@ class Climb:
     @property
     def next(self) -> int | None:
         """The rung to try; None where the goodput is known to one rung, or is beyond reach."""
-        low, high, step, reach = self.low, self.high, self.grid.rungs(2.0), self.grid.reach
+        low, high, reach = self.low, self.high, self.grid.reach
+        step = self.grid.stride(len(self.kept))
         if low is not None and high is not None:
             return None if high - low == 1 else (low + high) // 2
         if low is not None:

@@ -33,6 +33,7 @@ class Trial:
     over_limit: str = "refuse"  # rows of a trace over the model's limit: refuse, skip or cut
     arrivals: Arrivals = Arrivals()
     mix: Mix = Mix()  # of classes; `slo` is that of a server whose requests are of none
+    step: float = 2.0  # from `start` to the next rate, and squared with every further one, up to 2
 
     def __post_init__(self) -> None:
         if not 0 < self.attainment <= 1:
@@ -48,7 +49,7 @@ class Trial:
     @property
     def bracket(self) -> Bracket:
         """Before the first rate."""
-        return Bracket(self.start, self.tolerance)
+        return Bracket(self.start, self.tolerance, step=self.step)
 
     @property
     def total(self) -> int:

@@ -62,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="0", metavar="N,N", help="of lengths and arrivals (default: 0)")
     parser.add_argument("--start", type=float, default=1.0, metavar="R", help="first rate, requests/s")
     parser.add_argument("--tolerance", type=float, default=0.1, metavar="SHARE", help="of the rate")
+    help_step = "from the first rate up or down to the next; squared with every further one (default: 2)"
+    parser.add_argument("--step", type=float, default=2.0, metavar="FACTOR", help=help_step)
     parser.add_argument("--full", action="store_true", help="no rate ends before its last request")
     parser.add_argument("--out", metavar="DIR", help="write results, table and picture there")
     parser.add_argument(
@@ -113,7 +115,7 @@ def trial_of(args: argparse.Namespace) -> Trial:
     sizes = args.attainment, args.requests, args.warm_up, seeds
     rates = args.start, args.tolerance, args.full
     which = args.over_limit, arrivals_of(args), mix_of(args, slo)
-    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, *which)
+    trial = Trial(args.workload, slo, args.scale, *sizes, *rates, *which, args.step)
     trial.lengths(ANY_LENGTH)  # a trace that cannot be read is told before a server is started
     return trial
 
