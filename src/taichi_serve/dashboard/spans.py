@@ -1,0 +1,293 @@
+"""A request's story as spans: stretches of time with a name, one within another, for whoever draws a trace.
+
+A span is made of facts alone, when the request is over. Times are seconds on the clock of the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from taichi_serve.messages import (
+    Arrived,
+    Command,
+    Decode,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Move,
+    Outcome,
+    Prefill,
+    Prefilled,
+    Refused,
+    Timeline,
+)
+
+Value = str | int | float | bool
+GAP = "taichi.gap"  # seconds between the last token there and the first here
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """From `began` to `ended`, with its `parts` within it; `wrong` says why it came to nothing."""
+
+    name: str
+    began: float
+    ended: float
+    attributes: Mapping[str, Value] = field(default_factory=dict)
+    parts: tuple[Span, ...] = ()
+    wrong: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is known of a request beside its own facts: when each leg was `decided`, by its number, for that
+    may follow from the fact of another request; and when its prompt was `scheduled`, by the engine's word."""
+
+    decided: Mapping[int, float] = field(default_factory=dict)
+    scheduled: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A prompt that was sent to an instance."""
+
+    command: Prefill
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoding:
+    """A leg that makes tokens: it made the one with this number at first."""
+
+    instance: str
+    leg: int
+    at: float
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Going:
+    """A decided move, and from where."""
+
+    command: Flow | Decode
+    at: float
+    source: str | None
+
+
+def spans(history: Iterable[Event | Command], told: Told = Told()) -> list[Span]:  # noqa: B008  # frozen
+    """The spans of a request, by the history that the recorder keeps of it: the waiting for an instance, the
+    prefill, the decode of each leg, and each move.
+
+    A history may have lost its beginning, or have no end yet: what is whole in it is told.
+    """
+    life = _Life(told)
+    for part in history:
+        life.take(part)
+    return life.made
+
+
+def moved(span: Span) -> bool:
+    """Whether this is a move that came to its end: of others nobody knows a gap."""
+    return GAP in span.attributes
+
+
+class _Life:
+    """What is open of a request, on the way through its history."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        self.made: list[Span] = []
+        self._at = 0.0  # of the last fact
+        self._waits: float | None = None  # since when it is on no instance
+        self._prompt: _Placed | None = None
+        self._decoding: _Decoding | None = None
+        self._left: str | None = None  # where its first token came from, if it is not decoded there
+        self._going: _Going | None = None
+
+    def take(self, part: Event | Command) -> None:
+        """The next fact or decision."""
+        if isinstance(part, Event):
+            self._at = part.at
+        match part:
+            case Arrived():
+                self._waits = part.at
+            case Prefill():
+                self._placed(part)
+            case Prefilled():
+                self._prefilled(part)
+            case Flow() | Decode():
+                self._go(part)
+            case Flowed():
+                self._flowed(part)
+            case Refused():
+                self._refused(part)
+            case Finished():
+                self._finished(part)
+
+    def _decided(self, leg: int) -> float:
+        return max(self._at, self.told.decided.get(leg, self._at))
+
+    def _add(
+        self,
+        name: str,
+        began: float,
+        ended: float,
+        attributes: dict[str, Value],
+        parts: Iterable[Span | None] = (),
+        wrong: str | None = None,
+    ) -> None:
+        within = tuple(part for part in parts if part is not None)
+        self.made.append(Span(name, began, max(began, ended), attributes, within, wrong))
+
+    # --------------------------------------------------------------------------------------------- its prompt
+
+    def _placed(self, command: Prefill) -> None:
+        at = self._decided(command.leg)
+        if self._prompt is not None:
+            self._unprefilled(at, "it was placed elsewhere before its first token")
+        if self._waits is not None and at > self._waits:
+            self._add("wait", self._waits, at, {})
+        self._waits, self._prompt = None, _Placed(command, at)
+
+    def _prefilled(self, event: Prefilled) -> None:
+        placed, self._prompt = self._prompt, None
+        if placed is not None:
+            attributes = _of_prompt(placed.command)
+            for name in ("cached", "fetched", "loaded"):
+                if tokens := getattr(event, name):
+                    attributes[f"taichi.{name}_tokens"] = tokens
+            self._add("prefill", placed.at, event.at, attributes, self._within(placed, event))
+        if event.held:
+            self._left = event.instance
+        else:
+            self._decoding = _Decoding(event.instance, event.leg, event.at, 1)
+
+    def _within(self, placed: _Placed, event: Prefilled) -> list[Span | None]:
+        """The queue, the computing, and the copying of a prefix meanwhile."""
+        parts: list[Span | None] = []
+        began = self.told.scheduled
+        if began is not None and placed.at <= began <= event.at:
+            parts += [_part("queue", placed.at, began), _part("compute", began, event.at)]
+        if event.fetch is not None and placed.command.prefix_from is not None:
+            where: dict[str, Value] = {
+                "taichi.from": placed.command.prefix_from,
+                "taichi.to": event.instance,
+                "taichi.kv_tokens": event.fetched,
+            }
+            parts.append(_part("fetch", *event.fetch, where))
+        return parts
+
+    def _unprefilled(self, at: float, why: str | None) -> None:
+        placed, self._prompt = self._prompt, None
+        assert placed is not None
+        self._add("prefill", placed.at, at, _of_prompt(placed.command), wrong=why)
+
+    # ---------------------------------------------------------------------------------------------- its moves
+
+    def _go(self, command: Flow | Decode) -> None:
+        at = self._decided(command.leg)
+        if self._going is not None:
+            self._unmoved(at, "it was sent elsewhere instead")
+        here = self._decoding.instance if self._decoding is not None else self._left
+        self._going = _Going(command, at, here)
+
+    def _flowed(self, event: Flowed) -> None:
+        going, self._going = self._going, None
+        before, self._left = self._decoding, None
+        left = event.timeline.left if event.timeline is not None else 0.0
+        left = left or event.at - event.gap
+        stays = going is not None and going.source == event.instance and going.command.move is not Move.RESCUE
+        if before is not None and stays:
+            return  # its decode goes on where it was
+        if before is not None:
+            self._decoded(before, left, event.output_tokens - before.token)
+        if going is not None and not stays:
+            attributes = _of_move(going)
+            attributes["taichi.to"] = event.instance
+            attributes["taichi.kv_tokens"] = event.kv_tokens
+            attributes["taichi.reused_tokens"] = event.reused
+            attributes[GAP] = event.gap
+            line = event.timeline
+            began = min(going.at, line.ahead) if line is not None and line.ahead else going.at
+            parts = _parts(line, going.at) if line is not None else []
+            self._add(going.command.move.value, min(began, left), event.at, attributes, parts)
+        self._decoding = _Decoding(event.instance, event.leg, event.at, event.output_tokens)
+
+    def _refused(self, event: Refused) -> None:
+        if self._prompt is not None and self._prompt.command.leg == event.leg:
+            self._unprefilled(event.at, event.why)
+            self._waits = event.at
+        elif self._going is not None and self._going.command.leg == event.leg:
+            self._unmoved(event.at, event.why)
+
+    def _unmoved(self, at: float, why: str) -> None:
+        going, self._going = self._going, None
+        assert going is not None
+        self._add(going.command.move.value, going.at, at, _of_move(going), wrong=why)
+
+    def _decoded(self, leg: _Decoding, at: float, tokens: int, wrong: str | None = None) -> None:
+        attributes: dict[str, Value] = {
+            "taichi.instance": leg.instance,
+            "taichi.leg": leg.leg,
+            "taichi.output_tokens": tokens,
+        }
+        self._add("decode", leg.at, at, attributes, wrong=wrong)
+
+    # ------------------------------------------------------------------------------------------------ its end
+
+    def _finished(self, event: Finished) -> None:
+        ended = event.outcome
+        wrong = ended.value if ended in (Outcome.FAILED, Outcome.REFUSED) else None
+        if self._waits is not None:
+            self._add("wait", self._waits, event.at, {}, wrong=wrong)
+        if self._prompt is not None:
+            self._unprefilled(event.at, wrong)
+        if (going := self._going) is not None:  # it was over before it could leave
+            overtaken = {**_of_move(going), "taichi.overtaken": True}
+            self._add(going.command.move.value, going.at, event.at, overtaken, wrong=wrong)
+        if (leg := self._decoding) is not None:
+            self._decoded(leg, event.at, max(0, event.output_tokens - leg.token + 1), wrong)
+        self._waits = self._decoding = self._left = self._going = None
+
+
+def _of_prompt(command: Prefill) -> dict[str, Value]:
+    found: dict[str, Value] = {"taichi.instance": command.on, "taichi.leg": command.leg}
+    if command.why:
+        found["taichi.why"] = command.why
+    for forecast in command.forecasts:
+        if forecast.instance == command.on:
+            found["taichi.predicted_ttft"] = forecast.ttft
+    return found
+
+
+def _of_move(going: _Going) -> dict[str, Value]:
+    command = going.command
+    to = command.to if isinstance(command, Flow) else command.on
+    found: dict[str, Value] = {"taichi.leg": command.leg, "taichi.to": to}
+    if going.source is not None:
+        found["taichi.from"] = going.source
+    if command.why:
+        found["taichi.why"] = command.why
+    return found
+
+
+def _part(name: str, began: float, ended: float, attributes: Mapping[str, Value] | None = None) -> Span | None:
+    """A part of a span; None where there was none. A time that is not known is 0."""
+    return Span(name, began, ended, attributes or {}) if 0.0 < began <= ended else None
+
+
+def _parts(line: Timeline, decided: float) -> list[Span | None]:
+    """The parts of a move: the source is asked what it has, full blocks are copied while the request still
+    runs there, it is told to leave and makes its last token, the rest is copied, and the target makes a
+    token."""
+    copy: dict[str, Value] = {"taichi.blocks": line.copied_blocks, "taichi.copy_seconds": line.copy_seconds}
+    over = line.landed if line.landed >= line.left else max(line.left, line.arrived)
+    return [
+        _part("announce", decided, line.ahead),
+        _part("copy ahead", line.ahead, line.copied),
+        _part("leave", max(decided, line.copied), line.left),
+        _part("tail", line.left, line.landed, copy),
+        _part("landing", over, line.at),
+    ]
