@@ -49,6 +49,9 @@ class Told:
     scheduled: float | None = None
 
 
+UNTOLD = Told()
+
+
 @dataclass(frozen=True, slots=True)
 class _Placed:
     """A prompt that was sent to an instance."""
@@ -76,7 +79,7 @@ class _Going:
     source: str | None
 
 
-def spans(history: Iterable[Event | Command], told: Told = Told()) -> list[Span]:  # noqa: B008  # frozen
+def spans(history: Iterable[Event | Command], told: Told = UNTOLD) -> list[Span]:
     """The spans of a request, by the history that the recorder keeps of it: the waiting for an instance, the
     prefill, the decode of each leg, and each move.
 
@@ -283,11 +286,12 @@ def _parts(line: Timeline, decided: float) -> list[Span | None]:
     runs there, it is told to leave and makes its last token, the rest is copied, and the target makes a
     token."""
     copy: dict[str, Value] = {"taichi.blocks": line.copied_blocks, "taichi.copy_seconds": line.copy_seconds}
+    told = decided if decided <= line.left else 0.0  # a hand-over is decided when its first token is known
     over = line.landed if line.landed >= line.left else max(line.left, line.arrived)
     return [
-        _part("announce", decided, line.ahead),
+        _part("announce", told, line.ahead),
         _part("copy ahead", line.ahead, line.copied),
-        _part("leave", max(decided, line.copied), line.left),
+        _part("leave", max(told, line.copied), line.left),
         _part("tail", line.left, line.landed, copy),
         _part("landing", over, line.at),
     ]
