@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import atexit
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -324,7 +325,7 @@ def words(endpoint: str | None) -> argparse.Namespace:
 def test_without_the_flag_nothing_is_imported_and_nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
     traced.named(words(None))
-    assert "OTEL_SERVICE_NAME" not in traced.os.environ
+    assert "OTEL_SERVICE_NAME" not in os.environ
     assert traced.traces(words(None), None, None) is None  # type: ignore[arg-type]
     asyncio.run(traced.finish(None))
     code = "import sys, taichi_serve.frontend.traced; print([m for m in sys.modules if 'opentelemetry' in m])"
@@ -334,16 +335,17 @@ def test_without_the_flag_nothing_is_imported_and_nothing_named(monkeypatch: pyt
 
 def test_spans_belong_to_a_service_that_an_operator_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(name)
     with monkeypatch.context() as within:
         within.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=mine,zone=a")
         traced.named(words("here:4317"))
-        assert "OTEL_SERVICE_NAME" not in traced.os.environ
+        assert "OTEL_SERVICE_NAME" not in os.environ
     traced.named(words("here:4317"))
-    assert traced.os.environ["OTEL_SERVICE_NAME"] == "taichi"
+    assert os.environ["OTEL_SERVICE_NAME"] == "taichi"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
     traced.named(words("here:4317"))
-    assert traced.os.environ["OTEL_SERVICE_NAME"] == "mine"
+    assert os.environ["OTEL_SERVICE_NAME"] == "mine"
 
 
 def test_where_spans_cannot_be_sent_is_said_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
