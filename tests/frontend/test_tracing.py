@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry, into memory: which spans there are, whose they are, and what goes wrong quietly."""
+"""Traces by OpenTelemetry, into memory: which spans there are, whose they are, and what fails quietly."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ def collected(collector: tuple[Collector, str]) -> Collector:
 
 
 @pytest.fixture(scope="module")
-def server(
-    collector: tuple[Collector, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def server(collector: tuple[Collector, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = (*FLAGS, "--restarts", "0", "--otlp-traces-endpoint", collector[1])
     server = Server(tmp_path_factory.mktemp("traced"), *flags, env=SOON)
     try:
@@ -193,7 +191,9 @@ async def test_a_client_that_leaves_has_a_trace_that_says_so(
     client: httpx.AsyncClient, collected: Collector
 ) -> None:
     trace, _, headers = caller()
-    async with client.stream("POST", PATH, json=Wish(prompt(200), 2000).body(stream=True), headers=headers) as s:
+    async with client.stream(
+        "POST", PATH, json=Wish(prompt(200), 2000).body(stream=True), headers=headers
+    ) as s:
         await anext(s.aiter_bytes())
     spans = collected.whole(trace)
     assert "llm_request" not in {span.name for span in spans}  # vLLM makes none of such a request

@@ -276,7 +276,9 @@ def _of_move(going: _Going) -> dict[str, Value]:
     return found
 
 
-def _part(name: str, began: float, ended: float, attributes: Mapping[str, Value] | None = None) -> Span | None:
+def _part(
+    name: str, began: float, ended: float, attributes: Mapping[str, Value] | None = None
+) -> Span | None:
     """A part of a span; None where there was none. A time that is not known is 0."""
     return Span(name, began, ended, attributes or {}) if 0.0 < began <= ended else None
 

@@ -205,4 +205,3 @@ def begun(recorder: Recorder, llm: ClusterLLM) -> Tracing:
     if not llm.log_stats:  # without its statistics vLLM's own span has nothing to say, and would raise
         processor.tracing_enabled = False
     return tracing
-
