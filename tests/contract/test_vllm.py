@@ -1164,6 +1164,9 @@ def test_async_llm_makes_the_tracer_provider_where_an_endpoint_is_given() -> Non
         "Resource.create(resource_attrs)",
         "atexit.register(trace_provider.shutdown)",
     )
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    assert not mentions(BatchSpanProcessor._default_max_queue_size, "OTEL_BSP_MAX_QUEUE_SIZE")
     assert not mentions(get_span_exporter, '"grpc"', '"http/protobuf"', "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
 

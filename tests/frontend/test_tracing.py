@@ -324,7 +324,7 @@ def words(endpoint: str | None) -> argparse.Namespace:
 
 def test_without_the_flag_nothing_is_imported_and_nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
-    traced.named(words(None))
+    traced.set_defaults(words(None))
     assert "OTEL_SERVICE_NAME" not in os.environ
     assert traced.traces(words(None), None, None) is None  # type: ignore[arg-type]
     asyncio.run(traced.finish(None))
@@ -334,17 +334,18 @@ def test_without_the_flag_nothing_is_imported_and_nothing_named(monkeypatch: pyt
 
 
 def test_spans_belong_to_a_service_that_an_operator_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+    for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_BSP_MAX_QUEUE_SIZE"):
         monkeypatch.setenv(name, "")  # so that it is as it was afterwards
         monkeypatch.delenv(name)
     with monkeypatch.context() as within:
         within.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=mine,zone=a")
-        traced.named(words("here:4317"))
+        traced.set_defaults(words("here:4317"))
         assert "OTEL_SERVICE_NAME" not in os.environ
-    traced.named(words("here:4317"))
+    traced.set_defaults(words("here:4317"))
     assert os.environ["OTEL_SERVICE_NAME"] == "taichi"
+    assert os.environ["OTEL_BSP_MAX_QUEUE_SIZE"] == "16384"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
-    traced.named(words("here:4317"))
+    traced.set_defaults(words("here:4317"))
     assert os.environ["OTEL_SERVICE_NAME"] == "mine"
 
 

@@ -28,7 +28,7 @@ from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.everywhere import Everywhere
 from taichi_serve.frontend.names import Names
 from taichi_serve.frontend.terms import noted
-from taichi_serve.frontend.traced import Traces, named
+from taichi_serve.frontend.traced import Traces, set_defaults
 from taichi_serve.frontend.turned_away import OVERLOADED
 from taichi_serve.messages import Decline
 
@@ -185,7 +185,7 @@ def cluster_llm(
     config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue[Any], args: Any
 ) -> ClusterLLM:
     """vLLM's AsyncLLM with our client in the place where it makes its own."""
-    named(args)
+    set_defaults(args)
     client = ClusterClient(cluster, outputs)
 
     class Factory(EngineCoreClient):

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ASKING = "taichi_traced"  # in what routes know of an HTTP request
 CARRIED = ("traceparent", "tracestate")  # W3C Trace Context
-SERVICE = "taichi"
+SERVICE = "taichi"  # that spans belong to
+QUEUE = 1 << 14  # spans that may wait to be sent: vLLM makes one a request, and here there are ten
 PROTOCOLS = ("grpc", "http/protobuf")
 PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 
@@ -107,12 +108,14 @@ def refuse(args: argparse.Namespace) -> None:
         raise ValueError(f"{PROTOCOL} is {protocol}, and must be one of {', '.join(PROTOCOLS)}")
 
 
-def named(args: argparse.Namespace) -> None:
-    """Give the spans of this process a service to belong to, where nobody has named one; vLLM's front end
-    reads it from the environment when it is made."""
-    said = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    if args.otlp_traces_endpoint is not None and "service.name=" not in said:
+def set_defaults(args: argparse.Namespace) -> None:
+    """What OpenTelemetry reads from the environment when vLLM's front end makes its provider, where the operator
+    has not said it."""
+    if args.otlp_traces_endpoint is None:
+        return
+    if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         os.environ.setdefault("OTEL_SERVICE_NAME", SERVICE)
+    os.environ.setdefault("OTEL_BSP_MAX_QUEUE_SIZE", str(QUEUE))
 
 
 def traces(args: argparse.Namespace, recorder: Recorder, llm: ClusterLLM) -> Traces | None:
