@@ -254,3 +254,10 @@ def test_a_history_that_lost_its_beginning_tells_what_is_whole() -> None:
     made = spans([Flowed(11.5, "a", 2, "i0", 4, 9, gap=0.25, reused=9), Finished(12.0, "a", 10)])
     assert rows(made) == [("decode", 11.5, 12.0)]
     assert spans([]) == []
+
+
+def test_a_fact_of_a_leg_that_is_over_changes_nothing() -> None:
+    history = [Arrived(10.0, "a", 9, 5), Prefill("a", 0, "i0"), Prefill("a", 1, "i1")]
+    late = Prefilled(11.5, "a", 0, "i0")  # i0 was silent, and said it all the same
+    made = spans([*history, late, Prefilled(12.0, "a", 1, "i1")], Told({0: 10.0, 1: 11.0}))
+    assert [(span.ended, span.attributes["taichi.instance"]) for span in made] == [(11.0, "i0"), (12.0, "i1")]

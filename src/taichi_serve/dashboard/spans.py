@@ -108,11 +108,16 @@ class _Life:
         self._decoding: _Decoding | None = None
         self._left: str | None = None  # where its first token came from, if it is not decoded there
         self._going: _Going | None = None
+        self._leg: int | None = None  # as decided last
 
     def take(self, part: Event | Command) -> None:
         """The next fact or decision."""
         if isinstance(part, Event):
             self._at = part.at
+        if isinstance(part, Prefilled | Flowed) and self._leg not in (None, part.leg):
+            return  # it came too late: that leg is over
+        if isinstance(part, Prefill | Flow | Decode):
+            self._leg = part.leg
         match part:
             case Arrived():
                 self._waits = part.at
