@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from taichi_serve.dashboard.spans import Span, Told, moved, spans
+from taichi_serve.dashboard.span import Span, moved
+from taichi_serve.dashboard.spans import Told, spans
 from taichi_serve.messages import (
     Abort,
     Ahead,

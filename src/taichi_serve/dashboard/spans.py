@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from taichi_serve.dashboard.span import GAP, Span, Value, of_move, part
 from taichi_serve.messages import (
     Arrived,
     Command,
@@ -21,24 +22,7 @@ from taichi_serve.messages import (
     Prefill,
     Prefilled,
     Refused,
-    Timeline,
 )
-
-Value = str | int | float | bool
-GAP = "taichi.gap"  # seconds between the last token there and the first here
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """From `began` to `ended`, with its `parts` within it; `wrong` says why it came to nothing."""
-
-    name: str
-    began: float
-    ended: float
-    attributes: Mapping[str, Value] = field(default_factory=dict)
-    parts: tuple[Span, ...] = ()
-    wrong: str | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -86,14 +70,9 @@ def spans(history: Iterable[Event | Command], told: Told = UNTOLD) -> list[Span]
     A history may have lost its beginning, or have no end yet: what is whole in it is told.
     """
     life = _Life(told)
-    for part in history:
-        life.take(part)
+    for said in history:
+        life.take(said)
     return life.made
-
-
-def moved(span: Span) -> bool:
-    """Whether this is a move that came to its end: of others nobody knows a gap."""
-    return GAP in span.attributes
 
 
 class _Life:
@@ -110,29 +89,29 @@ class _Life:
         self._going: _Going | None = None
         self._leg: int | None = None  # as decided last
 
-    def take(self, part: Event | Command) -> None:
+    def take(self, said: Event | Command) -> None:
         """The next fact or decision."""
-        if isinstance(part, Event):
-            self._at = part.at
-        if isinstance(part, Prefilled | Flowed) and self._leg not in (None, part.leg):
+        if isinstance(said, Event):
+            self._at = said.at
+        if isinstance(said, Prefilled | Flowed) and self._leg not in (None, said.leg):
             return  # it came too late: that leg is over
-        if isinstance(part, Prefill | Flow | Decode):
-            self._leg = part.leg
-        match part:
+        if isinstance(said, Prefill | Flow | Decode):
+            self._leg = said.leg
+        match said:
             case Arrived():
-                self._waits = part.at
+                self._waits = said.at
             case Prefill():
-                self._placed(part)
+                self._placed(said)
             case Prefilled():
-                self._prefilled(part)
+                self._prefilled(said)
             case Flow() | Decode():
-                self._go(part)
+                self._go(said)
             case Flowed():
-                self._flowed(part)
+                self._flowed(said)
             case Refused():
-                self._refused(part)
+                self._refused(said)
             case Finished():
-                self._finished(part)
+                self._finished(said)
 
     def _decided(self, leg: int) -> float:
         return max(self._at, self.told.decided.get(leg, self._at))
@@ -146,7 +125,7 @@ class _Life:
         parts: Iterable[Span | None] = (),
         wrong: str | None = None,
     ) -> None:
-        within = tuple(part for part in parts if part is not None)
+        within = tuple(one for one in parts if one is not None)
         self.made.append(Span(name, began, max(began, ended), attributes, within, wrong))
 
     # --------------------------------------------------------------------------------------------- its prompt
@@ -177,14 +156,14 @@ class _Life:
         parts: list[Span | None] = []
         began = self.told.scheduled
         if began is not None and placed.at <= began <= event.at:
-            parts += [_part("queue", placed.at, began), _part("compute", began, event.at)]
+            parts += [part("queue", placed.at, began), part("compute", began, event.at)]
         if event.fetch is not None and placed.command.prefix_from is not None:
             where: dict[str, Value] = {
                 "taichi.from": placed.command.prefix_from,
                 "taichi.to": event.instance,
                 "taichi.kv_tokens": event.fetched,
             }
-            parts.append(_part("fetch", *event.fetch, where))
+            parts.append(part("fetch", *event.fetch, where))
         return parts
 
     def _unprefilled(self, at: float, why: str | None) -> None:
@@ -219,7 +198,7 @@ class _Life:
             attributes[GAP] = event.gap
             line = event.timeline
             began = min(going.at, line.ahead) if line is not None and line.ahead else going.at
-            parts = _parts(line, going.at) if line is not None else []
+            parts = of_move(line, going.at) if line is not None else []
             self._add(going.command.move.value, min(began, left), event.at, attributes, parts)
         self._decoding = _Decoding(event.instance, event.leg, event.at, event.output_tokens)
 
@@ -280,25 +259,3 @@ def _of_move(going: _Going) -> dict[str, Value]:
         found["taichi.why"] = command.why
     return found
 
-
-def _part(
-    name: str, began: float, ended: float, attributes: Mapping[str, Value] | None = None
-) -> Span | None:
-    """A part of a span; None where there was none. A time that is not known is 0."""
-    return Span(name, began, ended, attributes or {}) if 0.0 < began <= ended else None
-
-
-def _parts(line: Timeline, decided: float) -> list[Span | None]:
-    """The parts of a move: the source is asked what it has, full blocks are copied while the request still
-    runs there, it is told to leave and makes its last token, the rest is copied, and the target makes a
-    token."""
-    copy: dict[str, Value] = {"taichi.blocks": line.copied_blocks, "taichi.copy_seconds": line.copy_seconds}
-    told = decided if decided <= line.left else 0.0  # a hand-over is decided when its first token is known
-    over = line.landed if line.landed >= line.left else max(line.left, line.arrived)
-    return [
-        _part("announce", told, line.ahead),
-        _part("copy ahead", line.ahead, line.copied),
-        _part("leave", max(told, line.copied), line.left),
-        _part("tail", line.left, line.landed, copy),
-        _part("landing", over, line.at),
-    ]

@@ -25,7 +25,8 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from taichi_serve.dashboard.spans import Span, Told, moved, spans
+from taichi_serve.dashboard.span import Span, moved
+from taichi_serve.dashboard.spans import Told, spans
 from taichi_serve.frontend import names
 from taichi_serve.frontend.client import ClusterClient, ClusterLLM
 from taichi_serve.frontend.record import History, Recorder
