@@ -119,8 +119,10 @@ def test_headroom_is_there_for_each_instance_once_a_prompt_came() -> None:
     # 100 tokens of 0.5 ms are 50 ms of 4 s; a step of 20 ms is that of 70 ms.
     ttft, tpot = pytest.approx(1 - 0.05 / 4), pytest.approx(1 - 0.02 / 0.07)
     assert scraped(here, "taichi_instance_headroom") == {
-        **{("0", "ttft"): ttft, ("0", "tpot"): tpot},
-        **{("1", "ttft"): ttft, ("1", "tpot"): tpot},
+        ("0", "ttft"): ttft,
+        ("0", "tpot"): tpot,
+        ("1", "ttft"): ttft,
+        ("1", "tpot"): tpot,
     }
     assert scraped(here, "taichi_headroom") == {("ttft", "predicted"): ttft, ("tpot", "predicted"): tpot}
     here.scheduler.instances["i1"].draining = True
@@ -129,7 +131,11 @@ def test_headroom_is_there_for_each_instance_once_a_prompt_came() -> None:
 
 def test_measured_headroom_is_in_a_scrape_and_in_the_state() -> None:
     here, now = system(), time.monotonic()
-    for event in (Arrived(now - 5.0, "a", 100, 50), Prefilled(now - 4.0, "a", 0, "i1"), Finished(now, "a", 101)):
+    for event in (
+        Arrived(now - 5.0, "a", 100, 50),
+        Prefilled(now - 4.0, "a", 0, "i1"),
+        Finished(now, "a", 101),
+    ):
         here.recorder.attainment.on(event)  # TTFT 1 s of 4 s, TPOT 40 ms of 70 ms
     ttft, tpot = pytest.approx(0.75), pytest.approx(1 - 0.04 / 0.07)
     assert scraped(here, "taichi_headroom") == {("ttft", "measured"): ttft, ("tpot", "measured"): tpot}

@@ -24,6 +24,7 @@ from taichi_serve.messages import (
     Refused,
 )
 
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """What is known of a request beside its own facts: when each leg was `decided`, by its number, for that
@@ -258,4 +259,3 @@ def _of_move(going: _Going) -> dict[str, Value]:
     if command.why:
         found["taichi.why"] = command.why
     return found
-
