@@ -1183,9 +1183,7 @@ def test_the_span_of_a_request_is_made_at_its_end_within_the_trace_that_its_last
         "extract_trace_context(engine_core_output.trace_headers)",
         "assert req_state.stats is not None",  # so it cannot be without statistics
     )
-    called = (
-        "if self.tracing_enabled:\n                        self.do_tracing(engine_core_output, req_state,"
-    )
+    called = "if self.tracing_enabled:\n                        self.do_tracing(engine_core_output,"
     assert not mentions(OutputProcessor.process_outputs, called)
     for kind in (EngineCoreRequest, EngineCoreOutput):
         assert "trace_headers" in kind.__struct_fields__

@@ -96,8 +96,6 @@ class _Life:
             self._at = said.at
         if isinstance(said, Prefilled | Flowed) and self._leg not in (None, said.leg):
             return  # it came too late: that leg is over
-        if isinstance(said, Prefill | Flow | Decode):
-            self._leg = said.leg
         match said:
             case Arrived():
                 self._waits = said.at
@@ -133,6 +131,7 @@ class _Life:
 
     def _placed(self, command: Prefill) -> None:
         at = self._decided(command.leg)
+        self._leg = command.leg
         if self._prompt is not None:
             self._unprefilled(at, "it was placed elsewhere before its first token")
         if self._waits is not None and at > self._waits:
@@ -176,6 +175,7 @@ class _Life:
 
     def _go(self, command: Flow | Decode) -> None:
         at = self._decided(command.leg)
+        self._leg = command.leg
         if self._going is not None:
             self._unmoved(at, "it was sent elsewhere instead")
         here = self._decoding.instance if self._decoding is not None else self._left

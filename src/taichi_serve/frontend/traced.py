@@ -109,8 +109,8 @@ def refuse(args: argparse.Namespace) -> None:
 
 
 def set_defaults(args: argparse.Namespace) -> None:
-    """What OpenTelemetry reads from the environment when vLLM's front end makes its provider, where the operator
-    has not said it."""
+    """What OpenTelemetry reads from the environment when vLLM's front end makes its provider, where the
+    operator has not said it."""
     if args.otlp_traces_endpoint is None:
         return
     if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):

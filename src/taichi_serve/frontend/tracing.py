@@ -129,7 +129,7 @@ class Tracing:
 
         return made
 
-    # ---------------------------------------------------------------------------------------------- from facts
+    # --------------------------------------------------------------------------------------------- from facts
 
     def _observe(self, event: Event, commands: Sequence[Command]) -> None:
         """A fact, and what was decided."""
