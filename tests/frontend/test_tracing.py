@@ -287,8 +287,11 @@ async def test_what_fails_is_told_once_and_counted_and_the_answer_is_whole(
 @pytest.fixture
 def complaining(here: Here) -> Iterator[logging.Logger]:
     logger, handler = logging.getLogger(LOGGER), Complaints(here.trouble)
+    level = logger.level
     logger.addHandler(handler)
-    yield logging.getLogger(f"{LOGGER}.exporter.otlp")
+    logger.setLevel(logging.WARNING)
+    yield logging.getLogger(f"{LOGGER}.of_a_test")
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 

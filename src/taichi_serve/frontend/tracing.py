@@ -195,6 +195,7 @@ def begun(recorder: Recorder, llm: ClusterLLM) -> Tracing:
     """Tracing of all requests of this front end, whose provider vLLM has made."""
     logger = logging.getLogger(LOGGER)
     logger.addHandler(Complaints(recorder.trouble))
+    logger.setLevel(logging.WARNING)  # whatever others made of it in this process
     logger.propagate = False  # or every batch that a collector does not take would be a line
     processor, core = llm.output_processor, llm.engine_core
     assert isinstance(core, ClusterClient)
