@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
 # Runs a GPU check that has its GPUs to itself (scripts/h200.sh shares one GPU among several instances).
-#   scripts/gpu.sh versus [out-dir] [options]   ours and stock vLLM, up on the same cards and loaded in turn (--help)
-# vLLM and NIXL must be importable.
+#   scripts/gpu.sh versus OUT [STAGE ...] [options]   ours and stock vLLM, up on the same cards and loaded in turn (--help)
+# vLLM and NIXL must be importable. With --share N an MPS daemon is started unless one is there already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 check="${1:?which check? versus}"; shift
 export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
-exec python3 "scripts/gpu/$check.py" "$@"
+share="$(printf '%s\n' "$@" | grep -A1 -x -- --share | tail -n 1 || true)"
+if [ -n "$share" ]; then
+  if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
+    export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps
+    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
+    PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d
+  fi
+  export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((100 / share))}"
+fi
+exec "${PYTHON:-python3}" "scripts/gpu/$check.py" "$@"

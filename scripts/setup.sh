@@ -79,12 +79,13 @@ fi
 PY=$VENV/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
-# The versions stand in one place, the extra `cpu` of pyproject.toml.
+# The versions stand in one place, the extra `cpu` of pyproject.toml. What is pinned there brings the rest of it along.
 mapfile -t ENGINE < <("$PY" - <<'PY'
 import tomllib
 from pathlib import Path
 
-print(*tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["cpu"], sep="\n")
+extra = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["cpu"]
+print(*(one for one in extra if "==" in one), sep="\n")
 PY
 )
 

@@ -38,7 +38,7 @@ class SLOClass:
     """One class. SLOs are in seconds, None where it has the server's.
 
     `ttft_bounds`, `tpot_bounds`  the least and the most seconds that a request of it may ask for.
-    `weight`   its part of the throughput, beside those of the others, when there is not enough for all.
+    `weight`   the lowest goes first under overload; with fair shares, its part of what is computed in time.
     `refuse`   whether its requests may be refused under overload.
     `demote`   whether its requests may be served as best effort under overload.
     `keys`     API keys whose requests are of this class; nobody else may then name it.

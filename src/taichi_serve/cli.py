@@ -150,7 +150,9 @@ def _parsed(
     add: Callable[[argparse.ArgumentParser], None],
     run: Callable[[argparse.Namespace], int],
 ) -> Run:
-    parser = argparse.ArgumentParser(prog=f"taichi {name}", description=text)
+    from taichi_serve.commands.helping import EachDefaultOnce
+
+    parser = argparse.ArgumentParser(prog=f"taichi {name}", description=text, formatter_class=EachDefaultOnce)
     add(parser)
     return lambda words: run(parser.parse_args(words))
 

@@ -25,6 +25,9 @@ class Instance:
     draining: bool = False
     ticks: int = 0  # steps done: the clock that resident decodes are counted by
     stepped_at: float = 0.0  # when the step that runs began (s)
+    missed: tuple[
+        str, ...
+    ] = ()  # requests that decode here and were not in its last step: they were preempted
     decodes: int = 0  # resident decodes
     arriving: int = 0  # requests on their way here to decode
     queued_tokens: int = 0  # prompt tokens to be computed of those placed here and not yet through

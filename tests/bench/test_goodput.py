@@ -55,6 +55,7 @@ def test_each_request_is_judged_by_its_own_slo_and_counted_in_its_class():
     tally, batch = meter.tally, meter.tally.classes["batch"]
     assert (tally.sent, tally.good, tally.bad) == (3, 1, 1)
     assert (batch.sent, batch.good, batch.bad, batch.ttft.count) == (2, 1, 0, 1)
+    assert (tally.prompt_tokens, tally.in_time_tokens, batch.in_time_tokens) == (20, 10, 10)
 
 
 def test_the_wilson_interval_of_ninety_in_a_hundred():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from taichi_serve.bench.mix import Mix, Part
@@ -45,3 +47,12 @@ def test_a_class_without_an_slo_has_the_servers() -> None:
     mix = Mix.of({"a": SLOClass("a", ttft_slo=9.0), "b": SLOClass("b", share=3.0)}, TIGHT)
     assert [part.slo for part in mix.parts] == [SLO(9.0, 0.04), TIGHT]
     assert mix.words == "25% a (9 s and 40 ms), 75% b (1 s and 40 ms)"
+
+
+def test_a_scheduler_knows_what_may_become_of_the_requests_of_a_class() -> None:
+    known = (
+        SLOClass("a", 9.0, 0.04, weight=3.0, refuse=False, share=2.0),
+        SLOClass("default", demote=False),
+    )
+    mix = Mix.of({one.name: one for one in known}, TIGHT)
+    assert mix.classes == (replace(known[0], share=1.0), known[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from taichi_serve.bench.recording import Jittered, Nearest, Recording
-from taichi_serve.bench.replay import RecordedSteps, again
+from taichi_serve.bench.replay import RecordedSteps, again, moved
 from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
 from taichi_serve.eventlog import LogError, Logged, read
@@ -15,7 +15,7 @@ from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.fit import Sample
 from taichi_serve.latency.model import Batch, Roofline
 from taichi_serve.latency.predict import Learned
-from taichi_serve.messages import Stepped
+from taichi_serve.messages import Flow, Flowed, Move, Refused, Stepped
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
@@ -72,9 +72,10 @@ def test_a_log_in_which_nothing_was_finished_is_refused():
 
 
 RECORDINGS = Path(__file__).parent / "recordings"
+REQUESTS = {"hybrid": 200, "aggregation": 200, "busy": 400}
 
 
-@pytest.mark.parametrize(("name", "requests"), [("hybrid", 200), ("aggregation", 200), ("busy", 400)])
+@pytest.mark.parametrize(("name", "requests"), REQUESTS.items())
 def test_engines_in_miniature_agree_with_recorded_real_ones(name, requests):
     real, simulated = Recording.load(RECORDINGS / f"{name}.jsonl.gz").again()
     errors = simulated.errors(real)
@@ -82,6 +83,26 @@ def test_engines_in_miniature_agree_with_recorded_real_ones(name, requests):
     assert abs(errors["tpot_mean"]) <= 0.03
     assert abs(errors["ttft_p50"]) <= 0.05
     assert abs(errors["ttft_p90"]) <= 0.10
+
+
+def test_in_one_recording_decodes_were_degraded_and_flowed_back_and_most_of_them_do_so_again():
+    recording = Recording.load(RECORDINGS / "flowing.jsonl.gz")
+    assert (recording.moves[Move.DEGRADE], recording.moves[Move.BACKFLOW]) == (9, 23)
+    assert recording.moves[Move.OPERATOR] == recording.moves[Move.DRAIN] == 0
+    real, simulated = recording.again()
+    assert real.moves == recording.moves.total()
+    assert simulated.moves == pytest.approx(real.moves, rel=0.1)
+
+
+def test_moves_are_counted_by_why_and_only_where_they_landed():
+    entries = [
+        (Stepped(1.0, "i1", 0.1, 0, 2, 0), [Flow(name, 1, "i0", Move.DEGRADE) for name in "ab"]),
+        (Flowed(1.2, "a", 1, "i0", 9, 100, 0.2), []),
+        (Refused(1.3, "b", 1, "no room"), []),
+        (Stepped(2.0, "i0", 0.1, 0, 1, 0), [Flow("a", 2, "i1", Move.BACKFLOW)]),
+        (Flowed(2.2, "a", 2, "i1", 15, 100, 0.2), []),
+    ]
+    assert moved(entries) == {Move.DEGRADE: 1, Move.BACKFLOW: 1}
 
 
 def test_a_recording_whose_file_is_torn_is_one_error_that_names_it(tmp_path):

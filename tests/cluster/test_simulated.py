@@ -33,7 +33,7 @@ from taichi_serve.messages import (
     Silent,
     Stepped,
 )
-from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.policy import DEMOTE, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -285,6 +285,21 @@ def test_arrivals_out_of_order_are_refused():
         played({}, cluster([Call(2.0, 10, 1), Call(1.0, 10, 1)]))
 
 
+def test_a_queued_prompt_goes_elsewhere_while_its_instance_is_busy_and_costs_nothing_there():
+    # Steps of one second and 100 tokens: r0 takes i0 until 4 s, and r1 leaves its queue when r2 comes.
+    answers = {
+        ("Arrived", "r0"): [Prefill("r0", 0, "i0")],
+        ("Arrived", "r1"): [Prefill("r1", 0, "i0")],
+        ("Arrived", "r2"): [Prefill("r1", 1, "i1"), Prefill("r2", 0, "i0")],
+    }
+    log = played(
+        answers, cluster([Call(0.0, 400, 1), Call(0.5, 100, 1), Call(1.5, 100, 1)], Sliders(0, 2, 0, 100))
+    )
+    first = [(e.at, e.request, e.leg, e.instance) for e in log if isinstance(e, Prefilled)]
+    assert first == [(2.5, "r1", 1, "i1"), (4.0, "r0", 0, "i0"), (5.0, "r2", 0, "i0")]
+    assert Counter(e.request for e in log if isinstance(e, Finished)) == {"r0": 1, "r1": 1, "r2": 1}
+
+
 # ------------------------------------------------------------------------------- with the real policies
 
 
@@ -315,6 +330,27 @@ def test_the_same_seed_gives_the_same_log_byte_for_byte():
         run(kept, made)
     assert "\n".join(logs[0]) == "\n".join(logs[1])
     assert len(logs[0]) > 300
+
+
+def test_under_overload_prompts_go_elsewhere_and_everybody_is_served_or_turned_away_once():
+    moved = 0
+    for seed in range(8):
+        calls, made, *_ = served(seed, 120, rate=60.0)
+        policy = Policy(overload=DEMOTE)
+        scheduler = GlobalScheduler(TWO_AND_TWO, SLO(0.5, 0.1), Learned(), policy, made.capacities)
+        ends: Counter[str] = Counter()
+        for event in made.facts():
+            commands = scheduler.on(event)
+            if isinstance(event, Prefilled):
+                moved += sum(isinstance(command, Prefill) for command in commands)
+            if isinstance(event, Finished):
+                ends[event.request] += 1
+            for command in commands:
+                made.send(command)
+        assert set(ends.values()) == {1}
+        assert len(ends) == len(calls)
+        assert not scheduler.requests
+    assert moved > 0
 
 
 async def test_drive_and_run_are_the_same_loop():

@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from taichi_serve.bench.arrivals import Arrivals
+from taichi_serve.bench.client import Answer
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
-from taichi_serve.bench.score import Run, Sample
+from taichi_serve.bench.score import Live, Run, Sample, Score
 from taichi_serve.bench.trial import Goodput, Trial
-from taichi_serve.commands import bench, compare, contenders, installed
-from taichi_serve.commands.measure import line
+from taichi_serve.commands import bench, compare, installed
+from taichi_serve.commands.measure import line, so_far
 from taichi_serve.slo import SLO
 
 BASE = "--workload sharegpt --ttft-slo 4 --tpot-slo 0.07"
@@ -35,7 +36,10 @@ BAD = [
     ("--ttft-slo -1", "ttft SLO must be a positive number of seconds, not -1.0"),
     (
         "--workload nothing",
-        "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100",
+        (
+            "workload 'nothing' is no file, and none of conversations, sharegpt, summarization, 1200/100, "
+            "mix:..., change:..."
+        ),
     ),
     ("--scale 0", "scale must be a positive number, not 0.0"),
     (
@@ -49,12 +53,16 @@ BAD = [
     ("--seeds 1,x", "--seeds: expected whole numbers with commas between, not '1,x'"),
     (
         "--compare hybrid,mixed",
-        f"--compare: 'mixed' is none of {', '.join(contenders.NAMES)}, stock and stock:TOKENS, and no URL",
+        (
+            "--compare: 'mixed' is none of aggregation, disaggregation, hybrid, stock, stock-pd, stock-rr "
+            "and stock:TOKENS, and no URL"
+        ),
     ),
     ("--compare hybrid,hybrid", "--compare: 'hybrid' is there twice"),
     ("--compare stock:x", "--compare: 'stock:x': expected tokens a step after the colon, as in stock:192"),
     ("--compare stock:0", "--compare: 'stock:0': expected tokens a step after the colon, as in stock:192"),
     ("--compare stock --instances 0", "--instances: must be at least 1, not 0"),
+    ("--compare stock-pd --instances 1", "--instances: must be at least 2, not 1"),
     ("--compare hybrid --contender hybrid=", "--contender: 'hybrid' is there twice"),
     ("--contender =1", "--contender: '=1': expected NAME=FLAGS, the name of letters and digits"),
     ("--contender mine", "--contender: 'mine': expected NAME=FLAGS, the name of letters and digits"),
@@ -133,6 +141,17 @@ def test_vllms_own_server_gets_vllms_flags_only_and_its_budget_last(model):
     assert jobs["stock"].flags == (*kept, *ranks)
     assert jobs["stock:192"].flags == (*kept, *ranks, "--max-num-batched-tokens", "192")
     assert {(job.kind, job.instances) for job in jobs.values()} == {("stock", 3)}
+
+
+def test_vllms_own_servers_behind_a_proxy_are_on_our_devices_and_half_of_them_prefill(model):
+    args = asked(f"{model} {BASE} --compare stock-pd:2048,stock-rr --instances 4")
+    flags = ("--devices", "0;0;1;1", "--p-chunk", "8192", "--enforce-eager")
+    jobs = bench.jobs_of(args, flags, bench.trial_of(args))
+    split, alike = jobs["stock-pd:2048"], jobs["stock-rr"]
+    budget = "--enforce-eager --max-num-batched-tokens 2048"
+    assert " ".join(split.flags) == f"{budget} --instances 4 --prefill 2 --devices 0;0;1;1"
+    assert " ".join(alike.flags) == "--enforce-eager --instances 4 --prefill 0 --devices 0;0;1;1"
+    assert (split.kind, alike.kind) == ("proxied", "proxied")
 
 
 def test_urls_stand_beside_configurations_and_beside_one_another(model):
@@ -334,3 +353,21 @@ def test_a_source_tree_that_was_never_installed_can_measure_too(monkeypatch):
     monkeypatch.setattr(installed, "version", missing)
     assert installed.own_version() == "from source"
     assert installed.versions() == "taichi-serve from source, no engines installed"
+
+
+def test_every_file_of_a_measurement_is_named(tmp_path, capsys):
+    write(result(), tmp_path / "hybrid.json")
+    bench.report([result()], str(tmp_path))
+    names = ["hybrid.json", "goodput.md", "goodput.json", "goodput.svg"]
+    assert capsys.readouterr().err.splitlines() == [f"wrote {tmp_path}/{name}" for name in names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_while_a_rate_is_measured_its_attainment_so_far_is_said():
+    score = Score(SLO(1.0, 0.1), 10, 0.9)
+    assert so_far(score) == "0 good, 0 bad of at most 1, 0 under way"
+    for number, seconds in enumerate((0.5, 0.5, 0.5, 2.0)):
+        score.begin((0, number), Live(0.0, 5, 1), 0.0)
+        score.end((0, number), Answer(0.0, tokens=[7], times=[seconds], output_tokens=1, finish="length"))
+    score.begin((0, 4), Live(0.0, 5, 1), 0.0)
+    assert so_far(score) == "attainment 75.0%, 3 good, 1 bad of at most 1, 1 under way"

@@ -19,9 +19,11 @@ from taichi_serve.bench.contest import Task
 from taichi_serve.bench.endpoint import EndpointGoneError
 from taichi_serve.bench.kept import Kept
 from taichi_serve.bench.pairs import pairs
+from taichi_serve.bench.usage import Usage
 from taichi_serve.commands import compare, standing
 from taichi_serve.commands.contenders import Contender, at
 from taichi_serve.commands.family import available, cpu_seconds
+from taichi_serve.commands.metering import Reading
 from taichi_serve.commands.standing import Standing
 from taichi_serve.commands.subserver import ServerError
 
@@ -31,18 +33,28 @@ BEGUN = Kept("tiny", TRIAL, {"A": (), "B": ()}, "2026-11-26", "2 cores", {}, (),
 class Endpoint:
     limit, version = 4096, "0.32.0"
 
+    def __init__(self):
+        self.moved = 0
+
     async def settle(self):
         pass
 
+    async def moves(self):
+        self.moved += 3
+        return {"hand-over": self.moved, "degrade": 0}
+
 
 class Servers:
-    """Stand there, and cost nothing."""
+    """Stand there: who is visited uses two seconds of processor time, the others none."""
+
+    used = 0.0
 
     async def meet(self, name):
         return contextlib.nullcontext(Endpoint())
 
-    def idle(self, visited):
-        return 0.0
+    def reading(self, name):
+        self.used += 2.0
+        return Reading(self.used, 0.0, None)
 
 
 class Probe:
@@ -93,6 +105,8 @@ async def test_a_calm_round_is_done_once_and_everybody_gets_the_same_tokens(meas
     made = await rounds()[0]._round(task(), None, Probe(10.0, 10.4, 10.2))
     assert (made.speeds, made.thrown_away) == ((10.0, 10.4, 10.2), ())
     assert [visit.name for visit in made.visits] == ["A", "B"]
+    assert [visit.usage for visit in made.visits] == [Usage(cpu=2.0, moves={"hand-over": 3})] * 2
+    assert made.idle == (0.0, 0.0)
     (_, _, _, salt), (_, _, _, other) = measured
     assert salt == other
 

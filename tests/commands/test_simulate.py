@@ -28,6 +28,8 @@ def test_simulate_prints_a_table(capsys):
     assert simulate.main(parsed(simulate, ONE)) == 0
     out = capsys.readouterr().out
     assert "attainment 100.0%" in out
+    assert re.search(r"moves: hand-over \d+|moves: none", out)
+    assert "{" not in out
     assert re.search(r"TPOT \(ms\)", out)
 
 
@@ -53,11 +55,14 @@ def test_classes_are_told_one_by_one_each_by_its_own_slo(capsys, tmp_path):
     figures = json.loads(capsys.readouterr().out)
     never, always = (figures["classes"][name] for name in ("never", "always"))
     assert (never["good"], always["attainment"]) == (0, 1.0)
+    assert never["in_time_tokens"] == 0 < always["in_time_tokens"]
     assert never["sent"] + always["sent"] == 60
     assert 30 < always["sent"] < 60
     assert figures["mix"] == "25% never (0.001 s and 70 ms), 75% always (900 s and 9000 ms)"
     assert simulate.main(parsed(simulate, f"{ONE} --classes {file}")) == 0
-    assert "always (900 s and 9000 ms): attainment 100.0%" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "always (900 s and 9000 ms): attainment 100.0%" in out
+    assert "; 100.0% of the prompt tokens in time" in out
     assert simulate.main(parsed(simulate, f"{ONE} --classes gone.yaml")) == 2
     assert "--classes: gone.yaml: No such file" in capsys.readouterr().err
 
@@ -74,7 +79,8 @@ def test_less_kv_room_than_the_profile_says_is_a_choice(capsys):
 def test_simulate_says_the_same_in_json_every_time_and_draws(capsys, tmp_path):
     for _ in range(2):
         assert simulate.main(parsed(simulate, f"{ONE} --json --plot {tmp_path}")) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == f"wrote {tmp_path}/times.svg\n" * 2
     half = len(out) // 2
     assert out[:half] == out[half:]
     figures = json.loads(out[:half])
@@ -182,7 +188,11 @@ def test_search_ranks_all_families_and_writes_a_config(capsys, tmp_path, monkeyp
     words = f"{BASE} --instances 2 --seconds 1 --most 60 --judging 120 --processes 1"
     words += f" --family aggregation --family disaggregation --tuned {tmp_path}/tuned"
     assert search.main(parsed(search, f"{words} --json --out {out} --plot {tmp_path}")) == 0
-    told = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    files = ["best.yaml", "pareto.svg", "attainment.svg"]
+    files += ["tuned/aggregation.yaml", "tuned/disaggregation.yaml"]
+    assert set(said.err.splitlines()) == {f"wrote {tmp_path}/{name}" for name in files}
     judged = [row for row in told["ranked"] if row["judged"]]
     rates = [row["goodput"] for row in judged]
     assert rates == sorted(rates, reverse=True)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 from importlib.util import find_spec
 
 from vllm import envs
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm.args import make_parser
 from taichi_serve.commands.compare import CALM
+from taichi_serve.commands.proxied import SIDE_HOST, SIDE_PORT, TRANSFER, prefill_body
 from taichi_serve.commands.stock import BINDING, ENTRY, KV_SPACE, OURS, SWITCHES, stock_flags
 
 
@@ -36,3 +40,14 @@ def test_flags_that_are_not_for_it_are_all_of_ours() -> None:
 
 def test_an_idle_worker_leaves_its_core_alone_before_the_machine_is_probed() -> None:
     assert inspect.signature(SpinCondition).parameters["busy_loop_s"].default < CALM
+
+
+def test_its_servers_hand_kv_over_by_parameters_of_requests_and_answers() -> None:
+    words = ["--model", "m", "--kv-transfer-config", json.dumps(TRANSFER)]
+    config = make_arg_parser(FlexibleArgumentParser()).parse_args(words).kv_transfer_config
+    assert config.kv_connector in KVConnectorFactory._registry
+    assert {SIDE_HOST, SIDE_PORT} <= set(envs.environment_variables)
+    asked = CompletionRequest(**prefill_body({"model": "m", "prompt": [1], "min_tokens": 4, "stream": True}))
+    assert (asked.max_tokens, asked.min_tokens, asked.stream) == (1, 1, False)
+    assert asked.kv_transfer_params["do_remote_decode"]
+    assert "kv_transfer_params" in CompletionResponse.model_fields

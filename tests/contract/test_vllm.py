@@ -720,6 +720,21 @@ def test_an_engine_core_runs_in_the_process_that_calls_it() -> None:
     assert callable(EngineCoreProc.run_engine_core)
 
 
+def test_a_core_whose_loop_is_over_says_so_and_is_then_shut_down() -> None:
+    from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+
+    wanted = "if not self.has_work()", "EngineShutdownState.SHUTTING_DOWN"
+    assert not mentions(EngineCoreProc._handle_shutdown, *wanted)
+    assert not mentions(EngineCoreProc.run_engine_core, "engine_core.shutdown()", "except SystemExit")
+    assert EngineShutdownState.SHUTTING_DOWN.value == 2
+
+
+def test_ranks_of_tokens_are_counted_by_a_function_that_is_compiled_at_its_first_call() -> None:
+    from vllm.v1.sample.ops import logprobs
+
+    assert not mentions(logprobs, "@torch.compile(backend=current_platform.simple_compile_backend)")
+
+
 # ------------------------------------------------------------------------------ args.py: the command line
 
 
@@ -1111,12 +1126,24 @@ def test_waiting_requests_are_a_deque_that_is_taken_from_the_left_and_preempted_
 
     from vllm.v1.core.sched.request_queue import FCFSRequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
     assert issubclass(FCFSRequestQueue, deque)
     assert not mentions(FCFSRequestQueue, "return self.popleft()", "return self[0]", "self.append(request)")
     assert not mentions(Scheduler, "self.waiting = create_request_queue(self.policy)")
-    assert not mentions(Scheduler._preempt_request, "self.waiting.prepend_request(request)")
-    assert not mentions(Scheduler.schedule, "preempted_req = self.running.pop()")
+    assert not mentions(
+        Scheduler._preempt_request,
+        "self.waiting.prepend_request(request)",
+        "self.reset_preempted_req_ids.add(request.request_id)",
+    )
+    assert not mentions(
+        Scheduler.schedule,
+        "preempted_req = self.running[-1]",
+        "preempted_req = self.running.pop()",
+        "if not preempted_reqs and",  # a step that preempts takes nobody in
+        "preempted_req_ids=self.reset_preempted_req_ids",
+    )
+    assert isinstance(Request.num_output_tokens, property)
 
 
 def test_histograms_of_times_take_their_edges_from_two_families() -> None:

@@ -1,4 +1,4 @@
-"""docs/operations.md says what the program does: its tables are held against the parser and the metrics."""
+"""Pages for operators say what the program does: their tables are held against parser and metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 pytestmark = pytest.mark.engine  # it imports vLLM, which takes seconds
 
-TEXT = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("operations", "interface", "watching", "measuring")
+TEXT = "\n".join((DOCS / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
 
 
 def table(heading: str) -> dict[str, list[str]]:
@@ -55,11 +57,12 @@ def test_every_metric_is_in_the_table_with_its_type() -> None:
 
 def test_every_route_is_in_the_table() -> None:
     from taichi_serve.frontend.page import router as page
+    from taichi_serve.frontend.probes import router as probes
     from taichi_serve.frontend.routes import router
 
     made = {
         f"{method} {route.path}".replace("request_id:path", "id")
-        for route in (*router.routes, *page.routes)
+        for route in (*router.routes, *page.routes, *probes.routes)
         for method in route.methods
     }
     assert set(table("Routes")) == made

@@ -14,6 +14,7 @@ from building import EVERY_TASK, KEY, WORDS, application, arguments
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from models import Path, bodies, marked
+from prometheus_client import REGISTRY
 from starlette.routing import BaseRoute, Mount, WebSocketRoute
 from vllm.config import ModelConfig
 
@@ -65,7 +66,7 @@ async def test_without_a_key_every_route_says_401_but_those_that_say_nothing(
         request = httpx.Request(method, f"http://door{path}")
         answered.setdefault(path, set()).add((await client.send(request)).status_code)
     open_ones = {path for path, statuses in answered.items() if statuses != {401}}
-    assert open_ones == {"/health", "/ping", "/version"} | PAGE
+    assert open_ones == {"/health", "/live", "/ready", "/ping", "/version"} | PAGE
     assert len(answered) > 70
     assert {"/metrics", "/docs", "/openapi.json", "/invocations", "/sleep", "/static/x"} <= set(answered)
 
@@ -171,3 +172,14 @@ def test_the_table_of_routes_is_the_route_table_of_the_application(app: FastAPI)
 
 def test_the_table_says_501_of_what_is_refused_and_of_nothing_else() -> None:
     assert {row.split()[1] for row, says in documented().items() if says == "501"} == set(NOT_HERE)
+
+
+async def test_http_requests_are_counted_by_vllms_own_metrics_though_the_stack_is_built_anew() -> None:
+    there = REGISTRY._names_to_collectors
+    for collector in {there[name] for name in list(there) if name.startswith("http_")}:
+        REGISTRY.unregister(collector)  # of applications before this one
+    transport = httpx.ASGITransport(application(development=False), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        answer = await client.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+    labels = {"handler": "/v1/models", "method": "GET", "status": f"{answer.status_code // 100}xx"}
+    assert REGISTRY.get_sample_value("http_requests_total", labels) == 1

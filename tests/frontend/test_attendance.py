@@ -62,3 +62,14 @@ def test_silent_ones_live_and_do_not_answer() -> None:
     two.keeper.silent.append(two.engines[1])
     assert two.attendance.none_answers()
     assert not two.attendance.none_lives()
+
+
+def test_whether_requests_are_taken_is_said_with_the_reason_why_not() -> None:
+    two = Two()
+    assert two.attendance.unready() is None
+    two.lose(0)
+    assert two.attendance.unready() is None
+    two.keeper.silent.append(two.engines[1])
+    assert two.attendance.unready() == "No instance answers at present."
+    two.lose(1)
+    assert two.attendance.unready() == "No instance is up; one is expected back in about 30 s."

@@ -121,8 +121,8 @@ async def test_every_path_asks_for_one_of_the_keys(sent: str | None, status: int
     assert len(door.got) == (8 if status == 200 else 0)
 
 
-async def test_health_ping_and_version_are_open_and_metrics_only_by_the_flag() -> None:
-    for path in ("/health", "/ping", "/version"):
+async def test_health_and_its_like_are_open_and_metrics_only_by_the_flag() -> None:
+    for path in ("/health", "/live", "/ready", "/ping", "/version"):
         assert (await Door("k").client.get(path)).status_code == 200
     for path in ("/metrics", "/metrics/"):
         assert (await Door("k").client.get(path)).status_code == 401

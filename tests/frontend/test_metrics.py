@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 pytest.importorskip("prometheus_client")  # it comes with vLLM
 
-from taichi_serve.frontend.metrics import TaichiCollector
-from taichi_serve.frontend.record import Recorder
+from scraping import scraped, system
+
 from taichi_serve.frontend.state import headroom
-from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import Arrived, Finished, Outcome, Prefilled
-from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.scheduler import GlobalScheduler
-from taichi_serve.sliders import Sliders
-from taichi_serve.slo import SLO
-
-
-def system() -> Any:
-    """Over i0 P-heavy and i1 D-heavy, before the first request."""
-    scheduler = GlobalScheduler(
-        Sliders(1, 1, 1024, 256), SLO(4.0, 0.07), Learned(), Policy(), {"i0": 100_000, "i1": 100_000}
-    )
-    engines = [
-        SimpleNamespace(index=0, cached_blocks=3, host_blocks=9),
-        SimpleNamespace(index=1, cached_blocks=0, host_blocks=None),
-    ]
-    cluster = SimpleNamespace(engines=engines)
-    recorder = Recorder(scheduler, 2048)
-    return SimpleNamespace(scheduler=scheduler, recorder=recorder, cluster=cluster, tuner=None, classes={})
-
-
-def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:
-    """The samples of one name by their labels' values."""
-    samples = [s for metric in TaichiCollector(system).collect() for s in metric.samples if s.name == name]
-    return {tuple(s.labels.values()): s.value for s in samples}
 
 
 def test_predicted_and_actual_times_are_summed_for_each_instance() -> None:
@@ -146,3 +119,38 @@ def test_measured_headroom_is_in_a_scrape_and_in_the_state() -> None:
         "measured": {"ttft": ttft, "tpot": tpot},
         "instances": {"i0": nothing, "i1": nothing},
     }
+
+
+def test_an_instance_that_is_lost_waits_starts_and_is_counted_when_it_is_back() -> None:
+    here = system()
+    supervisor = here.keeper.supervisor
+    others = {("0", name): float(name == "up") for name in ("up", "waiting", "starting", "out")}
+
+    def standing() -> set[str]:
+        found = scraped(here, "taichi_standing")
+        assert others.items() <= found.items()
+        return {name for (engine, name), value in found.items() if engine == "1" and value == 1.0}
+
+    assert standing() == {"up"}
+    supervisor.lost("i1", "killed", 10.0)
+    assert standing() == {"waiting"}
+    supervisor.starting("i1", 10.0)
+    assert standing() == {"starting"}
+    assert scraped(here, "taichi_restarts_total") == {("0",): 0, ("1",): 0}
+    supervisor.back("i1", 34.0)
+    assert standing() == {"up"}
+    assert scraped(here, "taichi_restarts_total") == {("0",): 0, ("1",): 1}
+    supervisor.lost("i1", "killed", 40.0)  # one restart an hour is all it may have
+    assert standing() == {"out"}
+
+
+def test_whoever_does_not_answer_is_silent() -> None:
+    here = system()
+    assert scraped(here, "taichi_silent") == {("0",): 0.0, ("1",): 0.0}
+    here.keeper.silent.add(here.cluster.engines[1])
+    assert scraped(here, "taichi_silent") == {("0",): 0.0, ("1",): 1.0}
+
+
+def test_no_part_of_a_scrape_fails_here() -> None:
+    here = system()
+    assert scraped(here, "taichi_trouble_total")[("metrics",)] == 0.0

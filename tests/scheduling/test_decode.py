@@ -172,6 +172,22 @@ def test_request_about_to_end_is_not_degraded() -> None:
     assert degraded(ending, other, helpers=[p_heavy()], policy=Policy(dwell=0.0, growth=8)) == "other to i0"
 
 
+def test_who_was_preempted_is_passed_over_however_many_they_are() -> None:
+    # They hold no KV, and eight candidates are looked at.
+    names = [f"a{n}" for n in range(9)]
+    here, ledger = residents(*(decode(name, 200) for name in names), decode("b", 100))
+    source, helper = d_heavy(kv=9_600), p_heavy(kv=1_000)
+
+    def choice(*missed: str) -> object:
+        source.missed = missed
+        found = choose_degrade(source, here, ledger, [helper], 1.0, ByHand(), STILL)
+        return found and found[0].id
+
+    assert choice() == "a0"
+    assert choice(*names) == "b"
+    assert choice(*names, "b") is None
+
+
 def test_nobody_is_degraded_when_no_p_heavy_instance_has_room() -> None:
     assert degraded(decode("a", 500), helpers=[p_heavy(kv=9_000)]) is None
     assert degraded(decode("a", 500), helpers=[]) is None

@@ -18,6 +18,7 @@ from taichi_serve.messages import (
     Command,
     Decline,
     Demote,
+    Drained,
     Finished,
     Flow,
     Flowed,
@@ -295,3 +296,50 @@ def test_half_of_those_queued_will_decode_before_it() -> None:
 def test_where_an_idle_instance_is_too_slow_nobody_is_turned_away_for_it() -> None:
     (placed,) = arrive(with_decodes(3, base=0.11), a=100)
     assert isinstance(placed, Prefill)
+
+
+def behind(at: float, *later: Arrived, movable: bool = True) -> tuple[GlobalScheduler, list[Command]]:
+    """Five prompts on i0, while i1 is drained; by this time only the first is through, and the longest, d,
+    makes others late."""
+    s = scheduler(sliders=Sliders(0, 2, 0, 100))
+    s.on(Drained(0.0, "i1"))
+    for name, tokens in (("a", 300), ("b", 300), ("c", 1000), ("d", 1500), ("e", 600)):
+        s.on(Arrived(0.0, name, tokens, 100, movable))
+    s.on(Drained(0.0, "i1", on=False))
+    for one in later:
+        s.on(one)
+    s.on(Stepped(at, "i0", at, 300, 0, 300))
+    return s, s.on(Prefilled(at, "a", 0, "i0"))
+
+
+def test_when_an_instance_falls_behind_a_prompt_goes_where_it_is_in_time() -> None:
+    s, (moved,) = behind(1.6)
+    assert isinstance(moved, Prefill)
+    assert (moved.request, moved.leg, moved.on, moved.best_effort) == ("d", 1, "i1", False)
+    assert moved.why.startswith("i0 fell behind; ")
+    assert (order(s), order(s, "i1")) == (["b", "c", "e"], ["d"])
+    assert s.instances["i0"].queued_tokens == 1900
+    assert s.on(Prefilled(3.1, "d", 0, "i0")) == []  # of the leg before: too late
+    s.on(Prefilled(3.1, "d", 1, "i1"))
+    assert s.requests["d"].instance == "i1"
+
+
+def test_it_is_best_effort_where_it_would_be_late_there_too() -> None:
+    # d would be there after 2.4 + 1.5 s. The next one, c, is in time.
+    _, sent = behind(2.4)
+    assert [(c.request, type(c)) for c in sent if isinstance(c, Prefill | Demote)] == [
+        ("d", Demote),
+        ("c", Prefill),
+    ]
+
+
+def test_it_is_best_effort_where_it_would_make_another_late() -> None:
+    # y is in a step already; x has to wait for d, and ends 1.3 s after its deadline.
+    s, sent = behind(1.6, Arrived(1.5, "y", 300, 100), Arrived(1.5, "x", 3400, 100))
+    assert {s.requests[name].instance for name in "xy"} == {"i1"}
+    assert [(c.request, type(c)) for c in sent if isinstance(c, Prefill | Demote)] == [("d", Demote)]
+
+
+def test_a_request_that_cannot_move_stays_where_it_is_queued() -> None:
+    _, sent = behind(1.6, movable=False)
+    assert [(c.request, type(c)) for c in sent if isinstance(c, Prefill | Demote)] == [("d", Demote)]

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taichi_serve.classes import SLOClass
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
@@ -87,6 +88,7 @@ class Model:
     sent: list[Command] = field(default_factory=list)
     arrived: int = 0
     stale: list[Event] = field(default_factory=list)
+    terms: tuple[tuple[SLO | None, str | None], ...] = ((None, None),)  # of requests, in turn
     caches: dict[str, set[int]] = field(default_factory=dict)  # where prompts have blocks
 
     def __post_init__(self) -> None:
@@ -135,7 +137,8 @@ class Model:
         self.arrived += 1
         blocks = chain(prompt) if self.scheduler.ledger.residency.block_size else ()
         self.work[name] = Work(name, prompt, output, blocks=blocks)
-        self.tell(Arrived(self.now, name, prompt, output, movable, blocks=blocks))
+        slo, of = self.terms[(self.arrived - 1) % len(self.terms)]
+        self.tell(Arrived(self.now, name, prompt, output, movable, None, blocks, slo, of))
 
     def held_tokens(self, instance: str) -> int:
         return sum(w.done + w.out for w in self.work.values() if w.on == instance)
@@ -426,6 +429,37 @@ def test_the_same_holds_with_prefixes(seed: int, fetch: bool) -> None:
         m.check()
     m.settle()
     m.assert_all_served_once_and_nothing_left()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), overload=st.sampled_from((DEMOTE, REFUSE)), fair=st.booleans())
+def test_the_same_holds_with_classes_and_what_they_forbid_never_happens(
+    seed: int, overload: str, fair: bool
+) -> None:
+    never = {"kept": (Decline,), "sure": (Demote,), "both": (Decline, Demote)}
+    classes = (
+        SLOClass("kept", refuse=False),
+        SLOClass("sure", demote=False, weight=3.0),
+        SLOClass("both", refuse=False, demote=False),
+        SLOClass("loose", ttft_slo=2.0, weight=0.5),
+    )
+    policy = Policy(watermark=0.5, hysteresis=0.1, dwell=0.0, overload=overload, classes=classes, fair=fair)
+    m = model(Sliders(2, 2, 128, 32), policy)
+    server = m.scheduler.slo
+    m.terms = ((None, None), *((one.slo(server), one.name) for one in classes))
+    for deed in long_story(Random(seed)):
+        play(m, deed)
+        m.check()
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+    names = [name for _, name in m.terms]
+    for command in m.sent:
+        if isinstance(command, SetChunk):
+            continue
+        of = names[int(command.request[1:]) % len(names)]
+        assert not isinstance(command, never.get(of or "", ()))
+        if isinstance(command, Prefill) and command.best_effort:
+            assert of not in ("sure", "both")
 
 
 @pytest.mark.parametrize(("overload", "sent"), [(DEMOTE, {Demote, Decline}), (REFUSE, {Decline})])

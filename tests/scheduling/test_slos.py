@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from taichi_serve.classes import SLOClass
 from taichi_serve.eventlog import decode, encode, replay
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
@@ -129,10 +130,47 @@ def test_the_strictest_is_that_of_those_under_way() -> None:
 
 def test_requests_that_are_over_bind_nobody() -> None:
     s = scheduler()
-    s.on(Arrived(0.0, "tight", 100, 50, slo=TIGHT))
-    assert s.ledger.strictest.slo == TIGHT
-    s.on(Cancelled(1.0, "tight"))
+    s.on(Arrived(0.0, "usual", 100, 50))
+    assert s.ledger.strictest.beside(LOOSE) == SERVERS
+    s.on(Cancelled(1.0, "usual"))
     assert s.ledger.strictest.slo is None
+
+
+def test_what_one_client_asks_for_beyond_all_promises_rules_itself_only() -> None:
+    s = scheduler()
+    s.on(Arrived(0.0, "greedy", 100, 50, slo=SLO(0.001, 0.0001)))
+    beside = s.ledger.strictest.beside
+    assert (beside(SERVERS), beside(LOOSE)) == (SERVERS, SERVERS)
+    assert beside(SLO(0.001, 0.0001)) == SLO(0.001, 0.0001)
+    assert beside(SLO(0.5, 0.1)) == SLO(0.5, 0.1)
+    s.on(Arrived(0.0, "another", 100, 50, slo=SLO(0.0005, 0.2)))
+    assert s.ledger.strictest.slo == SERVERS
+
+
+def test_what_one_client_asks_for_changes_no_place_of_the_others() -> None:
+    # Were the others loose beside it, they would prefer the P-heavy i0.
+    alone, beside = scheduler(), scheduler()
+    places = []
+    for s in (alone, beside):
+        for name in ("i0", "i1"):
+            s.on(Stepped(0.0, name, 0.02, 0, 1, 0))
+        if s is beside:
+            s.on(Arrived(0.0, "greedy", 1, 50, slo=SLO(0.001, 0.0001)))
+        places += [c.on for c in s.on(Arrived(0.0, "usual", 100, 50)) if isinstance(c, Prefill)]
+    assert places == ["i1", "i1"]
+
+
+def test_the_strictest_is_within_what_the_server_and_its_classes_promise() -> None:
+    live = Strictest()
+    live.bound(SERVERS, (SLOClass("chat", ttft_slo=1.0), SLOClass("code", tpot_slo=0.05)))
+    live.add(LOOSE)
+    assert live.slo == LOOSE
+    live.add(TIGHT)
+    assert live.slo == SLO(1.0, 0.05)
+    live.promise(SLO(0.5, 0.01), ())
+    assert live.slo == SLO(0.5, 0.02)
+    live.drop(TIGHT)
+    assert live.slo == LOOSE
 
 
 # ------------------------------------------------------------------------------- the server's, or its own

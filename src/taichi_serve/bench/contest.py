@@ -21,16 +21,18 @@ from taichi_serve.bench.grid import Climb, Grid
 from taichi_serve.bench.probe import drift
 from taichi_serve.bench.score import Others, Run, needed
 from taichi_serve.bench.trial import Goodput, Trial
+from taichi_serve.bench.usage import Usage
 
 NEAR = 1.25  # contenders whose goodputs are further apart need no request by request
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What one contender came to in a round."""
+    """What one contender came to in a round, and what that took."""
 
     name: str
     run: Run
+    usage: Usage | None = None  # of a file of before it was looked at
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from taichi_serve.bench.client import MANY
+from taichi_serve.messages import Move
 
 SETTLE_SECONDS = 60.0
 Instances = dict[str, int | None]  # of a server of ours: the process of each, None for one that is not alive
@@ -60,6 +61,16 @@ class Endpoint:
             answer = await self.client.get("/taichi/state", timeout=SETTLE_SECONDS)
             rows = answer.json()["instances"] if answer.status_code == 200 else ()
             return {str(row["name"]): row.get("pid", 0) if row["alive"] else None for row in rows}
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
+
+    async def moves(self) -> dict[str, int]:
+        """How often requests have moved so far, by why; empty for a server that is not ours, or does not
+        answer."""
+        try:
+            answer = await self.client.get("/taichi/state", timeout=SETTLE_SECONDS)
+            counts = answer.json()["moves"] if answer.status_code == 200 else {}
+            return {move.value: int(counts.get(move.value, 0)) for move in Move} if counts else {}
         except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
             return {}
 

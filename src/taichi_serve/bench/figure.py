@@ -9,6 +9,7 @@ from typing import Any
 
 COLOURS = {"aggregation": "#4c72b0", "disaggregation": "#dd8452", "hybrid": "#55a868"}
 OTHERS = ("#8172b3", "#c44e52", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+TICKS = 5  # intervals below a panel: more of them have labels that overlap where these are long
 
 
 def colours(names: Sequence[str]) -> list[str]:
@@ -20,9 +21,13 @@ def colours(names: Sequence[str]) -> list[str]:
 def figure(columns: int) -> tuple[Any, list[Any]]:
     """A figure with so many panels side by side."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     made = Figure(figsize=(4.6 * columns, 3.4), layout="constrained")
-    return made, list(made.subplots(1, columns, squeeze=False)[0])
+    panels = list(made.subplots(1, columns, squeeze=False)[0])
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(TICKS))
+    return made, panels
 
 
 def stacked(heights: Sequence[float]) -> tuple[Any, list[Any]]:

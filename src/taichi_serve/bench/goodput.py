@@ -78,6 +78,7 @@ class Tally:
     prompt_tokens: int = 0  # of prompts that are through
     cached_tokens: int = 0  # of these, not computed
     fetched_tokens: int = 0  # of those, copied from another instance
+    in_time_tokens: int = 0  # of prompts whose first token kept its TTFT SLO
     first_at: float = 0.0
     last_at: float = 0.0
     classes: dict[str, Tally] = field(default_factory=dict)  # requests of each class, without steps and moves
@@ -205,12 +206,14 @@ class Meter:
             return
         live.first_at = at
         self._unserved[live.slo.ttft].pop(event.request, None)
+        in_time = at - live.arrived_at <= live.slo.ttft
         for tally in live.tallies:
             tally.ttft.add(at - live.arrived_at)
             tally.prompt_tokens += live.prompt_tokens
             tally.cached_tokens += event.cached
             tally.fetched_tokens += event.fetched
-        if at - live.arrived_at > live.slo.ttft:
+            tally.in_time_tokens += live.prompt_tokens if in_time else 0
+        if not in_time:
             live.lose()
 
     def _finished(self, event: Finished) -> None:

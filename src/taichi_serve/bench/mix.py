@@ -7,18 +7,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from taichi_serve.bench.arrivals import stream
-from taichi_serve.classes import Classes
+from taichi_serve.classes import DEFAULT, Classes, SLOClass
 from taichi_serve.cluster.simulated.job import Call
 from taichi_serve.slo import SLO
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A class, the SLO of its requests, and its part of all requests beside those of the other classes."""
+    """A class, the SLO of its requests, and its part of all requests beside those of the other classes; and
+    what may become of them under overload (see SLOClass)."""
 
     name: str
     slo: SLO
     share: float = 1.0
+    weight: float = 1.0
+    refuse: bool = True
+    demote: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,17 @@ class Mix:
     @classmethod
     def of(cls, classes: Classes, server: SLO) -> Mix:
         """Classes as a server has them, in the shares that they have."""
-        parts = (Part(one.name, one.slo(server) or server, one.share) for one in classes.values())
-        return cls(tuple(parts))
+        return cls(
+            tuple(
+                Part(one.name, one.slo(server) or server, one.share, one.weight, one.refuse, one.demote)
+                for one in classes.values()
+            )
+        )
+
+    @property
+    def classes(self) -> tuple[SLOClass, ...]:
+        """Them, as a scheduler knows them."""
+        return tuple(map(_known, self.parts))
 
     def over(self, calls: Iterable[Call], seed: int) -> Iterator[Call]:
         """The same calls, each with a class: all turns of a conversation have that of its first. Which it is
@@ -55,6 +68,11 @@ class Mix:
             f"{part.share / whole:.0%} {part.name} ({part.slo.ttft:g} s and {part.slo.tpot * 1e3:g} ms)"
             for part in self.parts
         )
+
+
+def _known(part: Part) -> SLOClass:
+    ttft, tpot = (None, None) if part.name == DEFAULT else (part.slo.ttft, part.slo.tpot)  # the server's
+    return SLOClass(part.name, ttft, tpot, weight=part.weight, refuse=part.refuse, demote=part.demote)
 
 
 def _of(call: Call, part: Part) -> Call:

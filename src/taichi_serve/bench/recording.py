@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from taichi_serve.bench.replay import RecordedSteps, Times, again
+from taichi_serve.bench.replay import RecordedSteps, Times, again, moved
 from taichi_serve.cluster.simulated import EngineShape
 from taichi_serve.cluster.simulated.step import Truth
 from taichi_serve.eventlog import Entry, LogError, read
 from taichi_serve.latency.fit import Sample
 from taichi_serve.latency.model import Batch, Roofline
-from taichi_serve.messages import Stepped
+from taichi_serve.messages import Move, Stepped
 from taichi_serve.sliders import Sliders
 
 
@@ -103,8 +104,15 @@ class Recording:
 
     @property
     def shape(self) -> EngineShape:
-        """The blocks of the real engines: all instances have the same."""
-        return EngineShape(min(self.head["kv_capacity"]))
+        """The blocks of the real engines: all instances have the same. An older recording does not say how
+        large blocks are: there KV is ample, and it makes no difference."""
+        capacity, size = min(self.head["kv_capacity"]), self.head.get("block_size")
+        return EngineShape(capacity) if size is None else EngineShape(capacity, block_size=size)
+
+    @property
+    def moves(self) -> Counter[Move]:
+        """How often its requests moved, by why."""
+        return moved(self.entries)
 
     def again(self, truth: Truth | None = None) -> tuple[Times, Times]:
         """The recorded times, and those of engines in miniature (bench/replay.py)."""

@@ -18,7 +18,19 @@ from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
 from taichi_serve.cluster.simulated.step import Truth
 from taichi_serve.eventlog import Entry
-from taichi_serve.messages import Arrived, Command, Event, Finished, Flowed, Outcome, Prefilled, Stepped
+from taichi_serve.messages import (
+    Arrived,
+    Command,
+    Decode,
+    Event,
+    Finished,
+    Flow,
+    Flowed,
+    Move,
+    Outcome,
+    Prefilled,
+    Stepped,
+)
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import tpot
 
@@ -48,12 +60,13 @@ class RecordedSteps:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, over finished requests."""
+    """Seconds, over finished requests; and how often requests moved."""
 
     tpot_mean: float
     ttft_p50: float
     ttft_p90: float
     requests: int
+    moves: int = 0  # that landed
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Times:
@@ -62,18 +75,22 @@ class Times:
         first: dict[str, float] = {}
         ttft: list[float] = []
         each = Histogram()
+        moves = 0
         for event in events:
             if isinstance(event, Arrived):
                 arrived[event.request] = event.at
             elif isinstance(event, Prefilled) and event.request not in first:
                 first[event.request] = event.at
+            elif isinstance(event, Flowed):
+                moves += 1
             elif isinstance(event, Finished) and event.outcome is Outcome.FINISHED and event.request in first:
                 ttft.append(first[event.request] - arrived[event.request])
                 each.add(tpot(first[event.request], event.at, event.output_tokens))
         if not ttft:
             raise ValueError("no request of the log was finished")
         ttft.sort()
-        return cls(each.mean, ttft[len(ttft) // 2], ttft[min(len(ttft) - 1, len(ttft) * 9 // 10)], len(ttft))
+        p50, p90 = ttft[len(ttft) // 2], ttft[min(len(ttft) - 1, len(ttft) * 9 // 10)]
+        return cls(each.mean, p50, p90, len(ttft), moves)
 
     def errors(self, real: Times) -> dict[str, float]:
         """Relative errors against the recording: 0.03 is 3 % too long."""
@@ -117,6 +134,17 @@ def calls_of(entries: Sequence[Entry]) -> list[Call]:
         for e, _ in entries
         if isinstance(e, Arrived) and e.request in made
     ]
+
+
+def moved(entries: Iterable[Entry]) -> Counter[Move]:
+    """How many moves were decided and landed, by why."""
+    asked: dict[tuple[str, int], Move] = {}
+    landed: Counter[Move] = Counter()
+    for event, commands in entries:
+        if isinstance(event, Flowed) and (why := asked.get((event.request, event.leg))):
+            landed[why] += 1
+        asked |= {(c.request, c.leg): c.move for c in commands if isinstance(c, Flow | Decode)}
+    return landed
 
 
 def again(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taichi_serve.bench.arrivals import Arrivals
+from taichi_serve.bench.compound import compound
 from taichi_serve.bench.conversations import LENGTHS, Conversations, Talks
 from taichi_serve.bench.lengths import Independent, InOrder, LogNormal, Rows, Source, Synthetic
 from taichi_serve.bench.mix import Mix
@@ -65,7 +66,7 @@ SYNTHETIC = {
     "summarization": Synthetic(LogNormal(7317, 0.5, 28000), LogNormal(201, 0.5, 2048)),
 }
 CONVERSATIONS = "conversations"
-KNOWN = (*sorted((*SYNTHETIC, CONVERSATIONS)), "1200/100")
+KNOWN = (*sorted((*SYNTHETIC, CONVERSATIONS)), "1200/100", "mix:...", "change:...")
 
 MEANS = re.compile(r"(\d+)/(\d+)")
 SPREAD, TAIL = 0.6, 8  # of lengths of which only the means are given: sigma, and the most in means
@@ -128,7 +129,8 @@ def workload(
     mix: Mix = Mix(),
 ) -> Workload:
     """A synthetic workload by name or by its mean lengths ("1200/100": prompts and outputs), conversations
-    ("conversations:share=0.8,turns=5"), or a trace by path; ValueError says what is wrong.
+    ("conversations:share=0.8,turns=5"), made of others (bench/compound.py), or a trace by path; ValueError
+    says what is wrong.
 
     All lengths are multiplied by `scale`. `limit` is the most tokens of prompt and output together:
     synthetic lengths are cut there; rows of a trace that go beyond it are refused, skipped or cut, as
@@ -156,6 +158,9 @@ def _made(name: str, limit: int, scale: float) -> Source | None:
     talks = _conversations(name, limit, scale)
     if talks is not None:
         return talks
+    made_of = compound(name, lambda part: _made(part, limit, scale))
+    if made_of is not None:
+        return made_of
     known = _synthetic(name)
     if known is None:
         return None

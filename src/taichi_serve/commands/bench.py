@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from taichi_serve.bench import pairtable
+from taichi_serve.bench import pairtable, usage
 from taichi_serve.bench.contest import Contest
 from taichi_serve.bench.endpoint import EndpointGoneError
 from taichi_serve.bench.pairs import pairs
@@ -30,8 +30,10 @@ from taichi_serve.bench.report import (
 )
 from taichi_serve.bench.trial import Trial
 from taichi_serve.commands import contenders
-from taichi_serve.commands.compare import compared
+from taichi_serve.commands.compare import compared, file_name
 from taichi_serve.commands.contenders import without_key
+from taichi_serve.commands.files import say_written
+from taichi_serve.commands.helping import EachDefaultOnce
 from taichi_serve.commands.installed import machine, today, versions_with, without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.measure import Measured, ours, running
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=int, default=20, metavar="N", help="sent before those at every rate (default: 20)"
     )
     parser.add_argument("--seeds", default="0", metavar="N,N", help="of lengths and arrivals (default: 0)")
-    parser.add_argument("--start", type=float, default=1.0, metavar="R", help="first rate, requests/s (1)")
-    parser.add_argument("--tolerance", type=float, default=0.1, metavar="SHARE", help="of the rate (0.1)")
+    parser.add_argument("--start", type=float, default=1.0, metavar="R", help="first rate, requests/s")
+    parser.add_argument("--tolerance", type=float, default=0.1, metavar="SHARE", help="of the rate")
     parser.add_argument("--full", action="store_true", help="no rate ends before its last request")
     parser.add_argument("--out", metavar="DIR", help="write results, table and picture there")
     parser.add_argument(
@@ -73,7 +75,9 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="taichi bench")
     commands = parser.add_subparsers(required=True, metavar="goodput")
-    add_arguments(commands.add_parser("goodput", description=__doc__, usage=USAGE))
+    formatter = EachDefaultOnce
+    goodput = commands.add_parser("goodput", description=__doc__, usage=USAGE, formatter_class=formatter)
+    add_arguments(goodput)
     args = parser.parse_args(argv[:cut])
     console = Console(stderr=True, highlight=False)
     try:
@@ -188,15 +192,23 @@ def report(results: list[Result], out: str | None, contest: Contest | None = Non
     folder = Path(out) if out else None
     found = pairs(contest) if contest else []
     if contest and found:
-        for words in (*pairtable.lines(found), pairtable.machine(contest)):
+        for words in (*pairtable.lines(found), *usage.lines(contest), pairtable.machine(contest)):
             console.print(words, soft_wrap=True, markup=False)
     if folder:
-        more = f"\n{pairtable.markdown(contest, found)}" if contest else ""
+        more = f"\n{pairtable.markdown(contest, found)}\n{usage.markdown(contest)}" if contest else ""
         (folder / "goodput.md").write_text(markdown(results) + more, encoding="utf-8")
         (folder / "goodput.json").write_bytes(as_json(results))
         draw(results, folder / "goodput.svg")
         if contest:
             (folder / "pairs.json").write_bytes(pairtable.as_json(contest, found))
+        say_written(_files(results, folder), Console(stderr=True))
+
+
+def _files(results: Sequence[Result], folder: Path) -> list[Path]:
+    """What a measurement leaves in its folder."""
+    each = [f"{file_name(one.name)}.json" for one in results]
+    all_of = ["compare.json", "pairs.json", "goodput.md", "goodput.json", "goodput.svg"]
+    return [path for name in (*each, *all_of) if (path := folder / name).exists()]
 
 
 def _turned(table: Table, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

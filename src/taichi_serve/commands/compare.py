@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import re
 import secrets
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from taichi_serve.commands.contenders import Contender, without_key
 from taichi_serve.commands.installed import machine, today, versions_with
 from taichi_serve.commands.interrupts import Interrupts
 from taichi_serve.commands.measure import line, progress_on, telling
+from taichi_serve.commands.metering import Meter
 from taichi_serve.commands.standing import Standing
 from taichi_serve.commands.subserver import ServerError
 
@@ -119,13 +119,14 @@ class Rounds:
         for name, others in zip(task.names, task.others, strict=True):
             self.visited = name
             async with await self._standing.meet(name) as endpoint:
-                before, began = self._standing.idle(name), time.perf_counter()
+                meter = await Meter.start(self._standing, name, endpoint)
                 run = await self._visit(name, task, others, OpenLoop(endpoint, salt), requests)
-                idle.append((self._standing.idle(name) - before) / (time.perf_counter() - began))
+                usage, beside = await meter.read()
+                idle.append(beside)
                 await endpoint.settle()  # what was aborted is over before the machine is probed
                 await asyncio.sleep(CALM)
             speeds.append(probe.speed())
-            visits.append(Visit(name, run))
+            visits.append(Visit(name, run, usage))
             self._say(line(name, run, f"seed {task.seed}"))
             if drift(speeds) > DRIFT and not last:
                 return visits[:-1], speeds, idle  # less than all: the attempt does not count

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import yaml
 
-from taichi_serve.commands.stock import stock_flags
+from taichi_serve.commands.stock import proxied_flags, stock_flags
 from taichi_serve.slo import SLO
 
 NAMES = ("aggregation", "disaggregation", "hybrid")
-STOCK = "stock"
+STOCK, STOCK_PD, STOCK_RR = STOCKS = "stock", "stock-pd", "stock-rr"
 # What `taichi search --tuned` decides.
 TUNED = ("p_heavy", "d_heavy", "p_chunk", "d_chunk", "ttft_margin", "tpot_margin", "watermark", "alpha")
 # The model and the SLOs in its files are the measurement's own; all else in them is what an instance must be.
@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="NAMES",
         help=f"side by side: some of {','.join(NAMES)}; stock (vLLM's own server with data parallelism) and "
-        "stock:192 (with that many tokens a step); URLs of running servers",
+        "stock:192 (with that many tokens a step); stock-rr (so many of vLLM's own servers in "
+        "turn); stock-pd (half of which prefill, with KV over NIXL); URLs of running servers",
     )
     parser.add_argument(
         "--contender",
@@ -63,10 +64,10 @@ class Contender:
     """Somebody to be measured: the flags of its server, or the URL of one that runs."""
 
     name: str
-    kind: Literal["ours", "stock", "url"]
+    kind: Literal["ours", "stock", "proxied", "url"]
     flags: tuple[str, ...] = ()
     url: str = ""
-    instances: int = 1  # of vLLM's own server
+    instances: int = 1  # of vLLM's own server, or servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[st
     for asked in args.compare.split(",") if args.compare else ():
         if asked.startswith(("http://", "https://")):
             add("--compare", at(asked))
-        elif asked.partition(":")[0] == STOCK:
+        elif asked.partition(":")[0] in STOCKS:
             add("--compare", _stock(asked, args.instances, flags))
         else:
             words = _of_ours(asked, args, slo)
@@ -110,13 +111,17 @@ def at(url: str) -> Contender:
 
 
 def _stock(asked: str, instances: int, flags: tuple[str, ...]) -> Contender:
-    """From `stock` or `stock:192`."""
-    _, colon, said = asked.partition(":")
+    """From `stock`, or with tokens a step as in `stock:192`; the others of STOCKS alike."""
+    kind, colon, said = asked.partition(":")
     if colon and not (said.isascii() and said.isdigit() and int(said) > 0):
         raise ValueError(f"--compare: {asked!r}: expected tokens a step after the colon, as in stock:192")
-    if instances < 1:
-        raise ValueError(f"--instances: must be at least 1, not {instances}")
+    least = 2 if kind == STOCK_PD else 1
+    if instances < least:
+        raise ValueError(f"--instances: must be at least {least}, not {instances}")
     chunk = int(said) if colon else None
+    if kind != STOCK:
+        prefill = instances // 2 if kind == STOCK_PD else 0
+        return Contender(asked, "proxied", proxied_flags(flags, instances, prefill, chunk))
     return Contender(asked, "stock", stock_flags(flags, instances, chunk), instances=instances)
 
 
@@ -135,7 +140,8 @@ def _of_ours(name: str, args: argparse.Namespace, slo: SLO) -> Words:
     """The words for one of NAMES; ValueError says what is wrong."""
     if name not in NAMES:
         raise ValueError(
-            f"--compare: {name!r} is none of {', '.join(NAMES)}, {STOCK} and {STOCK}:TOKENS, and no URL"
+            f"--compare: {name!r} is none of {', '.join(NAMES)}, {', '.join(STOCKS)} and "
+            f"{STOCK}:TOKENS, and no URL"
         )
     if args.tuned is not None:
         return _tuned(args.tuned / f"{name}.yaml", slo)

@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from taichi_serve.commands import tables
-from taichi_serve.commands.files import unwritable
+from taichi_serve.commands.files import say_written, unwritable
+from taichi_serve.commands.helping import EachDefaultOnce
 from taichi_serve.commands.installed import without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.commands.load import Load
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
         prog="taichi demo",
         description="Serve a tiny model on one P-heavy and one D-heavy vLLM instance, a CPU core each, send "
         "real requests over HTTP, and show where each of them was prefilled and decoded.",
+        formatter_class=EachDefaultOnce,
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -160,4 +162,8 @@ def report(rows: list[Row], state: dict[str, Any], path: str | None, console: Co
     if path is not None:
         content = {"rows": [asdict(row) for row in rows], "totals": asdict(sums), "slo": asdict(DEMO_SLO)}
         text = json.dumps(content, indent=2) + "\n"
-        sys.stdout.write(text) if path == "-" else Path(path).write_text(text, encoding="utf-8")
+        if path == "-":
+            sys.stdout.write(text)
+        else:
+            Path(path).write_text(text, encoding="utf-8")
+            say_written([Path(path)], console)

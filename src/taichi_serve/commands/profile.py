@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from taichi_serve.commands.helping import EachDefaultOnce
 from taichi_serve.commands.installed import without_engines
 from taichi_serve.commands.interrupts import Interrupts, Stopped
 from taichi_serve.latency.profile import Profile, ProfileError
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure how long the steps of an instance take, and how fast requests move between two "
         "instances. If it is interrupted, the same command goes on from FILE.part.",
         allow_abbrev=False,
+        formatter_class=EachDefaultOnce,
     )
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the profile")
     parser.add_argument(
@@ -41,6 +43,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="so many more instances serve requests while one is measured: where they share a GPU, or the "
         "cores of a host (default: 0)",
     )
+    _add_grid(parser, default)
+    return parser
+
+
+def _add_grid(parser: argparse.ArgumentParser, default: Grid) -> None:
+    """Which cells are measured."""
     for name, text in (
         ("chunks", "prompt tokens in one step"),
         ("decodes", "decodes beside them"),
@@ -48,9 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
         ("moves", "tokens of the requests that are moved"),
     ):
         value = getattr(default, name)
-        shown = ",".join(map(str, value))
-        explained = f"{text} (default: {shown}; what an instance cannot take is left out)"
-        parser.add_argument(f"--grid-{name}", type=_numbers, default=value, metavar="N,N", help=explained)
+        usual = f"default: {','.join(map(str, value))}; what an instance cannot take is left out"
+        parser.add_argument(
+            f"--grid-{name}", type=_numbers, default=value, metavar="N,N", help=f"{text} ({usual})"
+        )
     for name, text in (
         ("fill", "tokens of context that all decodes of a step begin with, at most"),
         (
@@ -61,7 +70,6 @@ def make_parser() -> argparse.ArgumentParser:
         value = getattr(default, name)
         explained = f"{text} (default: {value})"
         parser.add_argument(f"--grid-{name}", type=int, default=value, metavar="N", help=explained)
-    return parser
 
 
 def _numbers(words: str) -> tuple[int, ...]:

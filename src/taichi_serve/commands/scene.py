@@ -33,7 +33,7 @@ def add_scene(
     parser.add_argument("--device", default="A100", help="for a config.json: A100, H100 or H200")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="for a config.json")
     parser.add_argument(
-        "--bandwidth", type=float, default=50e9, metavar="B/S", help="of KV out of an instance"
+        "--bandwidth", type=float, default=50e9, metavar="B/S", help="KV out of an instance (default: 50e9)"
     )
     parser.add_argument("--link-latency", type=float, default=0.005, metavar="S", help="of a KV transfer")
     parser.add_argument(
@@ -56,7 +56,7 @@ def add_scene(
         help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
         "prefixes fetched from one instance to another, too (default: known)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FOLDER", help="write pictures there")
 
@@ -67,7 +67,8 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         "--workload",
         required=True,
         help="sharegpt, summarization, mean lengths as in 1200/100, conversations (with settings as in "
-        "conversations:share=0.8,turns=5,think=20), or the path of a trace (CSV, or Mooncake's JSON lines)",
+        "conversations:share=0.8,turns=5,think=20), several of these at once (mix:sharegpt,1200/100) or one "
+        "after the other (change:1200/100,661/257@5), or the path of a trace (CSV, or Mooncake's JSON lines)",
     )
     parser.add_argument(
         "--arrivals",

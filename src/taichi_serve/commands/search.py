@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from taichi_serve.commands.files import made, unwritable
+from taichi_serve.commands.files import made, say_written, unwritable
+from taichi_serve.commands.progress import working
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.search.balance import balance
 from taichi_serve.search.bound import bound
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `taichi search`."""
     more = f", or {BALANCED}: where aggregation and disaggregation, each tuned, have the same goodput"
     add_scene(parser, _ttft, more)
-    parser.add_argument("--instances", type=int, default=8, metavar="N")
+    parser.add_argument("--instances", type=int, default=8, metavar="N", help="in all")
     parser.add_argument(
         "--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)"
     )
@@ -100,11 +102,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         effort = _effort(args)
         _check_outputs(args)
-        with console.status("searching") as status:
-
-            def tell(text: str) -> None:
-                status.update(f"{time.perf_counter() - began:.0f} s  {text}")
-
+        with working(console, "searching") as tell:
             scene = _scene(args, console, tell)
             families = args.family or tuple(FAMILIES)
             found = search(scene, args.instances, args.seed, families, effort, args.processes, tell)
@@ -120,13 +118,21 @@ def main(args: argparse.Namespace) -> int:
     else:
         _show(found, limit, runs, scene)
         Console().print(f"{time.perf_counter() - began:.0f} s", style="dim")
+    with working(console, "drawing"):
+        written = list(_written(found, scene, runs, args))
+    say_written(written, console)
+    return 0
+
+
+def _written(found: list[Found], scene: Scene, runs: Plan, args: argparse.Namespace) -> Iterator[Path]:
+    """Every file that was asked for, once it is written."""
     if args.out:
         Path(args.out).write_text(config_text(scene, found[0].contender))
+        yield Path(args.out)
     if args.tuned:
-        _write_tuned(found, scene, Path(args.tuned))
+        yield from _write_tuned(found, scene, Path(args.tuned))
     if args.plot:
-        _draw(found, scene, Path(args.plot), runs)
-    return 0
+        yield from _draw(found, scene, Path(args.plot), runs)
 
 
 def _effort(args: argparse.Namespace) -> Effort:
@@ -151,9 +157,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
             made(Path(folder))
 
 
-def _write_tuned(found: list[Found], scene: Scene, folder: Path) -> None:
+def _write_tuned(found: list[Found], scene: Scene, folder: Path) -> Iterator[Path]:
     for family, entry in best(found).items():
-        (folder / f"{family}.yaml").write_text(config_text(scene, entry.contender))
+        path = folder / f"{family}.yaml"
+        path.write_text(config_text(scene, entry.contender))
+        yield path
 
 
 def _told(found: list[Found], limit: float, runs: Plan, scene: Scene) -> dict[str, Any]:
@@ -208,8 +216,10 @@ def _behind(entry: Found, first: Found) -> str:
     return f"{ahead.mean:+.1%} ± {ahead.half:.1%}" if ahead else "-"
 
 
-def _draw(found: list[Found], scene: Scene, folder: Path, runs: Plan) -> None:
-    draw_pareto(found, scene, folder / "pareto.svg")
+def _draw(found: list[Found], scene: Scene, folder: Path, runs: Plan) -> Iterator[Path]:
+    pareto, attainment = folder / "pareto.svg", folder / "attainment.svg"
+    draw_pareto(found, scene, pareto)
+    yield pareto
     top = found[0].rate
     seed = (runs.judging or runs.tuning)[0]
     curves = {}
@@ -217,4 +227,5 @@ def _draw(found: list[Found], scene: Scene, folder: Path, runs: Plan) -> None:
         rates = [top * share for share in CURVE]
         points = [attain(scene, entry.contender, rate, runs.requests, seed).attainment for rate in rates]
         curves[entry.label] = list(zip(rates, points, strict=True))
-    draw_curves(curves, folder / "attainment.svg", scene.workload.name)
+    draw_curves(curves, attainment, scene.workload.name)
+    yield attainment

@@ -16,13 +16,21 @@ from rich.table import Table
 
 from taichi_serve.bench.goodput import Tally
 from taichi_serve.bench.sharing import shared
-from taichi_serve.commands.files import made
+from taichi_serve.commands.files import made, say_written
+from taichi_serve.commands.progress import Following, working
 from taichi_serve.commands.scene import add_scene, scene_of
 from taichi_serve.messages import Tuned
 from taichi_serve.scheduling.policy import OVERLOAD, Policy
 from taichi_serve.search.goodput import Contender, Scene, attain, attain_tuned
 from taichi_serve.search.report import config, draw_times, summary
 from taichi_serve.sliders import MODES, OFF, ON, Sliders
+
+MARGINS = {
+    "ttft-margin": "an instance is feasible up to this share of the TTFT SLO, as predicted",
+    "tpot-margin": "prompts avoid a D-heavy instance above this share of the TPOT SLO, as predicted",
+    "watermark": "share of KV memory above which requests are degraded",
+    "alpha": "share of the TPOT SLO at which a degraded request flows back",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--d-heavy", type=int, required=True, metavar="N", help="D-heavy instances")
     parser.add_argument("--p-chunk", type=int, required=True, metavar="TOKENS", help="prompt tokens a step")
     parser.add_argument("--d-chunk", type=int, required=True, metavar="TOKENS", help="0: no prefill there")
-    parser.add_argument("--ttft-margin", type=float, default=Policy().ttft_margin, metavar="SHARE")
-    parser.add_argument("--tpot-margin", type=float, default=Policy().tpot_margin, metavar="SHARE")
-    parser.add_argument("--watermark", type=float, default=Policy().watermark, metavar="SHARE")
-    parser.add_argument("--alpha", type=float, default=Policy().alpha, metavar="SHARE")
+    for name, text in MARGINS.items():
+        usual = getattr(Policy(), name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=float, default=usual, metavar="SHARE", help=text)
     parser.add_argument(
         "--autotune",
         choices=MODES,
@@ -50,8 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or "
         "the longest before it is best effort, or it is turned away (default: %(default)s)",
     )
+    parser.add_argument(
+        "--fair-classes",
+        action="store_true",
+        help="weights of --classes are shares of what is computed in time under overload; else the class "
+        "with the lowest weight goes first",
+    )
     parser.add_argument("--rate", type=float, required=True, metavar="R", help="requests/s")
-    parser.add_argument("--requests", type=int, default=2000, metavar="N")
+    parser.add_argument("--requests", type=int, default=2000, metavar="N", help="that are sent")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -61,10 +74,11 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--requests: must be at least 1, not {args.requests}")
         if args.plot:
             made(Path(args.plot))
-        scene = scene_of(args)
+        with working(Console(stderr=True), "reading the workload"):
+            scene = scene_of(args)
         sliders = Sliders(args.p_heavy, args.d_heavy, args.p_chunk, args.d_chunk)
         knobs = args.watermark, args.alpha, args.ttft_margin, args.tpot_margin
-        policy = Policy(*knobs, overload=args.overload)
+        policy = Policy(*knobs, overload=args.overload, fair=args.fair_classes)
         began = time.perf_counter()
         tally, changes = _run(scene, Contender("simulate", sliders, policy), args)
         took = time.perf_counter() - began
@@ -92,16 +106,20 @@ def main(args: argparse.Namespace) -> int:
         _show(figures, tally, scene, took)
         _show_changes(changes)
     if args.plot:
-        draw_times(tally, scene, Path(args.plot) / "times.svg")
+        draw_times(tally, scene, picture := Path(args.plot) / "times.svg")
+        say_written([picture], Console(stderr=True))
     return 0
 
 
 def _run(scene: Scene, contender: Contender, args: argparse.Namespace) -> tuple[Tally, list[Tuned]]:
     """The run, and how its sliders were set or would have been."""
     asked = args.rate, args.requests, args.seed
-    if args.autotune == OFF:
-        return attain(scene, contender, *asked), []
-    return attain_tuned(scene, contender, *asked, args.autotune == ON)
+    counted = [Tally()]  # of the run, once it has begun
+    console = Console(stderr=True)
+    with Following(console, "requests simulated", args.requests, lambda: counted[-1].done):
+        if args.autotune == OFF:
+            return attain(scene, contender, *asked, watch=counted.append), []
+        return attain_tuned(scene, contender, *asked, args.autotune == ON, watch=counted.append)
 
 
 def _show_changes(changes: Sequence[Tuned]) -> None:
@@ -119,7 +137,8 @@ def _show_classes(tally: Tally, scene: Scene, console: Console) -> None:
         console.print(
             f"{part.name} ({part.slo.ttft:g} s and {part.slo.tpot * 1e3:g} ms): attainment "
             f"{of.attainment:.1%} ({low:.1%} to {high:.1%}), {of.good} of {of.sent} good; p90 "
-            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms",
+            f"{of.ttft.quantile(0.9):.3g} s and {of.tpot.quantile(0.9) * 1e3:.3g} ms; "
+            f"{of.in_time_tokens / max(1, tally.in_time_tokens):.1%} of the prompt tokens in time",
             highlight=False,
             soft_wrap=True,
         )
@@ -153,7 +172,7 @@ def _show(figures: dict[str, Any], tally: Tally, scene: Scene, took: float) -> N
     console.print(
         f"attainment {tally.attainment:.1%} ({low:.1%} to {high:.1%}), {tally.good} of {tally.sent} good; "
         f"{f'{tally.refused} turned away; ' if tally.refused else ''}"
-        f"moves {figures['moves'] or 'none'}"
+        f"moves: {', '.join(f'{move} {count}' for move, count in figures['moves'].items()) or 'none'}"
     )
     _show_classes(tally, scene, console)
     if "shared" in figures:

@@ -11,6 +11,9 @@ from rich.console import Console
 from taichi_serve.bench.endpoint import Endpoint, EndpointGoneError, meet
 from taichi_serve.commands.contenders import Contender
 from taichi_serve.commands.family import available, cpu_seconds
+from taichi_serve.commands.gpus import Gpus
+from taichi_serve.commands.metering import Reading
+from taichi_serve.commands.proxied import ProxiedServers
 from taichi_serve.commands.stock import StockServer, stock_environment
 from taichi_serve.commands.subserver import ServerError, Subserver
 
@@ -27,15 +30,19 @@ class Standing:
         self._console = console
         self._up: dict[str, Subserver] = {}
         self._largest = 0  # bytes
+        self._gpus = Gpus.find()
+        self._gpu_bytes: dict[str, int | None] = {}  # what the start of each one took
         self.alone = False  # one at a time
 
     async def meet(self, name: str) -> AbstractAsyncContextManager[Endpoint]:
         """A contender, up and ready. ServerError says why it cannot be."""
         return meet(await self._url(name), self._api_key)
 
-    def idle(self, visited: str) -> float:
-        """CPU seconds that the servers beside this one have used so far."""
-        return sum(cpu_seconds(server.pid) for name, server in self._up.items() if name != visited)
+    def reading(self, name: str) -> Reading:
+        """What the server of a contender has used so far, the servers beside it, and the GPUs."""
+        used = {one: cpu_seconds(server.pid) for one, server in self._up.items()}
+        own = used.pop(name, None)
+        return Reading(own, sum(used.values()), self._gpus.joules(), self._gpu_bytes.get(name))
 
     def stop(self, failed: str | None = None) -> None:
         """Stop all; the log of one that failed stays."""
@@ -75,13 +82,9 @@ class Standing:
 
     async def _start(self, contender: Contender, keep: bool) -> str:
         """`keep` says whether the log stays where it fails."""
-        before, name = available(), contender.name
+        before, name, graphics = available(), contender.name, self._gpus.used()
         words = [self._model, *contender.flags]
-        if contender.kind == "stock":
-            server: Subserver = StockServer(words, stock_environment(contender.instances))
-        else:
-            server = Subserver(words)
-        self._up[name] = server
+        self._up[name] = server = _server(contender, words)
         try:
             with self._console.status(f"{name}: starting the server") as status:
                 async for said in server.sayings():
@@ -90,4 +93,15 @@ class Standing:
             self._up.pop(name).stop(keep)
             raise ServerError(f"{name}: {wrong}" + (f"\nits log is {server.log}" if keep else "")) from None
         self._largest = max(self._largest, before - available())
+        now = self._gpus.used()
+        self._gpu_bytes[name] = None if graphics is None or now is None else now - graphics
         return server.url
+
+
+def _server(contender: Contender, words: list[str]) -> Subserver:
+    """What a contender is, beginning to start."""
+    if contender.kind == "stock":
+        return StockServer(words, stock_environment(contender.instances))
+    if contender.kind == "proxied":
+        return ProxiedServers(words)
+    return Subserver(words)

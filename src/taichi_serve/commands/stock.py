@@ -17,7 +17,7 @@ OURS = (
     *("watermark", "alpha", "move-timeout", "stall-timeout", "restarts", "event-log", "profile", "kv-over"),
     *("prefixes", "devices", "autotune", "overload", "slo-classes"),
 )
-SWITCHES = ("metrics-without-key", "slo-response-headers")
+SWITCHES = ("metrics-without-key", "slo-response-headers", "fair-classes")
 KV_SPACE, BINDING = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -66,6 +66,26 @@ def without_ours(flags: Sequence[str]) -> tuple[str, ...]:
         elif not (word.startswith("--") and name in SWITCHES):
             kept.append(word)
     return tuple(kept)
+
+
+def proxied_flags(flags: Sequence[str], instances: int, prefill: int, chunk: int | None) -> tuple[str, ...]:
+    """The same for so many servers behind a proxy, of which some prefill for the others; they are on the
+    devices of our instances."""
+    shape = ("--instances", str(instances), "--prefill", str(prefill))
+    devices = value_of(flags, "--devices")
+    own = ("--devices", devices) if devices is not None else ()
+    return (*stock_flags(flags, 1, chunk), *shape, *own)
+
+
+def value_of(flags: Sequence[str], name: str) -> str | None:
+    """The last value that a flag is given."""
+    found = None
+    for word, following in zip(flags, (*flags[1:], None), strict=True):
+        if word == name:
+            found = following
+        elif word.startswith(f"{name}="):
+            found = word.partition("=")[2]
+    return found
 
 
 def stock_environment(instances: int) -> dict[str, str]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from taichi_serve.bench.sse import Events
+from taichi_serve.commands.helping import EachDefaultOnce
 from taichi_serve.commands.picture import Picture, render
 from taichi_serve.commands.records import NoAnswerError
 from taichi_serve.dashboard.rows import Update
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     """`taichi top` with these words; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="taichi top", description="Instances, requests and moves of a running server, live."
+        prog="taichi top",
+        description="Instances, requests and moves of a running server, live.",
+        formatter_class=EachDefaultOnce,
     )
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -21,6 +22,7 @@ from taichi_serve.frontend.guard import MAX_HEADERS, Guard
 from taichi_serve.frontend.keys import Keys
 from taichi_serve.frontend.metrics import exported
 from taichi_serve.frontend.page import router as page
+from taichi_serve.frontend.probes import router as probes
 from taichi_serve.frontend.routes import router
 from taichi_serve.frontend.terms import Promises
 from taichi_serve.frontend.traced import Traced, Traces
@@ -65,6 +67,7 @@ def furnish(
     may ask for, and `tracing` is told of them where there are traces."""
     app.include_router(router)
     app.include_router(page)
+    app.include_router(probes)
     app.exception_handler(parsed.Refusal)(parsed.answer)
     app.exception_handler(HTTPException)(_http_error)
     door = Middleware(
@@ -80,8 +83,19 @@ def furnish(
     # Within the door: no answer begins before it is known whether its request is turned away.
     within = [] if args.overload == SERVE else [Middleware(TurnedAway)]
     # vLLM has built the stack already, so it is built anew.
+    _count_on(app)
     app.user_middleware[:0] = [door, *traced, *within]
     app.middleware_stack = app.build_middleware_stack()
+
+
+def _count_on(app: FastAPI) -> None:
+    """The counters of HTTP requests can be registered but once: the next stack has those of this one."""
+    for made in app.user_middleware:
+        layer: Any = app.middleware_stack
+        while layer is not None and made.cls is PrometheusInstrumentatorMiddleware:
+            if isinstance(layer, PrometheusInstrumentatorMiddleware):
+                made.kwargs["instrumentations"] = layer.instrumentations
+            layer = getattr(layer, "app", None)
 
 
 def _http_error(_: Request, wrong: HTTPException) -> JSONResponse:

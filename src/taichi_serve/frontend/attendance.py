@@ -34,6 +34,15 @@ class Attendance:
 
     def refusal(self) -> GracefulHTTPError:
         """What a request is told while none lives."""
+        return GracefulHTTPError(self._words(), HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def unready(self) -> str | None:
+        """Why no instance takes a request now; None where one does."""
+        if self.none_lives():
+            return self._words()
+        return "No instance answers at present." if self.none_answers() else None
+
+    def _words(self) -> str:
         seconds = self.retry_after()
         when = "none will come back" if seconds is None else f"one is expected back in about {seconds} s"
-        return GracefulHTTPError(f"No instance is up; {when}.", HTTPStatus.SERVICE_UNAVAILABLE)
+        return f"No instance is up; {when}."

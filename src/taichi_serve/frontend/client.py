@@ -25,6 +25,7 @@ from taichi_serve.classes import PLAIN
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.frontend import internal
 from taichi_serve.frontend.attendance import Attendance
+from taichi_serve.frontend.errors import SHUTTING_DOWN
 from taichi_serve.frontend.everywhere import Everywhere
 from taichi_serve.frontend.names import Names
 from taichi_serve.frontend.terms import noted
@@ -104,7 +105,7 @@ class ClusterLLM(async_llm.AsyncLLM):
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Add a request; raises a client error where it tries to steer KV transfers or ranks itself."""
         if self.closing:
-            raise GracefulHTTPError("The server is shutting down.", HTTPStatus.SERVICE_UNAVAILABLE)
+            raise GracefulHTTPError(SHUTTING_DOWN, HTTPStatus.SERVICE_UNAVAILABLE)
         if self.attendance.none_lives():
             raise self.attendance.refusal()
         if isinstance(params, SamplingParams):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 
 RETRY_AFTER = 1  # seconds; what is busy now is so for moments
+SHUTTING_DOWN = "The server is shutting down."
 
 
 def error(

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from taichi_serve.frontend import names
 from taichi_serve.frontend.body import Intake, replay
 from taichi_serve.frontend.elsewhere import NOT_HERE
-from taichi_serve.frontend.errors import RETRY_AFTER, unread
+from taichi_serve.frontend.errors import RETRY_AFTER, SHUTTING_DOWN, unread
 from taichi_serve.frontend.internal import HEADERS
 from taichi_serve.frontend.keys import Keys, path_of
 from taichi_serve.frontend.terms import Promises, TermsError, note, noted, said
@@ -114,7 +114,7 @@ class Guard:
     def _agree(self, headers: Headers) -> JSONResponse | None:
         """Note the terms of a request that makes new work, or refuse it."""
         if self._closing():
-            return unread(503, "overloaded_error", "The server is shutting down.", None, ENDING_RETRY_AFTER)
+            return unread(503, "overloaded_error", SHUTTING_DOWN, None, ENDING_RETRY_AFTER)
         try:
             if self._promises is not None:
                 note(self._promises.of(headers))

@@ -10,10 +10,11 @@ from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from taichi_serve.frontend.page import OPEN as PAGE
+from taichi_serve.frontend.probes import OPEN as PROBES
 
-# Whether the server lives, which vLLM it is, and the files of the page, which ask for a key before they show
-# anything. Exactly these paths, so that a new route is closed.
-OPEN = frozenset({"/health", "/ping", "/version"}) | PAGE
+# Whether the server lives and is ready, which vLLM it is, and the files of the page, which ask for a key
+# before they show anything. Exactly these paths, so that a new route is closed.
+OPEN = frozenset({"/health", "/ping", "/version"}) | PROBES | PAGE
 METRICS = frozenset({"/metrics", "/metrics/"})
 
 

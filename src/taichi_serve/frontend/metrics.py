@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from taichi_serve.cluster.vllm.server.supervisor import Standing
 from taichi_serve.dashboard.attainment import MINUTE, TEN_MINUTES
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import UNCLASSED, Attained, PrefixTokens
@@ -37,6 +38,7 @@ class TaichiCollector(Collector):
             (_requests, recorder),
             (_moves, recorder),
             (_instances, scheduler),
+            (_supervised, self._system),
             (_predictions, scheduler.accuracy),
             (_backflow, scheduler.counters),
             (_attained, self._system),
@@ -88,6 +90,22 @@ def _instances(scheduler: GlobalScheduler) -> Iterator[Metric]:
         chunk.add_metric([str(number), instance.kind.value], instance.chunk)
         alive.add_metric([str(number)], float(instance.alive))
     yield from (queued, chunk, alive)
+
+
+def _supervised(system: System) -> Iterator[Metric]:
+    """Who answers, how each instance stands, and how often each was brought back."""
+    silent = GaugeMetricFamily("taichi_silent", "1 while the instance does not answer", labels=["engine"])
+    standing = GaugeMetricFamily(
+        "taichi_standing", "1 for how the instance stands", labels=["engine", "standing"]
+    )
+    restarts = CounterMetricFamily("taichi_restarts", "Restarts that succeeded", labels=["engine"])
+    for engine in system.cluster.engines:
+        number, place = str(engine.index), system.keeper.supervisor.places[engine.name]
+        silent.add_metric([number], float(engine in system.keeper.silent))
+        for name in Standing:
+            standing.add_metric([number, name.value], float(name is place.standing))
+        restarts.add_metric([number], place.restarts)
+    yield from (silent, standing, restarts)
 
 
 def _predictions(accuracy: Mapping[str, Accuracy]) -> Iterator[Metric]:

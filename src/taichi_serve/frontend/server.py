@@ -8,7 +8,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +39,7 @@ from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.client import ClusterLLM, cluster_llm
 from taichi_serve.frontend.connection import Connection
 from taichi_serve.frontend.ending import STOP_SECONDS, Ending, no_longer_than
+from taichi_serve.frontend.errors import SHUTTING_DOWN
 from taichi_serve.frontend.glances import feed_of
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
@@ -47,6 +47,7 @@ from taichi_serve.frontend.starting import begun, promised
 from taichi_serve.frontend.traced import Traces, finish, traces
 from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.frontend.viewers import Viewers
+from taichi_serve.frontend.voice import Voice
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
 from taichi_serve.latency.profile import ProfileError
@@ -89,16 +90,17 @@ class System:
         """Whether the server ends, and nothing is open any more: who only looks is to leave, too."""
         return self.llm.closing and not self.llm.output_processor.has_unfinished_requests()
 
+    def unready(self) -> str | None:
+        """Why a new request would not be taken now; None where it would."""
+        return SHUTTING_DOWN if self.llm.closing else self.attendance.unready()
+
     def fail(self, why: str) -> None:
         """End the server because it cannot go on."""
         self.ending.fail(why)
         signal.raise_signal(signal.SIGTERM)
 
 
-def say(text: str) -> None:
-    """A line for whoever watches the start."""
-    sys.stderr.write(f"taichi: {text}\n")
-    sys.stderr.flush()
+say = Voice()
 
 
 @contextlib.asynccontextmanager
@@ -110,7 +112,7 @@ async def running(
         config = flags.engine_config(argv, here.path.name)
         predictor = _predictor(args, config, start)  # first: what cannot be used is said at once
         outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        async with fleet(args, argv, config, here, outputs.put_nowait, say) as instances:
+        async with fleet(args, argv, config, here, outputs.put_nowait, say, say.waiting) as instances:
             await measure(instances.cluster)
             slo = await promised(args, start, instances.cluster, say)
             for engine in instances.cluster.engines:

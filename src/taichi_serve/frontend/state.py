@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from taichi_serve.dashboard.attainment import MINUTE, WINDOWS
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import Attained
 from taichi_serve.scheduling.headroom import best, predicted, typical
-from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN
+from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN, Policy
 from taichi_serve.sliders import OFF, ON, SUGGEST
 from taichi_serve.stage import Stage
 
@@ -39,7 +39,7 @@ def state(system: System) -> dict[str, Any]:
         "sliders": asdict(system.scheduler.sliders),
         "slo": asdict(system.scheduler.slo),
         "classes": _classes(system),
-        "policy": asdict(system.scheduler.policy),
+        "policy": _policy(system.scheduler.policy),
         "attainment": attainment(system.recorder.attainment, time.monotonic()),
         "headroom": headroom(recorder, time.monotonic()),
         "prefixes": _prefixes(system),
@@ -87,6 +87,11 @@ def headroom(recorder: Recorder, now: float) -> dict[str, Any]:
         "measured": asdict(recorder.attainment.headroom(now, MINUTE)),
         "instances": {name: asdict(one) for name, one in each.items()},
     }
+
+
+def _policy(policy: Policy) -> dict[str, Any]:
+    """Its values, without the classes: what is promised to those is said by itself."""
+    return {name: value for name, value in asdict(replace(policy, classes=())).items() if name != "classes"}
 
 
 def _classes(system: System) -> dict[str, Any]:

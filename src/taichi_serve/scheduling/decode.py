@@ -106,11 +106,13 @@ def choose_degrade(
     """Longest-first degrading: whom a D-heavy instance past the watermark sends to a P-heavy one, and where.
 
     The longest output has banked the most TPOT slack. It is passed over when it moved a moment ago, is about
-    to end, or could not pay the gap of the move out of its slack.
+    to end, or could not pay the gap of the move out of its slack. Those who missed the last step were
+    preempted: they hold no KV that the instance would be relieved of.
     """
     if not helpers or source.kv_tokens - source.leaving_tokens <= policy.watermark * source.kv_capacity:
         return None
-    for request in _first(residents.longest(), requests, policy.scan):
+    longest = (name for name in residents.longest() if name not in source.missed)
+    for request in _first(longest, requests, policy.scan):
         if now - request.moved_at < policy.dwell:
             continue
         output = request.output_tokens(source.ticks)

@@ -5,6 +5,8 @@ A command and its booking are made in one place, so that none goes out that the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
@@ -24,13 +26,17 @@ from taichi_serve.messages import (
 from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
+from taichi_serve.scheduling.door import Door
 from taichi_serve.scheduling.ledger import Ledger
-from taichi_serve.scheduling.policy import REFUSE, SERVE, Policy
-from taichi_serve.scheduling.prefill import UNKNOWN, Known, Placement, choose_prefill
+from taichi_serve.scheduling.policy import SERVE, Policy
+from taichi_serve.scheduling.precedence import Precedence
+from taichi_serve.scheduling.prefill import UNKNOWN, Behind, Known, Placement, choose_prefill
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.triage import Triage
 from taichi_serve.sliders import Kind, Sliders
+
+NOBODY: Mapping[str, Behind] = {}  # comes after a prompt where all are served in order of arrival
 
 
 def decoders(instances: list[Instance]) -> list[Instance]:
@@ -50,7 +56,7 @@ class Dispatcher:
         self.predictor = predictor
         self.policy = policy
         self.counters = counters
-        self.triage = Triage(ledger, predictor)
+        self.triage = Triage(ledger, predictor, Precedence(policy))
 
     def serving(self) -> list[Instance]:
         """Who may get new work; when all that answer are being drained, these; when none answers, all that
@@ -91,20 +97,20 @@ class Dispatcher:
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
         if self.policy.overload == SERVE:
-            placed, known = self._choose(request, now, able)
-            commands.append(self._enqueue(request, placed, known, now))
+            placed, known = self.choose(request, now, able, decoders(self.serving()))
+            commands.append(self.enqueue(request, placed, known, now))
         else:
             commands += self._triaged(request, now, able, new)
         return commands
 
-    def _choose(self, request: Request, now: float, able: list[Instance]) -> tuple[Placement, Known]:
-        below = decoders(self.serving())
-        known = self._known(request, now)
-        if self.policy.overload != SERVE:
-            after = self.triage.overtaken(request, now, able)
-            known = Known(known.prefixes, known.lender, known.lent, known.behind, after)
+    def choose(
+        self, request: Request, now: float, able: list[Instance], low: list[Instance]
+    ) -> tuple[Placement, Known]:
+        """The place for a prompt among these, where `low` are the D-heavy ones that its decode may go to; and
+        what they have of it."""
+        known = self._known(request, now, able)
         beside = self.ledger.strictest.beside(request.slo)
-        return choose_prefill(request, now, able, below, self.predictor, self.policy, known, beside), known
+        return choose_prefill(request, now, able, low, self.predictor, self.policy, known, beside), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
         """Place a prompt by its deadline. Where it would be missed, it or the longest before it is best
@@ -113,40 +119,28 @@ class Dispatcher:
         if new:
             triage.came(request)
         request.by = triage.deadline(request, policy, request.best_effort)
-        placed, known = self._choose(request, now, able)
+        low = decoders(self.serving())
+        placed, known = self.choose(request, now, able, low)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
-        slo = request.slo
-        if new and triage.slow(request, placed, decoders(self.serving())):
-            why = f"its TPOT, and that of others, would be above {slo.tpot * 1e3:g} ms"
-            return [self._decline(request, now, placed, able, why)]
-        if request.best_effort or not triage.late(request, placed):
-            return [self._enqueue(request, placed, known, now)]
-        victim, late = triage.victim(request, placed), f"TTFT {placed.ttft:.3g} s of {slo.ttft:g} s"
-        if new and policy.overload == REFUSE and request.work <= slo.ttft:  # else it is not for want of time
-            return [self._decline(request, now, placed, able, f"it would be late: {late}")]
-        if new and not triage.room(victim, able, policy):
-            return [self._decline(request, now, placed, able, f"{late}, and best effort would wait too long")]
-        if victim is not request:
-            demoted = self._demote(victim, f"the longest before {request.id}, which would be late: {late}")
-            placed.ttft -= victim.work
-            return [demoted, self._enqueue(request, placed, known, now)]
-        request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
-        self.counters.best_effort += 1
-        placed, known = self._choose(request, now, able)
-        request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
-        placed.why = f"best effort: {late}; {placed.why}"
-        return [self._enqueue(request, placed, known, now)]
+        verdict = Door(triage, policy, able, low, now, new).judge(request, placed)
+        if verdict.declined:
+            return [self._decline(request, now, placed, able, verdict.why)]
+        if verdict.best_effort:
+            triage.precedence.lost(request, now, 0 if new else request.prompt_tokens - placed.cached)
+            request.best_effort, request.by = True, triage.deadline(request, policy, best_effort=True)
+            self.counters.best_effort += 1
+            placed, known = self.choose(request, now, able, low)
+            request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
+            placed.why = f"best effort: {verdict.why}; {placed.why}"
+        elif new:
+            triage.precedence.taken(request, request.prompt_tokens - placed.cached)
+        placed.ttft -= sum(victim.work for victim in verdict.victims if victim.by <= request.by)
+        demoted = [self.demote(victim, now, verdict.why) for victim in verdict.victims]
+        return [*demoted, self.enqueue(request, placed, known, now)]
 
-    def sort(self, instance: Instance, now: float) -> list[Command]:
-        """Make best effort of those queued on an instance by which a deadline there would be missed."""
-        if self.policy.overload == SERVE:
-            return []
-        return [
-            self._demote(victim, f"{late.id} needs {end:.3g} s more, and {late.by - now:.3g} s are left")
-            for victim, end, late in self.triage.hopeless(instance, now)
-        ]
-
-    def _demote(self, victim: Request, why: str) -> Demote:
+    def demote(self, victim: Request, now: float, why: str) -> Demote:
+        """A queued prompt is best effort from now on."""
+        self.triage.precedence.lost(victim, now, victim.prompt_tokens - victim.cached)
         by = self.triage.deadline(victim, self.policy, best_effort=True)
         self.ledger.demote(victim, by)
         self.counters.best_effort += 1
@@ -155,12 +149,14 @@ class Dispatcher:
     def _decline(
         self, request: Request, now: float, placed: Placement, able: list[Instance], why: str
     ) -> Decline:
+        self.triage.precedence.lost(request, now)
         self.counters.ended(Outcome.REFUSED, 0)
         self.counters.judge(request, Outcome.REFUSED, now)
         self.ledger.forget(request)
         return Decline(request.id, self.triage.drained(able), why, placed.forecasts)
 
-    def _enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
+    def enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
+        """Book it there, and say so."""
         here = placed.instance
         if not (here.decodes or here.queued_requests):  # idle: a step with it begins at once
             here.stepped_at = now
@@ -185,14 +181,16 @@ class Dispatcher:
             request.best_effort,
         )
 
-    def _known(self, request: Request, now: float) -> Known:
-        """What the instances have of a prompt; of those that answer the one with most of it may lend, and of
-        equals the one that has lent least."""
+    def _known(self, request: Request, now: float, able: list[Instance]) -> Known:
+        """What the instances have of a prompt, and what comes after it on those that are `able` to take it.
+        Of those that answer the one with most of it may lend, and of equals the one that has lent least."""
+        serve = self.policy.overload == SERVE
+        overtaken = NOBODY if serve else self.triage.overtaken(request, now, able)
         prefixes = self.ledger.prefixes(request)
         if not prefixes:
-            return UNKNOWN
+            return Known(prefixes, overtaken=overtaken) if overtaken else UNKNOWN
         if not self.policy.fetch:
-            return Known(prefixes)
+            return Known(prefixes, overtaken=overtaken)
         lender, lent = None, 0
         for name, prefix in prefixes.items():
             instance = self.ledger.instances[name]
@@ -200,7 +198,8 @@ class Dispatcher:
                 continue
             if lender is None or prefix.held > lent or instance.lends_until < lender.lends_until:
                 lender, lent = instance, prefix.held
-        return Known(prefixes, lender, lent, max(0.0, lender.lends_until - now) if lender else 0.0)
+        behind = max(0.0, lender.lends_until - now) if lender else 0.0
+        return Known(prefixes, lender, lent, behind, overtaken)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""

@@ -245,7 +245,7 @@ class Ledger:
     def step(self, instance: Instance, step: Stepped) -> None:
         """One step of an instance: its tick clock goes on, for everybody but those who missed it."""
         instance.ticks += 1
-        instance.kv_tokens, instance.stepped_at = step.kv_tokens, step.at
+        instance.kv_tokens, instance.stepped_at, instance.missed = step.kv_tokens, step.at, step.missed
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
         instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from taichi_serve.classes import SLOClass
+
 # What the scheduler does about prefix caches, in the words of command lines: it is not told of them, reckons
 # with them, or has prefixes fetched, too.
 BLIND, KNOWN, FETCH = "blind", "known", "fetch"
@@ -43,6 +45,9 @@ class Policy:
     `leftover`      share of the instances' time that is kept for best effort, however many come: what would
                     have to wait longer than its patience for it is turned away. It is more while
                     nobody else waits.
+    `classes`       classes of requests: their SLOs, weights, and whether they may be refused or demoted.
+    `fair`          whether weights of classes are shares of what is computed in time under overload; else
+                    the class with the lowest weight goes first.
     `scan`          how many candidates one step looks at, so that a decision costs the same in any crowd.
     """
 
@@ -61,6 +66,8 @@ class Policy:
     overload: str = SERVE
     patience: float = 5.0
     leftover: float = 0.03
+    classes: tuple[SLOClass, ...] = ()
+    fair: bool = False
 
     def __post_init__(self) -> None:
         for name in ("watermark", "alpha", "ttft_margin", "tpot_margin", "fetch_within"):

@@ -39,6 +39,7 @@ from taichi_serve.messages import (
     Tuned,
 )
 from taichi_serve.request import Request, State
+from taichi_serve.scheduling.behind import sort
 from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_backflow, choose_degrade
 from taichi_serve.scheduling.dispatch import Dispatcher
@@ -72,6 +73,7 @@ class GlobalScheduler:
         self.predictor = predictor
         self.policy = policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
+        self.ledger.strictest.bound(slo, policy.classes)
         self.requests = self.ledger.requests
         self.instances = self.ledger.instances
         self.counters = Counters()
@@ -137,7 +139,7 @@ class GlobalScheduler:
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
-        after = [*close(here), *self._dispatcher.sort(here, event.at)]
+        after = [*close(here), *sort(self._dispatcher, here, event.at)]
         if event.held:
             return [*after, self._dispatcher.hand_over(request, here, event.at)]
         self._settle(request, here, 1, event.at)

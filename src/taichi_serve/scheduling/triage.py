@@ -10,15 +10,20 @@ Every function reads the ledger and answers; none of them writes anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from taichi_serve.classes import SLOClass
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Average, Predictor
 from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import Behind, Placement
+from taichi_serve.sliders import Kind
 
 # Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
 # who is queued keeps its place until it is predicted to be later than its deadline by so much.
@@ -30,15 +35,25 @@ KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
 # UNFAIR on all that can be.
 FAIR, UNFAIR = 0.95, 0.9
 LONG = 1.3  # times the length of the prompt that a token belongs to on average: such prompts are protected
+NEXT = 2  # decodes on each D-heavy instance that are kept for a class that falls short
 MOST = 0.75  # of the TTFT SLO: where a long prompt takes more, none is waited for
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """So many `seconds` the first token `of` a prompt would be too late."""
+
+    seconds: float
+    of: Request
 
 
 class Triage:
     """What the queues say about deadlines, as predicted."""
 
-    def __init__(self, ledger: Ledger, predictor: Predictor) -> None:
+    def __init__(self, ledger: Ledger, predictor: Predictor, precedence: Precedence) -> None:
         self.ledger = ledger
         self.predictor = predictor
+        self.precedence = precedence
         self.arrived = Average()  # mean length of all prompts, and of those that were in time
         self.kept = Average()
         self.longer = Average()  # mean length of the prompt that a token belongs to
@@ -48,6 +63,7 @@ class Triage:
         length = float(request.prompt_tokens)
         self.arrived.add(length, 1.0, KEEP)
         self.longer.add(length * length, length, KEEP)
+        self.precedence.came(request)
 
     def through(self, request: Request) -> None:
         """The first token of one that kept its deadline is out."""
@@ -103,49 +119,120 @@ class Triage:
             found[instance.name] = Behind(tokens, seconds - reserve, reserve)
         return found
 
-    def late(self, request: Request, placed: Placement, without: float = 0.0) -> bool:
-        """Whether it would miss its TTFT in this place, or even `without` so many seconds of work."""
-        return placed.ttft - without > request.slo.ttft * (1.0 - SPARE)
-
-    def slow(self, request: Request, placed: Placement, decoders: Sequence[Instance]) -> bool:
+    def slow(
+        self,
+        request: Request,
+        placed: Placement,
+        decoders: Sequence[Instance],
+        beside: float = math.inf,
+        spare: int = 0,
+    ) -> bool:
         """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted
         to miss its TPOT: it would be late however soon it began, and slow the others down. Those that are
-        queued, or on their way, will decode there before it."""
+        queued, or on their way, will decode there before it. Or whether so many `spare` decodes beside it
+        would, those of a D-heavy instance a TPOT of `beside` (s)."""
         where = decoders if placed.hand_over and decoders else [placed.instance]
         # Of the mean length, not its own: else the long ones would be turned away first.
-        most, length = request.slo.tpot, int(self.arrived.value(request.prompt_tokens))
+        length = int(self.arrived.value(request.prompt_tokens))
         if request.max_tokens <= 1:
             return False
         before = sum(one.queued_requests for one in self.ledger.instances.values()) / max(1, len(decoders))
         tpot = self.predictor.tpot
         for one in where:
+            most = min(request.slo.tpot, beside) if one.kind is Kind.D_HEAVY else request.slo.tpot
             now = tpot(one, 0)
             each = tpot(one, length) - now
             idle = now - one.decodes * each  # where that is too slow already it is not for want of room
-            if now + (1 + SOON * before + one.arriving) * each <= most or idle > most:
+            if now + (1 + spare + SOON * before + one.arriving) * each <= most or idle > most:
                 return False
         return True
 
-    def victim(self, request: Request, placed: Placement) -> Request:
-        """Who is best effort, where the newcomer would be late in its place: the longest before it that has
-        not begun, if it is longer and all are in time without it; else the newcomer."""
-        longest = request
-        if self.unfair() >= 1.0:
-            return request
-        for other in self._movable(placed.instance):
-            if other.by <= request.by and other.work > longest.work:
-                longest = other
-        return request if self.late(request, placed, longest.work) else longest
+    def crowded(
+        self, request: Request, placed: Placement, decoders: Sequence[Instance], now: float
+    ) -> SLOClass | None:
+        """The class for whose next prompt no room would be left in this place, or no decode, if the newcomer
+        gives way to it. All that is queued counts, whatever its deadline: it will be due, too. Not so best
+        effort, unless its patience is about to end."""
+        here = placed.instance
+        above = self.precedence.above(request, now)
+        if not (above and (here.queued_requests or here.decodes)):
+            return None
+        put_off = [self.ledger.requests[name] for name in self.ledger.best_effort]
+        end = self.predictor.ttft(here, 0) + self.predictor.since(here, now - here.stepped_at) + request.work
+        for one in above:
+            slo = self.ledger.strictest.promised(one.of)
+            length = int(LONG * one.longer.value(0.0))
+            following = self.predictor.work(here, length) * (1.0 + self.unfair())
+            after = sum(o.work for o in put_off if o.instance == here.name and o.by > now + slo.ttft)
+            if here.queued_requests and end - after + min(following, slo.ttft / 2) > slo.ttft * (1.0 - SPARE):
+                return one.of
+            if self.slow(request, placed, decoders, slo.tpot, NEXT):
+                return one.of
+        return None
 
-    def room(self, request: Request, able: Sequence[Instance], policy: Policy) -> bool:
-        """Whether best effort has time for one more before its patience ends: of what the instances can
+    def lacking(self, request: Request, placed: Placement) -> Lack | None:
+        """What the newcomer lacks to be in time in its place."""
+        seconds = placed.ttft - request.slo.ttft * (1.0 - SPARE)
+        return Lack(seconds, request) if seconds > 0.0 else None
+
+    def harming(self, request: Request, here: Instance, now: float, everybody: bool = False) -> Lack | None:
+        """What those lack that have later deadlines, where the newcomer is computed before them: the one that
+        would be latest. Unless `everybody` counts, only where there are shares to hold, or between classes in
+        different places; else the stricter one is helped first, as ever."""
+        precedence, queue, found = self.precedence, self.ledger.queues[here.name], None
+        if (precedence.equal and not everybody) or not queue.ends_after(request.by):
+            return None
+        end = now + self.predictor.ttft(here, 0) + self.predictor.since(here, now - here.stepped_at)
+        for name in queue.behind(request.by):
+            other = self.ledger.requests[name]
+            seconds = end + request.work - other.by
+            if (
+                seconds > (found.seconds if found else 0.0)
+                and not other.best_effort
+                and (everybody or precedence.fair or precedence.place(other) != precedence.place(request))
+            ):
+                found = Lack(seconds, other)
+            end -= other.work
+        return found
+
+    def victims(self, request: Request, here: Instance, lack: Lack, lower: bool = False) -> list[Request]:
+        """Who is best effort so that nobody lacks time when the newcomer comes: of those before the one that
+        would, itself among them, that have not begun those whose class gives way to the newcomer's, the last
+        class first and the longest of each, as many as it takes. Failing that, unless only a `lower` one may
+        be, the longest of the same place that is longer than the newcomer. Nobody where it is not enough."""
+        place, mine = self.precedence.place, self.precedence.place(request)
+        bound = not self.precedence.rights(request).demote  # all in the same place come after it
+        equal = self.precedence.equal
+        before = [other for other in self._movable(here) if other.by <= lack.of.by]
+        giving: list[Request] = []
+        if bound or not equal:
+            giving = [other for other in before if place(other) < mine or (bound and place(other) == mine)]
+        found: list[Request] = []
+        freed = 0.0
+        for other in sorted(giving, key=lambda one: (place(one), -one.work, one.by)):
+            found.append(other)
+            freed += other.work
+            if freed >= lack.seconds:
+                return found
+        if lower or self.unfair() >= 1.0:
+            return []
+        longest = request
+        for other in before:
+            if other.work > longest.work and (equal or place(other) == mine):
+                longest = other
+        return [] if longest is request or longest.work < lack.seconds else [longest]
+
+    def room(self, victims: Sequence[Request], able: Sequence[Instance], policy: Policy) -> bool:
+        """Whether best effort has time for these before their patience ends: of what the instances can
         compute until then it gets the share that is kept for it, and half of all while nobody else waits.
         One alone always has."""
         others = sum(instance.queued_requests for instance in able) - len(self.ledger.best_effort)
         share = policy.leftover if others > 0 else 0.5
-        seconds = request.slo.ttft * (policy.patience - 1.0) * share * len(able)
+        ttft = min(one.slo.ttft for one in victims)
+        seconds = ttft * (policy.patience - 1.0) * share * len(able)
         queued = sum(self.ledger.requests[name].work for name in self.ledger.best_effort)
-        return not queued or queued + request.work <= seconds
+        alone = not queued and len(victims) == 1
+        return alone or queued + sum(one.work for one in victims) <= seconds
 
     def drained(self, able: Sequence[Instance]) -> float:
         """Seconds until the first of these instances is through with all that is queued there now."""
@@ -159,20 +246,25 @@ class Triage:
         end = now + self.predictor.ttft(instance, 0) + running - sum(other.work for other in waiting)
         movable = {other.id for other in self._movable(instance)}
         found: list[tuple[Request, float, Request]] = []
-        longest: list[tuple[float, float, str]] = []
+        first: list[tuple[float, float, float, str]] = []
+        place = self.precedence.place
         for other in waiting:
             end += other.work
             if other.best_effort:
                 continue
             if other.id in movable:
-                heappush(longest, (-other.work, -other.by, other.id))
-            while end > other.by + GRACE * other.slo.ttft and longest:
-                least, _, name = heappop(longest)
+                heappush(first, (place(other), -other.work, -other.by, other.id))
+            while end > other.by + GRACE * other.slo.ttft and first:
+                _, least, _, name = heappop(first)
                 found.append((self.ledger.requests[name], end - now, other))
                 end += least
         return found
 
     def _movable(self, instance: Instance) -> list[Request]:
-        """Those queued on an instance that keep their deadline so far and are in no step yet, in order."""
+        """Those queued on an instance that keep their deadline so far, are in no step yet and may be demoted,
+        in order."""
         waiting = (self.ledger.requests[name] for name in self.ledger.queues[instance.name].waiting())
-        return [other for other in waiting if not other.best_effort]
+        movable = [other for other in waiting if not other.best_effort]
+        if self.precedence.demotable:
+            return movable
+        return [other for other in movable if self.precedence.rights(other).demote]

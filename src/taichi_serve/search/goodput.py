@@ -7,7 +7,7 @@ that target ends as soon as it is reached or out of reach: waiting for the last 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from taichi_serve.bench.goodput import Meter, Tally
@@ -28,6 +28,7 @@ from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.tuner import Tuner
 
 TARGET = 0.9
+Watch = Callable[[Tally], object]  # gets the counts of a run as it begins; they go on while it runs
 LARGEST = 8192  # prompt tokens of the largest step
 
 
@@ -87,7 +88,8 @@ class Scene:
     def scheduler(self, sliders: Sliders, policy: Policy, capacities: Mapping[str, int]) -> GlobalScheduler:
         """The scheduler that serves, for such a cluster."""
         known = 0 if self.prefixes == BLIND else self.workload.block_size
-        policy = replace(policy, fetch=True) if self.prefixes == FETCH else policy
+        fetch = policy.fetch or self.prefixes == FETCH
+        policy = replace(policy, fetch=fetch, classes=self.workload.mix.classes)
         return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
 
     def tuner(self, scheduler: GlobalScheduler, act: bool = True) -> Tuner:
@@ -116,13 +118,20 @@ class Contender:
 
 
 def attain(
-    scene: Scene, contender: Contender, rate: float, requests: int, seed: int, target: float | None = None
+    scene: Scene,
+    contender: Contender,
+    rate: float,
+    requests: int,
+    seed: int,
+    target: float | None = None,
+    watch: Watch = lambda tally: None,
 ) -> Tally:
     """One run; with a target it ends as soon as that share of good requests is reached or out of reach."""
     cluster = scene.cluster(contender.sliders, rate, requests, seed)
     scheduler = scene.scheduler(contender.sliders, contender.policy, cluster.capacities)
     if target is None:
         meter = Meter(scheduler, scene.slo)
+        watch(meter.tally)
         run(meter, cluster)
         return meter.tally
     needed = math.ceil(target * requests - 1e-9)
@@ -137,12 +146,19 @@ def attain(
 
 
 def attain_tuned(
-    scene: Scene, contender: Contender, rate: float, requests: int, seed: int, act: bool
+    scene: Scene,
+    contender: Contender,
+    rate: float,
+    requests: int,
+    seed: int,
+    act: bool,
+    watch: Watch = lambda tally: None,
 ) -> tuple[Tally, list[Tuned]]:
     """One run to its end whose sliders set themselves, or of which is said how they would be set; and these
     changes."""
     cluster = scene.cluster(contender.sliders, rate, requests, seed)
     tuner = scene.tuner(scene.scheduler(contender.sliders, contender.policy, cluster.capacities), act)
     meter = Meter(tuner, scene.slo)
+    watch(meter.tally)
     run(meter, cluster)
     return meter.tally, list(tuner.changes)

@@ -52,6 +52,7 @@ def by_class(tally: Tally) -> dict[str, Any]:
         "attainment": tally.attainment,
         "attainment_low": low,
         "attainment_high": high,
+        "in_time_tokens": tally.in_time_tokens,
         "ttft": {"mean": tally.ttft.mean, **_quantiles(tally.ttft)},
         "tpot": {"mean": tally.tpot.mean, **_quantiles(tally.tpot)},
     }

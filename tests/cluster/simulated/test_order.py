@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from taichi_serve.cluster.base import run
 from taichi_serve.cluster.simulated import Call, EngineShape, Link, SimulatedCluster
@@ -18,6 +23,7 @@ from taichi_serve.messages import (
     Outcome,
     Prefill,
     Prefilled,
+    Stepped,
 )
 from taichi_serve.sliders import Sliders
 
@@ -98,3 +104,96 @@ def test_best_effort_is_preempted_before_a_younger_request() -> None:
     }
     log = played(answers, cluster([Call(0.0, 30, 10), Call(0.0, 30, 10)], kv=64))
     assert [event.request for event in log if isinstance(event, Finished)] == ["r1", "r0"]
+
+
+# ---------------------------------------------------------------- room for 4 blocks: 64 tokens, and no more
+
+TWO = [Call(0.0, 30, 10), Call(0.0, 30, 10)]  # at the third token of the first both have all 4 blocks
+
+
+def ends(log: list[Event]) -> list[str]:
+    return [event.request for event in log if isinstance(event, Finished)]
+
+
+def preempted(log: list[Event]) -> set[str]:
+    return {name for event in log if isinstance(event, Stepped) for name in event.missed}
+
+
+@pytest.mark.parametrize(
+    ("bound", "best_effort", "yields"),
+    [
+        ("", "", "r1"),  # the younger one
+        ("r1", "", "r0"),
+        ("r0", "", "r1"),
+        ("r0 r1", "", "r1"),
+        ("r0", "r0", "r0"),
+        ("r1", "r0 r1", "r0"),
+    ],
+)
+def test_best_effort_is_preempted_first_and_of_equals_one_that_is_not_bound(
+    bound: str, best_effort: str, yields: str
+) -> None:
+    calls = [replace(call, movable=f"r{n}" not in bound) for n, call in enumerate(TWO)]
+    answers: Answers = {
+        name: [Prefill(name, 0, "i0", best_effort=name in best_effort)] for name in ("r0", "r1")
+    }
+    log = played(answers, cluster(calls, kv=64))
+    assert preempted(log) == {yields}
+    assert ends(log)[-1] == yields
+
+
+@pytest.mark.parametrize(("by", "order"), [(50.0, ["r1", "r2", "r0"]), (5.0, ["r1", "r0", "r2"])])
+def test_preempted_best_effort_waits_in_its_place(by: float, order: list[str]) -> None:
+    # r0 yields to r1, and both it and the newcomer r2 need 3 blocks: they are served one after the other.
+    answers: Answers = placed("r1", 1.0) | placed("r2", 9.0)
+    answers["r0"] = [Prefill("r0", 0, "i0", by=by, best_effort=True)]
+    log = played(answers, cluster([*TWO, Call(2.5, 40, 2)], kv=64))
+    assert preempted(log) == {"r0"}
+    assert ends(log) == order
+
+
+def test_anybody_else_who_is_preempted_waits_before_all() -> None:
+    answers = placed("r0", 1.0) | placed("r1", 1.0) | placed("r2", 0.5)
+    log = played(answers, cluster([*TWO, Call(2.5, 40, 2)], kv=64))
+    assert preempted(log) == {"r1"}
+    assert ends(log) == ["r0", "r1", "r2"]
+
+
+def test_who_is_put_off_while_it_runs_is_preempted_first_and_waits_in_its_new_place() -> None:
+    answers = placed("r0", 1.0) | placed("r1", 1.0)
+    answers["r2"] = [Prefill("r2", 0, "i0", by=9.0), Demote("r0", 0, 50.0)]
+    log = played(answers, cluster([*TWO, Call(1.5, 40, 2)], kv=64))
+    assert preempted(log) == {"r0"}
+    assert ends(log) == ["r1", "r2", "r0"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_no_good_request_is_preempted_beside_best_effort_nor_a_bound_one_beside_its_like(seed: int) -> None:
+    chance = Random(seed)
+    calls = [
+        Call(0.4 * n, chance.randint(1, 60), chance.randint(1, 40), movable=chance.random() < 0.5)
+        for n in range(12)
+    ]
+    answers: Answers = {
+        f"r{n}": [Prefill(f"r{n}", 0, "i0", by=chance.uniform(1, 60), best_effort=chance.random() < 0.4)]
+        for n in range(12)
+    }
+    made = cluster(calls, kv=160)
+    engine = made.engines["i0"]
+    preempt = engine._preempt
+
+    def watched() -> None:
+        before = list(engine.running)
+        preempt()
+        (gone,) = set(before) - set(engine.running)
+        like = [job for job in before if job.best_effort >= gone.best_effort]
+        assert all(job.best_effort == gone.best_effort for job in like)
+        if gone.bound and gone.made:
+            assert all(job.bound and job.made for job in like)
+
+    engine._preempt = watched  # type: ignore[method-assign]
+    log = played(answers, made)
+    made_tokens = {event.request: event.output_tokens for event in log if isinstance(event, Finished)}
+    assert made_tokens == {f"r{n}": call.output_tokens for n, call in enumerate(calls)}
+    assert engine.residents.free == 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,16 @@ def test_a_wrong_class_is_named_by_the_command_line(capsys: pytest.CaptureFixtur
         assert says in capsys.readouterr().err
     words = json.dumps({"a": {"keys": ["sk"]}})
     assert flags.classes(flags.parse([MODEL, "--slo-classes", words, "--api-key", "sk", "other"]))
+
+
+def test_the_scheduler_knows_classes_without_their_keys() -> None:
+    words = json.dumps({"a": {"keys": ["sk"], "weight": 3, "refuse": False}})
+    given = [MODEL, "--slo-classes", words, "--api-key", "sk", "--overload", "demote"]
+    policy = flags.policy(flags.parse([*given, "--fair-classes"]))
+    assert (policy.classes, policy.fair) == ((SLOClass("a", weight=3.0, refuse=False),), True)
+    assert "sk" not in str(asdict(policy))
+    assert not flags.policy(flags.parse(given)).fair
+    assert flags.policy(flags.parse([MODEL])).classes == ()
 
 
 def test_slos_are_edges_of_the_histograms_of_times() -> None:

@@ -187,7 +187,8 @@ class SimulatedCluster:
                 f"request {name}: {call.prompt_tokens} + {call.output_tokens} tokens are over the limit "
                 f"({min(self.max_model_len, self.shape.kv_capacity)})"
             )
-        self.jobs[name] = Job(name, call.at, call.prompt_tokens, call.output_tokens, call.blocks, call.then)
+        job = Job(name, call.at, call.prompt_tokens, call.output_tokens, call.blocks, call.then)
+        self.jobs[name], job.bound = job, not call.movable
         bound_by = None if call.movable else "what it asks for"
         blocks = call.blocks[: call.prompt_tokens // self.shape.block_size]
         words = call.movable, bound_by, blocks, call.slo, call.slo_class

@@ -3,8 +3,8 @@
 It follows vLLM 0.32 (v1/core/sched/scheduler.py) with the step rule of TaiChi's scheduler class: a step takes
 every resident decode and beside them up to `chunk` prompt tokens. Running requests go before waiting ones; KV
 that has landed goes before prompts; waiting ones are served in the order they were given, equal ones in that
-of arrival, and admitted only when all of their prompt fits; without a block the youngest running request, of
-best effort where there is any, is preempted and computed again.
+of arrival, and admitted only when all of their prompt fits; without a block one of the running requests is
+preempted by the rule of preemption.py, and computed again.
 
 Scheduling is asynchronous by one step: step k + 1 is planned when step k begins, so whatever an engine is
 told while step k runs, or after its outputs, is seen by step k + 2.
@@ -18,6 +18,7 @@ from __future__ import annotations
 from taichi_serve.cluster.simulated.job import Job, Where
 from taichi_serve.cluster.simulated.roster import Roster
 from taichi_serve.cluster.simulated.step import Ends, Step
+from taichi_serve.preemption import Rank, rank
 
 RECOMPUTE_FLOOR = 128  # prompt tokens a step for what must be computed on an instance with chunk 0
 
@@ -239,10 +240,9 @@ class Engine(Roster):
         return True
 
     def _preempt(self) -> None:
-        """The youngest running request, of best effort if there is any, loses its blocks and waits, first in
-        line, to be computed again."""
-        youngest = next(reversed(self.running))
-        job = next((job for job in reversed(self.running) if job.best_effort), youngest)
+        """Of those that run the one with the highest rank, of equals the youngest, loses its blocks and waits
+        to be computed again: before all others, but for best effort, which has its place among them."""
+        job = max(reversed(self.running), key=_rank)
         if job.where is Where.RESIDENT:
             self.leave(job)
             job.missing = True
@@ -253,4 +253,13 @@ class Engine(Roster):
         self.give(job.blocks, job.named)
         job.restart()
         job.where = Where.QUEUED
-        self.precede(job)
+        if job.best_effort:
+            self.line_up(job)
+        else:
+            self.precede(job)
+
+
+def _rank(job: Job) -> Rank:
+    # Before its first token one that is bound can begin elsewhere.
+    bound = job.bound and job.made > 0
+    return rank(best_effort=job.best_effort, bound=bound, prompt=job.where is Where.COMPUTING)

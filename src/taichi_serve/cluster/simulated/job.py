@@ -58,8 +58,8 @@ class Job:
     """
 
     __slots__ = (
-        "arrived_at", "began", "best_effort", "blocks", "by", "cached", "computed", "engine", "fetched",
-        "filled", "finish_tick",
+        "arrived_at", "began", "best_effort", "blocks", "bound", "by", "cached", "computed", "engine",
+        "fetched", "filled", "finish_tick",
         "hand_over", "hashes", "id", "last", "last_at", "leg", "lender", "lent", "local", "made", "missing",
         "named", "need", "output", "pinned", "pinned_named", "prompt", "pulled", "read", "reading", "run",
         "since", "source", "stage", "target", "then", "where",
@@ -78,7 +78,8 @@ class Job:
         self.arrived_at = arrived_at
         self.prompt = prompt
         self.output = output
-        self.by, self.best_effort = 0.0, False  # its place where it is queued, the lowest first
+        self.by = 0.0  # its place where it is queued, the lowest first
+        self.best_effort = self.bound = False  # `bound`: with a token it cannot go on elsewhere
         self.leg, self.stage = 0, Stage.WAITING
         self.where: Where | None = None
         self.engine: Engine | None = None  # where it waits, runs or is held
@@ -94,8 +95,7 @@ class Job:
         self.run = 0  # how many of the last of these were made here, one a tick without a gap
         self.last = 0  # the engine's tick that made the last of them
         self.began = 0  # output tokens when this leg began
-        self.since = 0
-        self.finish_tick = 0  # the tick that makes its last token
+        self.since = self.finish_tick = 0  # `finish_tick` makes its last token
         self.blocks = 0  # blocks on `engine`; of a resident decode, when it joined
         self.last_at = arrived_at  # when the last token of the leg before came out
         self.hashes = hashes  # of the full blocks of prompt and output

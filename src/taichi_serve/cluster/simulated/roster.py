@@ -53,7 +53,7 @@ class Roster:
         if first:
             self.precede(job)
         else:
-            self._line_up(job)
+            self.line_up(job)
 
     def precede(self, job: Job) -> None:
         """It waits here before all others, whoever comes."""
@@ -61,14 +61,18 @@ class Roster:
         self.waiting.appendleft(job)
 
     def put_off(self, job: Job, by: float) -> None:
-        """A prompt that waits here is best effort from now on, and takes another place."""
+        """A prompt is best effort from now on; it takes another place where it waits, at once or once it is
+        preempted."""
         job.best_effort = True
-        if job.where is Where.QUEUED and job.by != BEFORE_ALL:
+        if job.by == BEFORE_ALL:
+            return
+        job.by = by
+        if job.where is Where.QUEUED:
             self.waiting.remove(job)
-            job.by = by
-            self._line_up(job)
+            self.line_up(job)
 
-    def _line_up(self, job: Job) -> None:
+    def line_up(self, job: Job) -> None:
+        """It waits in its place, behind those with the same one."""
         place = len(self.waiting)
         while place and self.waiting[place - 1].by > job.by:
             place -= 1

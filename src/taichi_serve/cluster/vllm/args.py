@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm import envs
@@ -163,7 +164,11 @@ def policy(args: argparse.Namespace) -> Policy:
         said = f"--scheduling-policy {args.scheduling_policy}"
         raise ValueError(f"{said} cannot be used with --overload {args.overload}")
     fetch, within = args.prefixes == FETCH, args.move_timeout
-    return Policy(*knobs, ahead=True, fetch=fetch, fetch_within=within, overload=args.overload)
+    known = tuple(replace(one, keys=()) for one in classes(args).values())  # keys are nobody's business there
+    late, fair = args.overload, args.fair_classes
+    return Policy(
+        *knobs, ahead=True, fetch=fetch, fetch_within=within, overload=late, classes=known, fair=fair
+    )
 
 
 def patience(args: argparse.Namespace) -> Patience:

@@ -64,12 +64,22 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
 # And those that are said or not.
 SWITCHES = (
     ("slo-response-headers", "say in each answer's headers by which SLO, and as which class, it is judged"),
+    (
+        "fair-classes",
+        "weights of classes are their shares of what is computed in time under overload (docs/overload.md)",
+    ),
     ("metrics-without-key", "let /metrics be read without the key of --api-key, for scrapers that have none"),
 )
 LATE = (
     "what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or the longest "
-    "before it is best effort, or it is turned away with a 503 (default: serve)"
+    "before it is best effort, or it is turned away with a 503"
 )
+
+
+def usual(words: str) -> str:
+    """What follows where a flag is not given. vLLM's formatter adds the value itself to every text that does
+    not ask for it: this one asks for none of its characters."""
+    return f" (default: {words})%(default).0s"
 
 
 def add_options(serve: FlexibleArgumentParser) -> None:
@@ -79,34 +89,33 @@ def add_options(serve: FlexibleArgumentParser) -> None:
     group.conflict_handler = "resolve"
     for name, kind, default, text in FLAGS:
         dest = "degrade_watermark" if name == "watermark" else name.replace("-", "_")
-        usual = f"{DEFAULTS[dest]}{CHOSEN}" if dest in DEFAULTS else default
-        said = f"{text} (default: {usual})"
+        said = text + usual(f"{DEFAULTS[dest]}{CHOSEN}") if dest in DEFAULTS else text
         group.add_argument(f"--{name}", dest=dest, type=kind, default=default, help=said)
     group.add_argument(
         "--kv-over",
         choices=("auto", "nixl"),
         default="auto",
         help="how KV moves between instances: directly where they share a host and it lets them, or always "
-        "over NIXL (default: auto)",
+        "over NIXL",
     )
     group.add_argument(
         "--prefixes",
         choices=PREFIXES,
         default=FETCH,
         help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
-        "prefixes fetched from one instance to another, too (default: fetch)",
+        "prefixes fetched from one instance to another, too",
     )
     group.add_argument("--overload", choices=OVERLOAD, default=SERVE, help=LATE)
     group.add_argument(
         "--autotune",
         choices=MODES,
         default=None,
-        help="move sliders and margins by what is seen, or suggest it (default: off; on without a slider)",
+        help="move sliders and margins by what is seen, or suggest it" + usual("off; on without a slider"),
     )
     for name, text in SWITCHES:
         group.add_argument(f"--{name}", action="store_true", help=text)
     group.add_argument(
         "--devices",
-        help='devices of each instance, groups split by ";", as in "0,1;2,3" (default: consecutive GPUs, '
-        "tensor-parallel size each; on CPU the cores are divided evenly)",
+        help='devices of each instance, groups split by ";", as in "0,1;2,3"'
+        + usual("consecutive GPUs, tensor-parallel size each; on CPU the cores are divided evenly"),
     )

@@ -1,4 +1,5 @@
-"""Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour.
+"""Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour. Users see
+none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
 
 | from   | to     | how                              | what                                        |
 |--------|--------|----------------------------------|---------------------------------------------|
@@ -13,8 +14,6 @@
 | worker | server | the copier's socket              | Copied, Failed, Dropped, Pong               |
 | worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
 | core   | server | a file in its directory          | `flight_file`: who is being computed        |
-
-Users see none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ class Marks(msgspec.Struct, frozen=True, omit_defaults=True):
     fetch: int = 0  # blocks of its prompt, from the first one on, that are fetched before it is computed
     by: float = 0.0  # its place among the prompts that wait there, the lowest first
     best_effort: bool = False  # it can no longer meet its TTFT
+    bound: bool = False  # it cannot go on elsewhere once it has a token
 
     def entry(self) -> dict[str, Any]:
         """As it goes into `extra_args`."""

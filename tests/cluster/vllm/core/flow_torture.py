@@ -71,7 +71,15 @@ class Job:
     tokens: list[int] = field(default_factory=list)
     move: Move | None = None  # before its next leg's first token
     fetch: Fetch | None = None  # before this leg's first token
+    place: Marks | None = None  # its place, whether it is best effort, and whether it is bound
     done: bool = False
+
+
+def placed(job: Job, marks: Marks | None) -> Marks | None:
+    """These marks, and the job's place where it has one."""
+    if (place := job.place) is None:
+        return marks
+    return replace(marks or Marks(), by=place.by, best_effort=place.best_effort, bound=place.bound)
 
 
 class World:
@@ -106,6 +114,7 @@ class World:
         self.shared = [chance.randint(10, 5000) for _ in range(64)]
         self.wrong: list[str] = []
         self.seen: Counter[str] = Counter()
+        self.placing = Random(seed + 1_000_000) if seed % 2 else None  # every other world has places
 
     # ------------------------------------------------------------------------------------ what users do
 
@@ -121,6 +130,8 @@ class World:
         self.streams[name] = Stream(prompt)
         job = self.jobs[name] = Job(name, length, chance.randint(1, 30))
         job.at, job.leg = chance.randrange(len(self.instances)), name
+        if (p := self.placing) is not None:
+            job.place = Marks(by=1 + p.random(), best_effort=p.random() < 0.4, bound=p.random() < 0.3)
         if self.instances[job.at].dead:
             job.done = True
             return
@@ -143,7 +154,7 @@ class World:
         if not job.tokens and others and not again and self.chance.random() < 0.6:
             marks = self._fetch(job, tokens, self.chance.choice(others), marks or Marks())
         self.instances[job.at].scheduler.add_request(
-            request(job.leg, tokens, job.most - len(job.tokens), marks)
+            request(job.leg, tokens, job.most - len(job.tokens), placed(job, marks))
         )
 
     # ----------------------------------------------------------------------------------------- fetches
@@ -262,6 +273,7 @@ class World:
         tokens = self.streams[job.name].tokens[: job.prompt + move.known]
         marks = Marks(moved=True, output=move.known, ahead=ROOM)
         target = self.instances[move.target]
+        marks = placed(job, marks)
         target.scheduler.add_request(request(move.leg, tokens, job.most - move.known, marks))
         target.copier.inbox.append(("more", move.leg, move.source, blocks, "", False))
         self.seen["ahead"] += 1
@@ -406,6 +418,7 @@ class World:
             return
         marks = Marks(moved=True, output=len(job.tokens))
         tokens = self.streams[job.name].tokens[: job.prompt + len(job.tokens)]
+        marks = placed(job, marks)
         target.scheduler.add_request(request(move.leg, tokens, job.most - len(job.tokens), marks, params))
 
     def _arrive(self, job: Job, move: Move) -> None:

@@ -38,6 +38,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from taichi_serve.cluster.vllm.args import engine_config
+from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
 from taichi_serve.cluster.vllm.server.facts import hashes
 from taichi_serve.cluster.vllm.wire import KEY, Caching, Given, Marks, Return, direct_marker
@@ -366,8 +367,10 @@ class Instance:
             self.seen["loans"] = max(self.seen.get("loans", 0), len(loans))
         sights = {leg: self._sight(leg, tokens) for leg, tokens in output.num_scheduled_tokens.items()}
         self.steps.append((output, sights))
-        for _ in output.preempted_req_ids or ():
-            self._count("preempted")
+        for leg in output.preempted_req_ids or ():
+            one = self.scheduler.requests.get(leg)  # it may have been ended since
+            late = one is not None and marks_of(one).best_effort
+            self._count("best effort preempted" if late else "preempted")
         return output
 
     def take_in(self) -> list[EngineCoreOutput]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,95 @@ def test_all_are_served_in_the_end(instance: Instance) -> None:
         made[output.request_id] = made.get(output.request_id, 0) + len(output.new_token_ids)
     assert made == dict.fromkeys("abcd", 4)
     assert firsts == ["a", "c", "b", "d"]
+
+
+# --------------------------------------------------------------------------------------------- full KV
+
+
+def full(blocks: int) -> Instance:
+    """It has so many blocks of 16 tokens, and takes 16 prompt tokens into a step."""
+    streams = {name: Stream([number] * 64) for number, name in enumerate("abcde", 20)}
+    return Instance(0, Random(3), streams, overlap=False, chunk=16, blocks=blocks + 1)  # one is vLLM's own
+
+
+def ask(instance: Instance, name: str, length: int, most: int = 20, **marks: Any) -> None:
+    tokens = instance.streams[name].tokens[:length]
+    instance.scheduler.add_request(request(name, tokens, most, Marks(**marks)))
+
+
+def steps(instance: Instance, count: int) -> list[str]:
+    """So many steps; who was preempted in them, in order."""
+    gone: list[str] = []
+    for _ in range(count):
+        gone += sorted(instance.plan().preempted_req_ids or ())
+        instance.take_in()
+    return gone
+
+
+def finished(instance: Instance) -> list[str]:
+    """Run to the end; who ends, in order, each with a full answer."""
+    outputs = instance.run(lambda: not instance.scheduler.has_requests())
+    assert instance.faults == []
+    return [output.request_id for output in outputs if output.finished]
+
+
+def test_a_best_effort_decode_is_preempted_for_a_prompt() -> None:
+    # Both fit with their prompts: 2 and 4 blocks. Then `a` needs a third one, and `b` its fourth.
+    instance = full(blocks=6)
+    ask(instance, "a", 31, by=50.0, best_effort=True)
+    assert steps(instance, 2) == []
+    ask(instance, "b", 64, by=1.0)
+    assert steps(instance, 4) == ["a"]
+    assert finished(instance) == ["b", "a"]
+
+
+def test_without_best_effort_the_prompt_is() -> None:
+    instance = full(blocks=6)
+    ask(instance, "a", 31, by=1.0)
+    assert steps(instance, 2) == []
+    ask(instance, "b", 64, by=1.0)
+    assert steps(instance, 4) == ["b"]
+    assert finished(instance) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "yields"),
+    [
+        ({}, {}, "b"),  # the younger one
+        ({}, {"bound": True}, "a"),
+        ({"bound": True}, {"bound": True}, "b"),
+        ({"bound": True, "best_effort": True}, {}, "a"),
+    ],
+)
+def test_of_two_decodes_that_is_preempted_which_may_be_best(
+    a: dict[str, Any], b: dict[str, Any], yields: str
+) -> None:
+    # Both have 2 blocks, and need a third in the same step or the next.
+    instance = full(blocks=4)
+    ask(instance, "a", 16, by=1.0, **a)
+    ask(instance, "b", 16, by=1.0, **b)
+    assert steps(instance, 20) == [yields]
+    assert finished(instance)[-1] == yields
+
+
+def test_preempted_best_effort_lines_up_again() -> None:
+    instance = full(blocks=4)
+    ask(instance, "a", 16, by=50.0, best_effort=True)
+    ask(instance, "b", 16, by=1.0)
+    assert steps(instance, 3) == []
+    ask(instance, "c", 48, by=9.0)
+    assert steps(instance, 17) == ["a"]
+    assert waiting(instance) == ["c", "a"]
+    ask(instance, "d", 16, by=70.0)
+    ask(instance, "e", 16, by=6.0)
+    assert waiting(instance) == ["e", "c", "a", "d"]
+
+
+def test_anybody_else_who_is_preempted_is_the_next_one() -> None:
+    instance = full(blocks=4)
+    ask(instance, "a", 16, by=1.0)
+    ask(instance, "b", 16, by=1.0)
+    assert steps(instance, 3) == []
+    ask(instance, "c", 48, by=0.5)
+    assert steps(instance, 17) == ["b"]
+    assert waiting(instance) == ["b", "c"]

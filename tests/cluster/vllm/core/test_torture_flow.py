@@ -27,6 +27,7 @@ def test_nothing_that_can_happen_between_instances_makes_a_wrong_token(batch: in
         "tail failed",
         "unread",
         "preempted",
+        "best effort preempted",
         "fetched",
         "found later",
         "fetch begun anew",

@@ -9,6 +9,7 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from taichi_serve.cluster.vllm.server.acts import Place
 from taichi_serve.cluster.vllm.server.leg import first_leg, next_leg
 from taichi_serve.cluster.vllm.wire import KEY
 
@@ -62,3 +63,24 @@ def test_the_kv_to_pull_is_given_along_and_copied() -> None:
     leg = next_leg(asked(), "a#1", [50], held)
     assert leg.sampling_params.extra_args["kv_transfer_params"] == held
     assert leg.sampling_params.extra_args["kv_transfer_params"] is not held
+
+
+def test_an_engine_is_told_whether_a_leg_is_best_effort_and_whether_the_first_one_is_bound() -> None:
+    late = Place(7.5, best_effort=True)
+    first = first_leg(asked(), "a", None, place=late, bound=True).sampling_params.extra_args[KEY]
+    assert first == {"by": 7.5, "best_effort": True, "bound": True}
+    later = next_leg(asked(), "a#1", [50], place=late).sampling_params.extra_args[KEY]
+    assert (later["by"], later["best_effort"]) == (7.5, True)
+
+
+def test_a_request_that_is_bound_says_so_though_it_stays_where_it_is() -> None:
+    request = asked()
+    leg = first_leg(request, "a", None, bound=True)
+    assert leg.sampling_params.extra_args[KEY] == {"bound": True}
+    assert request.sampling_params.extra_args is None
+
+
+def test_a_request_without_sampling_parameters_brings_no_marks() -> None:
+    request = asked()
+    request.sampling_params = None
+    assert first_leg(request, "a", None, place=Place(7.5), bound=True).sampling_params is None

@@ -1,9 +1,8 @@
 """The scheduler inside every engine core, loaded by vLLM through `scheduler_cls`.
 
-It adds to vLLM's own: a chunk that can change between two steps and does not count decodes; decodes, and
-among them those that just moved in, always before prefills; a request that leaves after the token it is on,
-whose full blocks can be read before it does; one that has its blocks here before it comes; and a small record
-of each step.
+It adds to vLLM's own: a chunk that can change between two steps and does not count decodes; who just moved in
+before all prefills; who loses its KV first; a request that leaves after the token it is on, whose full blocks
+can be read before it does; one that has its blocks here before it comes; and a record of each step.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from taichi_serve.cluster.vllm.core.flight import Flight
 from taichi_serve.cluster.vllm.core.grammar import Grammars
 from taichi_serve.cluster.vllm.core.loans import loans
 from taichi_serve.cluster.vllm.core.marks import marks_of, remark
-from taichi_serve.cluster.vllm.core.order import in_running, line_up
+from taichi_serve.cluster.vllm.core.order import in_running, line_up, line_up_again
 from taichi_serve.cluster.vllm.core.pins import Pins
 from taichi_serve.cluster.vllm.core.prefixes import Prefixes
 from taichi_serve.cluster.vllm.core.record import Arrivals, Step
@@ -104,7 +103,7 @@ class FlowScheduler(AsyncScheduler):
         return output
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
-        # Decodes first: a prefill that was admitted earlier must not eat the share of a later decode.
+        # A prefill that was admitted earlier must not eat the share of a decode; the last is preempted first.
         self.running.sort(key=in_running)
         decodes = sum(not r.is_prefill_chunk for r in self.running)
         chunk = self.chunk or RECOVERY_CHUNK
@@ -115,6 +114,7 @@ class FlowScheduler(AsyncScheduler):
         at = time.monotonic()
         with room_for_moving_in(self, chunk) if moving_in else contextlib.nullcontext():
             output = super().schedule(throttle_prefills)
+        line_up_again(self, output.preempted_req_ids or ())
         single = list(output.num_scheduled_tokens.values()).count(1)
         moved_in = self._arrivals.in_step(output, at, self._side.pulled)
         reading = [new.req_id for new in output.scheduled_new_reqs if new.req_id in self._reads]

@@ -62,7 +62,7 @@ def room_for_moving_in(scheduler: AsyncScheduler, chunk: int) -> Iterator[None]:
     """Keep the part of the budget that is meant for moved-in requests out of the reach of prefills.
 
     Prefills that run already get `chunk` together, those behind sit this step out; and when they take all of
-    it, no new one is admitted on the tokens that are left over. `running` is sorted: prefills come last.
+    it, no new one is admitted on the tokens that are left over.
     """
     taken, behind = 0, []
     for request in [r for r in scheduler.running if r.is_prefill_chunk]:
@@ -71,7 +71,7 @@ def room_for_moving_in(scheduler: AsyncScheduler, chunk: int) -> Iterator[None]:
         taken += request.num_tokens - request.num_computed_tokens
     paused, limit = scheduler._pause_state, scheduler.max_num_active_reqs
     if behind:
-        scheduler.running = scheduler.running[: len(scheduler.running) - len(behind)]
+        scheduler.running = [request for request in scheduler.running if request not in behind]
         scheduler.max_num_active_reqs -= len(behind)
     if taken >= chunk and paused == PauseState.UNPAUSED:
         scheduler._pause_state = PauseState.PAUSED_NEW

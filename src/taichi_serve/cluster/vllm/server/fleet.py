@@ -24,7 +24,7 @@ from taichi_serve.cluster.vllm.server.engine_client import Outputs
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
-from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, vanish
+from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, close, in_thread, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
@@ -60,10 +60,17 @@ class Fleet:
 
 @contextlib.asynccontextmanager
 async def fleet(
-    args: argparse.Namespace, argv: list[str], config: VllmConfig, here: Scratch, deliver: Deliver, say: Say
+    args: argparse.Namespace,
+    argv: list[str],
+    config: VllmConfig,
+    here: Scratch,
+    deliver: Deliver,
+    say: Say,
+    waiting: Waiting,
 ) -> AsyncIterator[Fleet]:
     """The instances that the sliders ask for, warm and facts open; no process of them is left afterwards.
-    As long as nobody calls `supervise`, one that is lost stays so."""
+    `waiting` is told once a second what is awaited, and for how many seconds by now. As long as nobody calls
+    `supervise`, an instance that is lost stays so."""
     patience = Patience()
     ticking = asyncio.create_task(patience.run(), name="clock")
     all_of_them: list[Fleet] = []
@@ -71,7 +78,7 @@ async def fleet(
     try:
         launcher = _launcher(args, argv, config, here, patience, all_of_them)
         sliders = flags.sliders(args)
-        engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], say)
+        engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], waiting)
         cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
         cluster.stays = await _stays(engines[0], say)
         cluster.hasher = None if args.prefixes == BLIND else await agreed(engines, say)

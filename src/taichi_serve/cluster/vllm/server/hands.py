@@ -126,7 +126,8 @@ class Hands:
         if journey.tokens:
             engine.send(next_leg(journey.request, act.leg, journey.tokens, place=journey.place))
         else:
-            engine.send(first_leg(journey.request, act.leg, act.reader, act.fetch, journey.place))
+            bound = not journey.movable
+            engine.send(first_leg(journey.request, act.leg, act.reader, act.fetch, journey.place, bound))
 
     def _send(self, journey: Journey, act: do.Send) -> None:
         passage, target = act.passage, _engine(act.passage.target)

@@ -51,8 +51,8 @@ class Journey(Fetching):
         self, leg: int, seat: Seat, hand_over: bool, prefix: Prefix | None = None, place: Place = ANY
     ) -> Acts:
         """Compute the prompt, and the tokens so far, on this instance, in its `place` among others: for the
-        first time, or elsewhere than it was to be because that instance is silent or lost. A `prefix` is
-        fetched before."""
+        first time, or elsewhere than it was to be because that instance is silent, lost or behind. A `prefix`
+        is fetched before."""
         self._must("Prefill", Stage.WAITING, Stage.PREFILLING, Stage.DECODING, Stage.HELD)
         if self.tokens and not self.movable and self.seat is not None:
             return []  # it has begun meanwhile, and could not go on exactly anywhere else

@@ -10,23 +10,27 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from taichi_serve.cluster.vllm.server.acts import ANY, Place
-from taichi_serve.cluster.vllm.wire import Marks, TransferParams
+from taichi_serve.cluster.vllm.wire import NO_MARKS, Marks, TransferParams
 
 
 def first_leg(
-    request: EngineCoreRequest, name: str, reader: str | None, fetch: int = 0, place: Place = ANY
+    request: EngineCoreRequest,
+    name: str,
+    reader: str | None,
+    fetch: int = 0,
+    place: Place = ANY,
+    bound: bool = False,
 ) -> EngineCoreRequest:
     """The engine request of a prefill. With `reader` it ends after the first token, and what it has computed
-    is pinned for the leg of that name; its first `fetch` blocks come from another instance."""
-    if reader is None and not fetch and name == request.request_id and place == ANY:
+    is pinned for the leg of that name; its first `fetch` blocks come from another instance. Once it has a
+    token one that is `bound` can go on nowhere else."""
+    marks = _placed(Marks(hand_over=reader is not None, reader=reader, fetch=fetch, bound=bound), place)
+    if marks == NO_MARKS and name == request.request_id:
         return request
     leg = copy.copy(request)
     leg.request_id = name
-    if reader is not None or fetch or place != ANY:
-        marks = Marks(hand_over=reader is not None, reader=reader, fetch=fetch)
-        if place != ANY:
-            marks = replace(marks, by=place.by, best_effort=place.best_effort)
-        leg.sampling_params = _with_extra(_params(request), marks.entry())
+    if marks != NO_MARKS and request.sampling_params is not None:  # pooling requests have none
+        leg.sampling_params = _with_extra(request.sampling_params, marks.entry())
     return leg
 
 
@@ -45,8 +49,7 @@ def next_leg(
     leg.prompt_token_ids = [*(request.prompt_token_ids or ()), *tokens]
     done = len(tokens)
     mandatory = min(done, _params(request).min_tokens)
-    late = place.best_effort
-    marks = Marks(moved=True, output=done, min_tokens_done=mandatory, ahead=room, best_effort=late)
+    marks = _placed(Marks(moved=True, output=done, min_tokens_done=mandatory, ahead=room), place)
     extra = marks.entry()
     if kv is not None:
         extra["kv_transfer_params"] = dict(kv)
@@ -56,6 +59,10 @@ def next_leg(
     params.min_tokens -= mandatory
     leg.sampling_params = params
     return leg
+
+
+def _placed(marks: Marks, place: Place) -> Marks:
+    return marks if place == ANY else replace(marks, by=place.by, best_effort=place.best_effort)
 
 
 def _params(request: EngineCoreRequest) -> SamplingParams:

@@ -134,6 +134,7 @@ class EngineProcess:
         """Ask the engine core to stop."""
         self.stopping = True
         if self.exitcode is None:
+            self._shared |= shared_memory(self.pid)  # once it has ended nobody can tell
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:

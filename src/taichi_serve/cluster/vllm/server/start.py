@@ -25,6 +25,7 @@ from taichi_serve.sliders import Kind
 Receive = Callable[[Engine, Outputs], None]
 Hear = Callable[[Word], None]
 Exited = Callable[[Engine, int], None]
+Waiting = Callable[[str, float], None]  # what is awaited, and for how many seconds by now
 T = TypeVar("T")
 
 
@@ -85,8 +86,8 @@ class Launcher:
         process.on_exit(lambda code: loop.call_soon_threadsafe(self.exited, engine, code))
         return engine
 
-    async def all(self, kinds: list[tuple[Kind, int]], say: Callable[[str], None]) -> list[Engine]:
-        """Start every instance side by side and wait until all are up; a line a second says what is awaited.
+    async def all(self, kinds: list[tuple[Kind, int]], waiting: Waiting) -> list[Engine]:
+        """Start every instance side by side and wait until all are up; `waiting` hears each second for whom.
 
         If one fails, all are ended and its StartError is raised.
         """
@@ -104,7 +105,7 @@ class Launcher:
                     task.result()
                 if pending:
                     names = ", ".join(sorted(task.get_name() for task in pending))
-                    say(f"waiting for {names} to load the model ({time.monotonic() - began:.0f} s)")
+                    waiting(f"waiting for {names} to load the model", time.monotonic() - began)
             return [task.result() for task in tasks]
         except BaseException:
             for process in processes:

@@ -2,7 +2,8 @@
 instance that was started again is given work.
 
 NIXL's first pull between two instances makes a handshake of one to several seconds; no user should wait
-for it. It also shows that the pair can move KV at all.
+for it. It also shows that the pair can move KV at all. One more request on each instance stays there, and
+asks for logprobs: no user should wait for what is compiled then either.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from taichi_serve.cluster.vllm.server.process import StartError
 BLOCKS = 2
 OUTPUT = 2  # tokens
 TURNS = 2  # the first meeting of a pair goes another way than all that follow
+# What the request that stays asks for in each turn: the code that finds them is compiled at its first use,
+# which takes seconds, and on a GPU once for each number.
+LOGPROBS = (1, 5)
 MEASURE = 9  # a turn of its own: other prompts than in the turns before
 SECONDS = 180.0  # that one turn may take
 DECODES, STEPS = 8, 16  # requests and output tokens of each by which a step is timed
@@ -74,7 +78,7 @@ async def _turn(
     parts: list[tuple[Engine, Engine | None]] = [*pairs, *((engine, None) for engine in alone)]
     if not parts:
         return
-    requests = [_request(a, b or a, turn) for a, b in parts]
+    requests = [_request(a, b or a, turn, logprobs=None if b else LOGPROBS[turn]) for a, b in parts]
     waits = [cluster.rehearse(request, *part) for request, part in zip(requests, parts, strict=True)]
     engines = list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
     await _settled(waits, engines, timeout)
@@ -151,7 +155,12 @@ async def _lasted(cluster: VllmCluster, requests: list[EngineCoreRequest]) -> fl
 
 
 def _request(
-    one: Engine, other: Engine, turn: int, length: int = 0, output: int = OUTPUT
+    one: Engine,
+    other: Engine,
+    turn: int,
+    length: int = 0,
+    output: int = OUTPUT,
+    logprobs: int | None = None,
 ) -> EngineCoreRequest:
     config = one.client.vllm_config
     a, b, number = one.index, other.index, next(_count)
@@ -161,7 +170,9 @@ def _request(
     # Another prompt for every pair: a block that is cached already would not be pulled.
     step = 1 + a + 2 * b
     tokens = [(1 + turn * 101 + a * 31 + b * 17 + number * 7 + k * step) % vocabulary for k in range(length)]
-    params = SamplingParams(temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True, logprobs=logprobs
+    )
     return own_request(f"taichi-warm-{number}", tokens, params)
 
 
