@@ -1199,6 +1199,17 @@ def test_async_llm_makes_the_tracer_provider_where_an_endpoint_is_given() -> Non
     assert not mentions(get_span_exporter, '"grpc"', '"http/protobuf"', "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
 
+def test_a_span_that_is_whole_can_be_given_to_what_sends_the_spans_of_a_provider() -> None:
+    from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+
+    assert isinstance(TracerProvider(shutdown_on_exit=False)._active_span_processor, SpanProcessor)
+    called = inspect.getsource(Span.end)
+    assert "self._span_processor.on_end(self._readable_span())" in called
+    assert {"context", "parent", "resource", "start_time", "end_time", "instrumentation_scope"} <= set(
+        names(ReadableSpan.__init__)
+    )
+
+
 def test_the_span_of_a_request_is_made_at_its_end_within_the_trace_that_its_last_output_carries() -> None:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
@@ -36,6 +38,7 @@ from taichi_serve.messages import Command, Decode, Event, Finished, Flow, Flowed
 
 WHAT = "tracing"  # kind of trouble
 SCOPE = "taichi_serve"  # by which its spans are told from those of vLLM
+OURS, UNSET = InstrumentationScope(SCOPE), Status()
 FLUSH_SECONDS = 2.0  # that the end of the server waits for a collector to take the last spans
 LOGGER = "opentelemetry"  # what its libraries complain to
 W3C = TraceContextTextMapPropagator()
@@ -66,6 +69,8 @@ class Tracing:
         is what vLLM's front end knows of them."""
         self._provider = provider
         self._tracer = provider.get_tracer(SCOPE)
+        self._resource, self._new_id = provider.resource, provider.id_generator.generate_span_id
+        self._ended = provider._active_span_processor.on_end  # what sends them
         self._histories = histories
         self._states = states
         self._asking: dict[str, Asking] = {}  # by engine request, while its HTTP request is open
@@ -146,7 +151,7 @@ class Tracing:
     def _tell(self, life: Life, event: Finished) -> None:
         """Make the spans of an engine request that is over."""
         asking, name = life.asking, event.request
-        parent = trace.set_span_in_context(asking.span)
+        parent = asking.span.get_span_context()
         found = spans(self._histories.get(name, ()), Told(life.decided, life.scheduled))
         for span in found:
             self._send(span, parent, asking.shift, {"taichi.request": name})
@@ -154,18 +159,24 @@ class Tracing:
         if asking.span.is_recording():  # not where the client left before
             asking.span.set_attributes({"taichi.outcome": event.outcome.value, "taichi.moves": asking.moves})
 
-    def _send(self, span: Span, parent: Any, shift: int, more: Mapping[str, str]) -> None:
-        attributes = {**more, **span.attributes}
-        made = self._tracer.start_span(
-            span.name, parent, attributes=attributes, start_time=_nanoseconds(span.began, shift)
+    def _send(self, span: Span, parent: SpanContext, shift: int, more: Mapping[str, str]) -> None:
+        # A tracer would ask its sampler and guard each span against writers beside it: 17 us instead of 2.
+        made = SpanContext(parent.trace_id, self._new_id(), False, parent.trace_flags, parent.trace_state)
+        wrong = Status(StatusCode.ERROR, span.wrong) if span.wrong is not None else UNSET
+        whole = ReadableSpan(
+            span.name,
+            made,
+            parent,
+            self._resource,
+            {**more, **span.attributes},
+            status=wrong,
+            start_time=_nanoseconds(span.began, shift),
+            end_time=_nanoseconds(span.ended, shift),
+            instrumentation_scope=OURS,
         )
-        if span.parts:
-            within = trace.set_span_in_context(made)
-            for part in span.parts:
-                self._send(part, within, shift, {})
-        if span.wrong is not None:
-            made.set_status(Status(StatusCode.ERROR, span.wrong))
-        made.end(_nanoseconds(span.ended, shift))
+        for part in span.parts:
+            self._send(part, made, shift, {})
+        self._ended(whole)
 
     def end(self, seconds: float = FLUSH_SECONDS) -> None:
         """Send what is left, for at most so long: a collector that is down keeps no server from its end."""
