@@ -225,13 +225,20 @@ def main() -> int:
     return LEFT if left else 0
 
 
+def stage(word: str) -> str:
+    """One of them: `choices` would refuse that none is said."""
+    if word not in STAGES:
+        raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(STAGES)}")
+    return word
+
+
 def parsed() -> argparse.Namespace:
     """The options."""
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="gpu.sh versus", description=__doc__, formatter_class=shown)
     add = parser.add_argument
     add("out", type=Path)
-    add("stages", nargs="*", choices=STAGES, metavar="STAGE")
+    add("stages", nargs="*", type=stage, metavar="STAGE")
     add("--gpus", type=int, default=2, help="of one kind; every contender has all of them (default: 2)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="of each instance (default: 1)")
     add("--share", type=int, metavar="N", help="so many instances on one card, under MPS, instead of --gpus")

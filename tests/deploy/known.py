@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from promql import COUNTER, GAUGE, Known
 from scraping import with_everything
 
@@ -60,6 +61,14 @@ def vllm_source() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(spec.submodule_search_locations[0]) / "v1" / "metrics" / "loggers.py"
+
+
+def vllms_here() -> dict[str, Known]:
+    """What the installed vLLM exports; where there is none, the test is skipped."""
+    source = vllm_source()
+    if source is None:
+        pytest.skip("vLLM is not installed")
+    return vllms(source)
 
 
 def vllms(source: Path) -> dict[str, Known]:

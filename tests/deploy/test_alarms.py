@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("prometheus_client")  # it comes with vLLM
 
 from history import History
-from known import ours, prometheus, vllm_source, vllms
+from known import ours, prometheus, vllms_here
 from promql import Known, parsed
 from scraping import system
 from sources import ALERTS
@@ -24,10 +24,7 @@ Change = Callable[[Any, History], None]
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Known]:
-    source = vllm_source()
-    if source is None:
-        pytest.skip("vLLM is not installed")
-    return prometheus() | ours() | vllms(source)
+    return prometheus() | ours() | vllms_here()
 
 
 def served(here: Any, good: int, bad: int = 0) -> None:

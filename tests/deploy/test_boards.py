@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("prometheus_client")  # it comes with vLLM
 
 import yaml
-from known import http, ours, process, prometheus, vllm_source, vllms
+from known import http, ours, process, prometheus, vllms_here
 from promql import Known, parsed
 from sources import (
     ALERTS,
@@ -35,10 +35,7 @@ UNITS = {"short", "none", "s", "percentunit", "reqps", "ops", "Bps"}
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Known]:
-    source = vllm_source()
-    if source is None:
-        pytest.skip("vLLM is not installed")
-    return prometheus() | process() | http() | ours() | vllms(source)
+    return prometheus() | process() | http() | ours() | vllms_here()
 
 
 @pytest.mark.parametrize("where", EXPRESSIONS)

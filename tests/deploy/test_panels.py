@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("prometheus_client")  # it comes with vLLM
 
 from history import History
-from known import ours, prometheus, vllm_source, vllms
+from known import ours, prometheus, vllms_here
 from promql import COUNTER, Known, parsed
 from scraping import with_everything
 from sources import PANELS
@@ -25,10 +25,7 @@ TARGETS = [(panel, target) for panel in PANELS for target in panel["targets"]]
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Known]:
-    source = vllm_source()
-    if source is None:
-        pytest.skip("vLLM is not installed")
-    return prometheus() | ours() | vllms(source)
+    return prometheus() | ours() | vllms_here()
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ async def test_every_route_that_is_published_asks_for_a_key(door: Server, client
         assert (await stranger.get("/metrics")).status_code == 200
         assert (await stranger.get("/docs")).status_code == 401
     free = {path for (_, path), status in answers.items() if status != 401}
-    assert free == {"/health", "/ping", "/version", "/metrics"}
+    assert free == {"/health", "/live", "/ready", "/ping", "/version", "/metrics"}
 
 
 async def test_either_key_opens(door: Server) -> None:

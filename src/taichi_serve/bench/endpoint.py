@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from taichi_serve.bench.client import MANY
 from taichi_serve.messages import Move
 
+T = TypeVar("T")
 SETTLE_SECONDS = 60.0
 Instances = dict[str, int | None]  # of a server of ours: the process of each, None for one that is not alive
 
@@ -57,20 +58,27 @@ class Endpoint:
 
         What is measured does not hang on it: whether the server is there at all, `settle` finds out.
         """
-        try:
-            answer = await self.client.get("/taichi/state", timeout=SETTLE_SECONDS)
-            rows = answer.json()["instances"] if answer.status_code == 200 else ()
-            return {str(row["name"]): row.get("pid", 0) if row["alive"] else None for row in rows}
-        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
-            return {}
+        return await self._of_state(
+            lambda state: {
+                str(row["name"]): row.get("pid", 0) if row["alive"] else None for row in state["instances"]
+            }
+        )
 
     async def moves(self) -> dict[str, int]:
         """How often requests have moved so far, by why; empty for a server that is not ours, or does not
         answer."""
+
+        def counted(state: Any) -> dict[str, int]:
+            counts = state["moves"]
+            return {move.value: int(counts.get(move.value, 0)) for move in Move} if counts else {}
+
+        return await self._of_state(counted)
+
+    async def _of_state(self, read: Callable[[Any], dict[str, T]]) -> dict[str, T]:
+        """What is read out of the server's state; nothing where there is none, or another one."""
         try:
             answer = await self.client.get("/taichi/state", timeout=SETTLE_SECONDS)
-            counts = answer.json()["moves"] if answer.status_code == 200 else {}
-            return {move.value: int(counts.get(move.value, 0)) for move in Move} if counts else {}
+            return read(answer.json()) if answer.status_code == 200 else {}
         except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
             return {}
 

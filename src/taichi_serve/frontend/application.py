@@ -90,12 +90,12 @@ def furnish(
 
 def _count_on(app: FastAPI) -> None:
     """The counters of HTTP requests can be registered but once: the next stack has those of this one."""
+    layer: Any = app.middleware_stack
+    while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
+        layer = getattr(layer, "app", None)
     for made in app.user_middleware:
-        layer: Any = app.middleware_stack
-        while layer is not None and made.cls is PrometheusInstrumentatorMiddleware:
-            if isinstance(layer, PrometheusInstrumentatorMiddleware):
-                made.kwargs["instrumentations"] = layer.instrumentations
-            layer = getattr(layer, "app", None)
+        if layer is not None and made.cls is PrometheusInstrumentatorMiddleware:
+            made.kwargs["instrumentations"] = layer.instrumentations
 
 
 def _http_error(_: Request, wrong: HTTPException) -> JSONResponse:

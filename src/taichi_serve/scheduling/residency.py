@@ -179,7 +179,7 @@ def _runs(where: Mapping[int, int], blocks: Sequence[int], instances: int, hosts
     while left & ~whole:
         lost = most  # and so many not all of them
         while lost - have > 1:
-            middle = (have + lost) >> 1
+            middle = (have + lost) // 2
             mask = get(blocks[middle - 1], 0)
             if left & (mask | mask << hosts) == left:
                 have = middle
