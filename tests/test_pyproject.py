@@ -22,6 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Distributions that are called otherwise than their module.
 CALLED = {
     "huggingface_hub": "huggingface-hub",
+    "opentelemetry": "opentelemetry-api",
     "prometheus_client": "prometheus-client",
     "prometheus_fastapi_instrumentator": "prometheus-fastapi-instrumentator",
     "yaml": "pyyaml",

@@ -71,7 +71,8 @@ class Arrived:
 class Prefilled:
     """The first token of a request is out, computed by the leg's instance. `cached` prompt tokens were not
     computed; `fetched` of these came from another instance, `loaded` from the memory of its host. With `held`
-    the leg ended there and its KV waits for a Decode; otherwise it decodes in place."""
+    the leg ended there and its KV waits for a Decode; otherwise it decodes in place. `fetch` says
+    from when to when the fetched ones were copied."""
 
     at: float
     request: str
@@ -81,6 +82,7 @@ class Prefilled:
     held: bool = False
     fetched: int = 0
     loaded: int = 0
+    fetch: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

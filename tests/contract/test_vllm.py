@@ -1175,3 +1175,76 @@ def test_its_settings_can_be_read_once_for_all() -> None:
         finally:
             envs.disable_envs_cache()
         assert envs.VLLM_COMPUTE_NANS_IN_LOGITS
+
+
+# -------------------------------------------------------------------------------- tracing.py: OpenTelemetry
+
+
+def test_async_llm_makes_the_tracer_provider_where_an_endpoint_is_given() -> None:
+    from vllm.tracing.otel import get_span_exporter, init_otel_tracer
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert not mentions(AsyncLLM.__init__, 'init_tracer("vllm.llm_engine", tracing_endpoint)')
+    # In batches and in a thread, for the whole process, named by the environment, and waited for at its end.
+    assert not mentions(
+        init_otel_tracer,
+        "BatchSpanProcessor(span_exporter)",
+        "set_tracer_provider(trace_provider)",
+        "Resource.create(resource_attrs)",
+        "atexit.register(trace_provider.shutdown)",
+    )
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    assert not mentions(BatchSpanProcessor._default_max_queue_size, "OTEL_BSP_MAX_QUEUE_SIZE")
+    assert not mentions(get_span_exporter, '"grpc"', '"http/protobuf"', "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+
+
+def test_a_span_that_is_whole_can_be_given_to_what_sends_the_spans_of_a_provider() -> None:
+    from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+
+    assert isinstance(TracerProvider(shutdown_on_exit=False)._active_span_processor, SpanProcessor)
+    called = inspect.getsource(Span.end)
+    assert "self._span_processor.on_end(self._readable_span())" in called
+    assert {"context", "parent", "resource", "start_time", "end_time", "instrumentation_scope"} <= set(
+        names(ReadableSpan.__init__)
+    )
+
+
+def test_the_span_of_a_request_is_made_at_its_end_within_the_trace_that_its_last_output_carries() -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    parameters = names(OutputProcessor.do_tracing)
+    assert parameters == ["engine_core_output", "req_state", "iteration_stats"]
+    assert not mentions(
+        OutputProcessor.do_tracing,
+        "extract_trace_context(engine_core_output.trace_headers)",
+        "assert req_state.stats is not None",  # so it cannot be without statistics
+    )
+    called = "if self.tracing_enabled:\n                        self.do_tracing(engine_core_output,"
+    assert not mentions(OutputProcessor.process_outputs, called)
+    for kind in (EngineCoreRequest, EngineCoreOutput):
+        assert "trace_headers" in kind.__struct_fields__
+        assert not kind.__struct_config__.frozen
+
+
+def test_an_engine_sends_the_trace_back_with_every_output() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert not mentions(Scheduler.update_from_output, "trace_headers=request.trace_headers")
+
+
+def test_the_front_end_knows_when_an_engine_began_with_a_prompt() -> None:
+    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.metrics.stats import RequestStateStats
+
+    assert RequestStateStats().scheduled_ts == 0.0
+    assert not mentions(RequestState.__init__, "self.stats = RequestStateStats(")
+
+
+def test_an_engine_makes_no_tracer_where_the_endpoint_of_its_environment_is_empty() -> None:
+    from vllm.tracing.otel import init_otel_worker_tracer
+
+    source = inspect.getsource(init_otel_worker_tracer)
+    assert 'os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")' in source
+    assert "if not otlp_endpoint:\n        return None" in source

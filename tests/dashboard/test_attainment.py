@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from taichi_serve.dashboard.attainment import POINTS, Attainment, Sums
 from taichi_serve.messages import Arrived, Finished, Outcome, Prefilled
+from taichi_serve.scheduling.headroom import NOBODY
 from taichi_serve.slo import SLO
 
 PROMISED = SLO(ttft=1.0, tpot=0.1)
@@ -116,3 +119,31 @@ def test_a_request_with_its_own_slo_is_judged_by_that() -> None:
         seen.on(Finished(7.0, name, 11))  # 10 tokens in 2 s
     sums = seen.window(8.0, 60)
     assert (sums.requests, sums.good, sums.ttft, sums.tpot) == (2, 1, 1, 1)
+
+
+def test_measured_headroom_is_what_nine_in_ten_left_of_their_slo() -> None:
+    seen = attainment()
+    for number in range(10):  # TTFT 0.1 to 1 s of 1 s, TPOT 10 to 100 ms of 100 ms
+        first = 10.0 + 0.1 * (number + 1)
+        one(seen, f"r{number}", 10.0, first, first + 0.1 * (number + 1), 11)
+    found = seen.headroom(13.0, 60)
+    assert found.ttft == pytest.approx(0.1)  # nine in ten took 0.9 s at most
+    assert found.tpot == pytest.approx(0.1)
+    assert seen.headroom(100.0, 60) == NOBODY
+
+
+def test_each_request_leaves_headroom_of_its_own_slo() -> None:
+    seen = attainment()
+    seen.on(Arrived(10.0, "loose", 100, 50, slo=SLO(10.0, 1.0)))
+    seen.on(Prefilled(15.0, "loose", 0, "i0"))
+    seen.on(Finished(17.0, "loose", 11))
+    found = seen.headroom(18.0, 60)
+    assert found.ttft == pytest.approx(0.5)
+    assert found.tpot == pytest.approx(0.8)
+
+
+def test_a_request_that_came_to_no_end_says_nothing_of_headroom() -> None:
+    seen = attainment()
+    seen.on(Arrived(0.0, "left", 100, 50))
+    seen.on(Finished(0.5, "left", 0, Outcome.CANCELLED))
+    assert seen.headroom(1.0, 60) == NOBODY

@@ -56,5 +56,6 @@ def with_everything() -> Any:
     for event in (Arrived(now - 2, "a", 100, 50), Prefilled(now - 1, "a", 0, "i1"), Finished(now, "a", 11)):
         here.recorder.attainment.on(event)
     here.recorder.bound["an image"] += 1
+    here.recorder.prompts.append(100)
     here.tuner = SimpleNamespace(made=1, suggested=0, view=SimpleNamespace(ttft=0.5, tpot=0.9, good=0.95))
     return here

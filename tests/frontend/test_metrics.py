@@ -10,6 +10,7 @@ pytest.importorskip("prometheus_client")  # it comes with vLLM
 
 from scraping import scraped, system
 
+from taichi_serve.frontend.state import headroom
 from taichi_serve.messages import Arrived, Finished, Outcome, Prefilled
 
 
@@ -81,6 +82,42 @@ def test_attainment_of_the_last_minutes_is_there_once_a_request_ended() -> None:
     shares = {("both", 0.0), ("ttft", 1.0), ("tpot", 0.0)}
     assert scraped(here, "taichi_window_attainment") == {
         (of, window): share for of, share in shares for window in ("1m", "10m")
+    }
+
+
+def test_headroom_is_there_for_each_instance_once_a_prompt_came() -> None:
+    here = system()
+    assert scraped(here, "taichi_headroom") == scraped(here, "taichi_instance_headroom") == {}
+    here.recorder.prompts.extend((50, 100, 8000))
+    # 100 tokens of 0.5 ms are 50 ms of 4 s; a step of 20 ms is that of 70 ms.
+    ttft, tpot = pytest.approx(1 - 0.05 / 4), pytest.approx(1 - 0.02 / 0.07)
+    assert scraped(here, "taichi_instance_headroom") == {
+        ("0", "ttft"): ttft,
+        ("0", "tpot"): tpot,
+        ("1", "ttft"): ttft,
+        ("1", "tpot"): tpot,
+    }
+    assert scraped(here, "taichi_headroom") == {("ttft", "predicted"): ttft, ("tpot", "predicted"): tpot}
+    here.scheduler.instances["i1"].draining = True
+    assert set(scraped(here, "taichi_instance_headroom")) == {("0", "ttft"), ("0", "tpot")}
+
+
+def test_measured_headroom_is_in_a_scrape_and_in_the_state() -> None:
+    here, now = system(), time.monotonic()
+    for event in (
+        Arrived(now - 5.0, "a", 100, 50),
+        Prefilled(now - 4.0, "a", 0, "i1"),
+        Finished(now, "a", 101),
+    ):
+        here.recorder.attainment.on(event)  # TTFT 1 s of 4 s, TPOT 40 ms of 70 ms
+    ttft, tpot = pytest.approx(0.75), pytest.approx(1 - 0.04 / 0.07)
+    assert scraped(here, "taichi_headroom") == {("ttft", "measured"): ttft, ("tpot", "measured"): tpot}
+    nothing = {"ttft": None, "tpot": None}
+    assert headroom(here.recorder, now) == {
+        "prompt_tokens": None,
+        "predicted": nothing,
+        "measured": {"ttft": ttft, "tpot": tpot},
+        "instances": {"i0": nothing, "i1": nothing},
     }
 
 

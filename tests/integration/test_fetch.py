@@ -97,6 +97,8 @@ async def test_what_is_fetched_is_the_same_to_the_last_token_and_is_there_for_th
             first = await prefilled(client, answer)
             assert first["instance"] == "i1"
             assert first["fetched"] == first["cached"] == len(prompt) // BLOCK * BLOCK
+            began, ended = first["fetch"]
+            assert 0 < began < ended < first["at"]
         again = await streamed(client, wishes)
         assert wrong(again, reference) == []
         for answer, wish in zip(again, wishes, strict=True):

@@ -7,6 +7,7 @@ is bounded: sums by the second, and the last points.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from taichi_serve.messages import Arrived, Event, Finished, Prefilled
+from taichi_serve.scheduling.headroom import NOBODY, Headroom
 from taichi_serve.scheduling.verdict import judged
 from taichi_serve.slo import SLO
 
@@ -21,6 +23,7 @@ MINUTE, TEN_MINUTES = 60, 600
 WINDOWS = {"minute": MINUTE, "ten_minutes": TEN_MINUTES}
 STRETCH = 10  # seconds of one entry of the history
 POINTS = 2000  # requests whose times are remembered
+GOOD = 0.9  # of requests: the share that a measured headroom is for
 
 
 class Point(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -68,6 +71,8 @@ class Attainment:
         self._live: dict[str, tuple[float, float | None, SLO | None]] = {}
         self._seconds: deque[tuple[int, Sums]] = deque(maxlen=TEN_MINUTES + 1)
         self.points: deque[Point] = deque(maxlen=POINTS)
+        # When each ended, and the shares of its TTFT and TPOT SLO that it used.
+        self._used: deque[tuple[float, float, float]] = deque(maxlen=POINTS)
         self.ended = 0  # points made so far, those that are forgotten too
 
     def on(self, event: Event) -> None:
@@ -85,7 +90,8 @@ class Attainment:
 
     def _judge(self, event: Finished, arrived_at: float, first_at: float | None, own: SLO | None) -> None:
         times = arrived_at, first_at, event.at
-        verdict = judged(own or self._promised(), event.outcome, *times, event.output_tokens)
+        slo = own or self._promised()
+        verdict = judged(slo, event.outcome, *times, event.output_tokens)
         if verdict is None:
             return
         sums = self._second(int(event.at))
@@ -98,6 +104,8 @@ class Attainment:
         sums.good += verdict.good
         if verdict.pace is not None and first_at is not None:
             self.points.append(Point(event.at, first_at - arrived_at, verdict.pace, verdict.good))
+            used = (first_at - arrived_at) / slo.ttft, verdict.pace / slo.tpot
+            self._used.append((event.at, *used))
             self.ended += 1
 
     def _second(self, at: int) -> Sums:
@@ -114,6 +122,17 @@ class Attainment:
             total.add(sums)
         return total
 
+    def headroom(self, now: float, seconds: float) -> Headroom:
+        """What the 90th percentile of the requests that ended within the last `seconds` left of each SLO,
+        every request by its own. Of the last 2,000 that finished at most; nothing where none did."""
+        ttfts, tpots = [], []
+        for at, ttft, tpot in reversed(self._used):
+            if at <= now - seconds:
+                break
+            ttfts.append(ttft)
+            tpots.append(tpot)
+        return Headroom(1.0 - _high(ttfts), 1.0 - _high(tpots)) if ttfts else NOBODY
+
     def history(self, now: float) -> list[tuple[int, int]]:
         """Requests and good ones of each stretch of ten seconds, over ten minutes, the oldest first."""
         rows = [(0, 0)] * (TEN_MINUTES // STRETCH)
@@ -123,3 +142,8 @@ class Attainment:
                 requests, good = rows[-1 - back]
                 rows[-1 - back] = requests + sums.requests, good + sums.good
         return rows
+
+
+def _high(values: list[float]) -> float:
+    """The least of these that `GOOD` of them do not exceed."""
+    return sorted(values)[math.ceil(GOOD * len(values)) - 1]

@@ -25,6 +25,7 @@ from taichi_serve.frontend.page import router as page
 from taichi_serve.frontend.probes import router as probes
 from taichi_serve.frontend.routes import router
 from taichi_serve.frontend.terms import Promises
+from taichi_serve.frontend.traced import Traced, Traces
 from taichi_serve.frontend.turned_away import TurnedAway
 from taichi_serve.scheduling.policy import SERVE
 
@@ -41,7 +42,8 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
         app = vllms_own(*words, **more)
         app.state.taichi = system
         promises = Promises(system.classes, lambda: system.scheduler.slo, args.slo_response_headers)
-        furnish(app, args, lambda: system.llm.closing, system.attendance.retry_after, promises)
+        closing, retry_after = lambda: system.llm.closing, system.attendance.retry_after
+        furnish(app, args, closing, retry_after, promises, system.tracing)
         return app
 
     entry.build_app = build_app
@@ -58,10 +60,11 @@ def furnish(
     closing: Callable[[], bool],
     retry_after: Callable[[], int | None] = lambda: None,
     promises: Promises | None = None,
+    tracing: Traces | None = None,
 ) -> None:
     """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
     instance lives `retry_after` says in how many seconds one is expected back. `promises` are what requests
-    may ask for."""
+    may ask for, and `tracing` is told of them where there are traces."""
     app.include_router(router)
     app.include_router(page)
     app.include_router(probes)
@@ -76,11 +79,12 @@ def furnish(
         retry_after=retry_after,
         promises=promises,
     )
+    traced = [] if tracing is None else [Middleware(Traced, tracing=tracing)]
     # Within the door: no answer begins before it is known whether its request is turned away.
     within = [] if args.overload == SERVE else [Middleware(TurnedAway)]
     # vLLM has built the stack already, so it is built anew.
     _count_on(app)
-    app.user_middleware[:0] = [door, *within]
+    app.user_middleware[:0] = [door, *traced, *within]
     app.middleware_stack = app.build_middleware_stack()
 
 

@@ -29,6 +29,7 @@ from taichi_serve.frontend.errors import SHUTTING_DOWN
 from taichi_serve.frontend.everywhere import Everywhere
 from taichi_serve.frontend.names import Names
 from taichi_serve.frontend.terms import noted
+from taichi_serve.frontend.traced import Traces, set_defaults
 from taichi_serve.frontend.turned_away import OVERLOADED
 from taichi_serve.messages import Decline
 
@@ -49,6 +50,8 @@ class _Resources:
 class ClusterClient(Everywhere):
     """vLLM's client port over a whole cluster."""
 
+    tracing: Traces | None = None  # where there are traces, who is told of each request
+
     def __init__(self, cluster: VllmCluster, outputs: asyncio.Queue[EngineCoreOutputs]) -> None:
         self.cluster = cluster
         self.resources = _Resources(cluster)
@@ -63,6 +66,8 @@ class ClusterClient(Everywhere):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Give a request to the cluster; the scheduler decides where it goes."""
+        if self.tracing is not None:
+            self.tracing.entered(request)
         request_id = request.request_id
         self.names.note(request_id, request.external_req_id or request_id)
         self.coming.add(request_id)
@@ -181,6 +186,7 @@ def cluster_llm(
     config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue[Any], args: Any
 ) -> ClusterLLM:
     """vLLM's AsyncLLM with our client in the place where it makes its own."""
+    set_defaults(args)
     client = ClusterClient(cluster, outputs)
 
     class Factory(EngineCoreClient):

@@ -15,6 +15,7 @@ from taichi_serve.cluster.vllm.server.supervisor import Standing
 from taichi_serve.dashboard.attainment import MINUTE, TEN_MINUTES
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import UNCLASSED, Attained, PrefixTokens
+from taichi_serve.scheduling.headroom import best, predicted, typical
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.record import Recorder
@@ -46,6 +47,7 @@ class TaichiCollector(Collector):
             (_tuned, self._system),
             (_sliders, scheduler),
             (_attainment, recorder),
+            (_headroom, recorder),
         )
         trouble = recorder.trouble
         for part, of in parts:
@@ -213,6 +215,26 @@ def _attainment(recorder: Recorder) -> Iterator[Metric]:
             if (share := sums.share(name)) is not None:
                 shares.add_metric([of, window], share)
     yield shares
+
+
+def _headroom(recorder: Recorder) -> Iterator[Metric]:
+    """What is left of the SLOs: for a prompt that came now, and of what the last requests got."""
+    each = GaugeMetricFamily(
+        "taichi_instance_headroom", "Share of an SLO left for a prompt that came now", labels=["engine", "of"]
+    )
+    whole = GaugeMetricFamily("taichi_headroom", "Share of an SLO that is left", labels=["of", "seen"])
+    scheduler, now = recorder.scheduler, time.monotonic()
+    instances = scheduler.instances.values()
+    found = predicted(instances, scheduler.predictor, scheduler.slo, typical(recorder.prompts))
+    told = [("predicted", best(instances, found)), ("measured", recorder.attainment.headroom(now, MINUTE))]
+    for of in ("ttft", "tpot"):
+        for number, name in enumerate(scheduler.instances):
+            if (share := getattr(found[name], of)) is not None:
+                each.add_metric([str(number), of], share)
+        for seen, headroom in told:
+            if (share := getattr(headroom, of)) is not None:
+                whole.add_metric([of, seen], share)
+    yield from (each, whole)
 
 
 @contextlib.contextmanager

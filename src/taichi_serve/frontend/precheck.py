@@ -12,6 +12,8 @@ from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
+from taichi_serve.frontend.traced import refuse as _traces
+
 
 def precheck(args: argparse.Namespace) -> None:
     """Raise ValueError, with one line that names the flag, where the HTTP server could not be made."""
@@ -104,4 +106,5 @@ CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "--default-chat-template-kwargs": _template,
     "--uds, --port": _socket,
     "--h11-max-header-count, --h11-max-incomplete-event-size": _limits,
+    "--otlp-traces-endpoint": _traces,
 }

@@ -42,6 +42,7 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 KEEP = 10_000
 KEEP_TUNED = 1000
 KEEP_HAPPENED = 100
+KEEP_PROMPTS = 101
 OFTEN = (Stepped, Cached)  # observers are told of these only where something was decided
 History = list[Event | Command]
 Write = Callable[[Event, Sequence[Command]], object]
@@ -77,6 +78,7 @@ class Recorder:
         self.fetches = 0  # prompts for which a prefix came from another instance
         self.tuned: deque[Tuned] = deque(maxlen=KEEP_TUNED)
         self.happened: deque[Event] = deque(maxlen=KEEP_HAPPENED)  # to instances, and by operators
+        self.prompts: deque[int] = deque(maxlen=KEEP_PROMPTS)  # lengths of the last ones, in tokens
         self.attainment = Attainment(lambda: scheduler.slo)
         # Who is told facts with their decisions while somebody looks; they may not raise.
         self.observers: list[Observe] = []
@@ -123,8 +125,9 @@ class Recorder:
 
     def _count(self, event: Event) -> None:
         match event:
-            case Arrived(bound_by=why):
+            case Arrived(bound_by=why, prompt_tokens=tokens):
                 self.accepted += 1
+                self.prompts.append(tokens)
                 if why:
                     self.bound[why] += 1
             case Finished(request=request, outcome=outcome):

@@ -44,6 +44,7 @@ from taichi_serve.frontend.glances import feed_of
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.frontend.starting import begun, promised
+from taichi_serve.frontend.traced import Traces, finish, traces
 from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.frontend.viewers import Viewers
 from taichi_serve.frontend.voice import Voice
@@ -79,6 +80,7 @@ class System:
     event_log: EventLog | None = None
     tuner: Tuner | None = None
     adviser: Rehearsing | None = None
+    tracing: Traces | None = None
     viewers: Viewers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +146,7 @@ def _system(
     looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
     system = System(*looked_at, largest, flags.classes(args), [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
+    system.tracing = traces(args, recorder, llm)
     if args.autotune != OFF:
         system.adviser = Rehearsing(trouble)
         limits = _limits(config, min(capacities.values()))
@@ -245,6 +248,7 @@ async def _serve_http(system: System, args: argparse.Namespace, address: str, so
         if system.adviser is not None:
             system.adviser.close()
         await asyncio.gather(*system.tasks, return_exceptions=True)
+        await finish(system.tracing)
         if system.event_log is not None:
             system.trouble.guarded("event log", system.event_log.close)()
 

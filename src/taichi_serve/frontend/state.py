@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from taichi_serve.classes import SLOClass
 from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.wire import direct
-from taichi_serve.dashboard.attainment import WINDOWS
+from taichi_serve.dashboard.attainment import MINUTE, WINDOWS
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import Attained
+from taichi_serve.scheduling.headroom import best, predicted, typical
 from taichi_serve.scheduling.policy import BLIND, FETCH, KNOWN, Policy
 from taichi_serve.sliders import OFF, ON, SUGGEST
 from taichi_serve.stage import Stage
@@ -22,6 +23,7 @@ from taichi_serve.stage import Stage
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.dashboard.attainment import Attainment
+    from taichi_serve.frontend.record import Recorder
     from taichi_serve.frontend.server import System
 
 
@@ -39,6 +41,7 @@ def state(system: System) -> dict[str, Any]:
         "classes": _classes(system),
         "policy": _policy(system.scheduler.policy),
         "attainment": attainment(system.recorder.attainment, time.monotonic()),
+        "headroom": headroom(recorder, time.monotonic()),
         "prefixes": _prefixes(system),
         "instances": [_instance(system, engine, places) for engine in system.cluster.engines],
         "requests": {
@@ -69,6 +72,21 @@ def attainment(seen: Attainment, now: float) -> dict[str, Any]:
         shares = {of: sums.share(of) for of in ("good", "ttft", "tpot")}
         found[name] = {"seconds": seconds, "requests": sums.requests, **shares}
     return found
+
+
+def headroom(recorder: Recorder, now: float) -> dict[str, Any]:
+    """How much of the SLOs is left, 1 to 0 and below: for a prompt of the recent median length that came now,
+    on each instance and on the best one, and by the 90th percentile of the requests of the last minute; null
+    where nothing can be said."""
+    scheduler, prompt = recorder.scheduler, typical(recorder.prompts)
+    instances = scheduler.instances.values()
+    each = predicted(instances, scheduler.predictor, scheduler.slo, prompt)
+    return {
+        "prompt_tokens": prompt,
+        "predicted": asdict(best(instances, each)),
+        "measured": asdict(recorder.attainment.headroom(now, MINUTE)),
+        "instances": {name: asdict(one) for name, one in each.items()},
+    }
 
 
 def _policy(policy: Policy) -> dict[str, Any]:

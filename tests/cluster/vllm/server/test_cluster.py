@@ -717,6 +717,7 @@ async def test_the_prefix_of_a_prompt_is_copied_from_its_holder_before_it_is_com
     _, prefilled, _ = two.facts()
     assert isinstance(prefilled, Prefilled)
     assert (prefilled.cached, prefilled.fetched) == (2, 2)
+    assert prefilled.fetch == (1.0, 1.1)
     assert (two.got[0].prefill_stats.num_cached_tokens, two.got[0].prefill_stats.num_computed_tokens) == (
         2,
         1,

@@ -76,7 +76,8 @@ def began(
         cached, came = (stats.num_cached_tokens, stats.num_external_cached_tokens) if stats else (0, 0)
         fetched, loaded = (came, 0) if journey.has_fetched else (0, came)
         where = journey.id, journey.leg, engine.name
-        return Prefilled(now, *where, int(cached), waits, int(fetched), int(loaded))
+        copied = _fetch(journey.fetch_times) if fetched else None
+        return Prefilled(now, *where, int(cached), waits, int(fetched), int(loaded), copied)
     moved_in = engine.moved_in.get(journey.leg_id, MovedIn())
     return Flowed(
         now,
@@ -89,6 +90,11 @@ def began(
         int(moved_in.reused),
         _timeline(engine, journey, moved_in, now - gap) if moved_in.scheduled else None,
     )
+
+
+def _fetch(copied: Times | None) -> tuple[float, float] | None:
+    """From when to when a prefix was copied; it may have come in one piece."""
+    return None if copied is None else (copied.began or copied.tail_began, copied.landed)
 
 
 def _timeline(engine: Engine, journey: Journey, moved_in: MovedIn, heard: float) -> Timeline:

@@ -67,7 +67,7 @@ class Fetching(Itinerary):
         """The target has it all."""
         if passage.passing is not Passing.COPYING:
             return []
-        self.fetch, self.fetched = None, self.leg_id
+        self.fetch, self.fetched, self.fetch_times = None, self.leg_id, passage.times
         return [Fetched(passage, passage.found), *passage.close()]
 
     @property

@@ -25,7 +25,7 @@ from taichi_serve.cluster.vllm.server.acts import (
     Seat,
     Send,
 )
-from taichi_serve.cluster.vllm.server.passage import Passage, Passing
+from taichi_serve.cluster.vllm.server.passage import Passage, Passing, Times
 from taichi_serve.cluster.vllm.wire import TransferParams
 from taichi_serve.messages import Outcome
 from taichi_serve.stage import Stage, TransitionError, step
@@ -81,6 +81,7 @@ class Itinerary:
     legs: int = 0  # engine requests so far: each has an id of its own, or it would meet its own old blocks
     seat: Seat | None = None  # where its leg runs
     fetched: str = ""  # the leg whose prefix came from another instance
+    fetch_times: Times | None = None  # of copying it
     leg_id: str = ""
     placed: bool = (
         True  # whether the leg was begun as a prompt: its first token is a Prefilled, else a Flowed

@@ -28,6 +28,9 @@ from taichi_serve.ports import LOOPBACK, port_of, reserve
 
 END_SECONDS = 60.0  # that the kernel may take to end a group: memory of a GPU is given back in it
 TAIL = 1 << 16  # bytes of a log in which its last error is looked for
+# vLLM's front end sets it, so engines that are started again would send spans of their loading, and the
+# others none.
+NO_TRACES = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ""}
 
 
 class StartError(RuntimeError):
@@ -62,7 +65,7 @@ class EngineProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "taichi_serve.cluster.vllm.core.main", str(path)],
                 # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
-                env={**os.environ, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env},
+                env={**os.environ, **NO_TRACES, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
