@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -72,6 +73,7 @@ class System:
     keeper: Keeper
     attendance: Attendance
     max_chunk: int
+    settings: dict[str, Any]  # those it was started with
     classes: Classes
     tasks: list[asyncio.Task[None]]
     trouble: Trouble
@@ -142,7 +144,7 @@ def _system(
     llm.attendance = Attendance(cluster, keeper)
     largest = config.scheduler_config.max_num_batched_tokens
     looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
-    system = System(*looked_at, largest, flags.classes(args), [], trouble, ending, written)
+    system = System(*looked_at, largest, args.settings, flags.classes(args), [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
     if args.autotune != OFF:
         system.adviser = Rehearsing(trouble)
@@ -282,7 +284,7 @@ def main(argv: list[str]) -> int:
     args = flags.parse(argv)
     try:
         precheck(args)
-        args, argv, start = begun(args, argv, say)
+        args, argv, start = begun(args, args.argv, say)
         return int(uvloop.run(serve(args, argv, start)))
     except KeyboardInterrupt:
         return 130
