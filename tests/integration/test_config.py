@@ -33,9 +33,11 @@ def ask(server: Server, method: str, path: str, body: dict[str, Any]) -> httpx.R
 
 
 @pytest.mark.timeout(900)
-def test_a_server_with_the_config_of_another_is_the_same_server(tmp_path: Path) -> None:
+def test_a_server_with_the_config_of_another_is_the_same_server(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     file = tmp_path / "now.yaml"
-    first = Server(tmp_path / "first", *STARTED, "--api-key", *KEYS)
+    first = Server(tmp_path_factory.mktemp("first"), *STARTED, "--api-key", *KEYS)
     first.headers = {"Authorization": f"Bearer {KEYS[0]}"}
     try:
         first.wait_ready()
@@ -50,7 +52,7 @@ def test_a_server_with_the_config_of_another_is_the_same_server(tmp_path: Path) 
         first.end()
     assert not any(key in said for key in KEYS)
     anew = ("--api-key", *KEYS, "--slo-classes", CLASSES)  # where keys are
-    second = Server(tmp_path / "second", *anew, config=file)
+    second = Server(tmp_path_factory.mktemp("second"), *anew, config=file)
     second.headers = first.headers
     try:
         second.wait_ready()
