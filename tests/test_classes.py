@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from taichi_serve.classes import SLOClass, read_classes
+from taichi_serve.classes import SLOClass, classes_of, plain, read_classes
 from taichi_serve.slo import SLO
 
 SERVERS = SLO(4.0, 0.07)
@@ -32,6 +33,17 @@ def test_classes_are_read_from_yaml_and_from_json(tmp_path: Path) -> None:
         "batch": SLOClass("batch", 10.0, ttft_bounds=(5.0, 600.0), weight=0.5, refuse=False),
     }
     assert read_classes('{"a": {"tpot_slo": 0.1}}') == {"a": SLOClass("a", tpot_slo=0.1)}
+
+
+def test_classes_become_plain_objects_that_are_read_as_the_same() -> None:
+    text = (
+        '{"a": {"ttft_slo": 1, "ttft_bounds": [0.5, 2], "keys": ["k"], "demote": false}, '
+        '"default": {"tpot_bounds": [1, Infinity]}}'
+    )
+    found = read_classes(text)
+    written = plain(found)
+    assert written["a"] == {"ttft_slo": 1.0, "ttft_bounds": [0.5, 2.0], "demote": False, "keys": ["k"]}
+    assert classes_of(yaml.safe_load(yaml.safe_dump(written))) == found
 
 
 def test_what_a_class_leaves_open_is_the_servers_and_what_is_asked_for_comes_first() -> None:

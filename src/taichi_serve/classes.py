@@ -136,6 +136,19 @@ def classes_of(raw: Any) -> dict[str, SLOClass]:
     return found
 
 
+def plain(classes: Classes) -> dict[str, Any]:
+    """The plain objects that `classes_of` makes these of."""
+    return {name: dict(_said(one)) for name, one in classes.items()}
+
+
+def _said(one: SLOClass) -> Iterator[tuple[str, Any]]:
+    usual = SLOClass(one.name)
+    for name in (each.name for each in fields(SLOClass)):
+        value = getattr(one, name)
+        if value != getattr(usual, name):
+            yield name, list(value) if isinstance(value, tuple) else value
+
+
 def _check_keys(found: Classes) -> None:
     seen: dict[str, str] = {}
     for one in found.values():

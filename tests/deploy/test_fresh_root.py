@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WHERE = os.environ.get("TAICHI_DEBIAN_ROOT")
-PARTS = ("deploy/container/install.sh", "pyproject.toml", "LICENSE", "src")  # as the container file copies
+# As the container file copies.
+PARTS = ("deploy/container/install.sh", "pyproject.toml", "LICENSE", "README.md", "src")
 
 pytestmark = [
     pytest.mark.engine,

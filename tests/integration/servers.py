@@ -71,7 +71,9 @@ class Server:
         port: int | None = None,
         api_key: str | None = None,
         env: Mapping[str, str] | None = None,
+        config: Path | None = None,
     ) -> None:
+        """With a file for `--config` the command line has this, the port and `flags` only."""
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.reserved = reserve()  # vLLM binds its port seconds from now
@@ -79,7 +81,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         key = ("--api-key", api_key) if api_key else ()
-        words = [str(model or cached_tiny_model()), "--port", str(self.port), *FLAGS, *key, *flags]
+        usual = (str(model or cached_tiny_model()), *FLAGS) if config is None else ("--config", str(config))
+        words = [*usual, "--port", str(self.port), *key, *flags]
         self.log = directory / "server.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

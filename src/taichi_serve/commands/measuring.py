@@ -49,7 +49,7 @@ def task(grid: Grid, output: Path, words: list[str], moves: bool, neighbours: in
     args = flags.parse(words)
     if args.model.startswith(("/", ".", "~")) and not Path(args.model).is_dir():
         raise ValueError(f"{args.model}: no such directory")
-    return Task(grid, output, words, args, moves, neighbours)
+    return Task(grid, output, args.argv, args, moves, neighbours)
 
 
 async def measured(task: Task, console: Console) -> Profile:

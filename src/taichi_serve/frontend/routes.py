@@ -6,10 +6,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from taichi_serve.cluster.vllm.settings import text
 from taichi_serve.dashboard.story import lines
 from taichi_serve.frontend.errors import error
+from taichi_serve.frontend.settings import settings
 from taichi_serve.frontend.state import state
 from taichi_serve.messages import Asked, Drained, Promised, Slid
 from taichi_serve.request import State
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from taichi_serve.frontend.server import System
 
 router = APIRouter(prefix="/taichi")
+YAML = "application/yaml"
 
 
 def _system(request: Request) -> System:
@@ -51,6 +54,12 @@ async def _object(request: Request) -> dict[str, Any] | None:
 async def get_state(request: Request) -> JSONResponse:
     """Sliders, instances and counters, now."""
     return JSONResponse(state(_system(request)))
+
+
+@router.get("/config", response_class=Response, responses={200: {"content": {YAML: {}}}})
+async def get_config(request: Request) -> Response:
+    """The settings that the server has now, in YAML: a file for `taichi serve --config`. Keys are masked."""
+    return Response(text(settings(_system(request))), media_type=YAML)
 
 
 def _behind(system: System, request_id: str) -> list[str]:

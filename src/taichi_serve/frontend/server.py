@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -73,6 +74,7 @@ class System:
     keeper: Keeper
     attendance: Attendance
     max_chunk: int
+    settings: dict[str, Any]  # those it was started with
     classes: Classes
     tasks: list[asyncio.Task[None]]
     trouble: Trouble
@@ -144,7 +146,7 @@ def _system(
     llm.attendance = Attendance(cluster, keeper)
     largest = config.scheduler_config.max_num_batched_tokens
     looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
-    system = System(*looked_at, largest, flags.classes(args), [], trouble, ending, written)
+    system = System(*looked_at, largest, args.settings, flags.classes(args), [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
     system.tracing = traces(args, recorder, llm)
     if args.autotune != OFF:
@@ -259,11 +261,8 @@ async def _announce(system: System, sock: socket.socket, address: str) -> None:
         await asyncio.sleep(0.02)
     settle()  # after vLLM's own application is built
     envs.enable_envs_cache()  # vLLM asks for one with every token
-    say(f"ready on {address} with {_summary(system)}")
-
-
-def _summary(system: System) -> str:
-    return ", ".join(f"{e.name} {e.kind.value} chunk {e.chunk}" for e in system.cluster.engines)
+    instances = ", ".join(f"{e.name} {e.kind.value} chunk {e.chunk}" for e in system.cluster.engines)
+    say(f"ready on {address} with {instances}")
 
 
 def _drain_from_thread(system: System, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
@@ -286,7 +285,7 @@ def main(argv: list[str]) -> int:
     args = flags.parse(argv)
     try:
         precheck(args)
-        args, argv, start = begun(args, argv, say)
+        args, argv, start = begun(args, args.argv, say)
         return int(uvloop.run(serve(args, argv, start)))
     except KeyboardInterrupt:
         return 130

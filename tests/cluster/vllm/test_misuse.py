@@ -20,15 +20,15 @@ from taichi_serve.cluster.vllm.misuse import one_line
         ("", "no MODEL: a directory, or a name on the Hugging Face Hub"),
         ("--dtype float32", "no MODEL"),
         ("--model=", "no MODEL"),
-        ("--config", "No config file specified!"),
+        ("--config", "--config: no file is named"),
         ("m --config {here}/missing.yaml", "/missing.yaml: No such file or directory"),
-        ("m --config {here}", "Config file must be of a yaml/yml type"),
+        ("m --config {here}", "{here}: Is a directory"),
         ("m --config {here}/bad.yaml", "expected ',' or ']', but got '<stream end>'"),
-        ("m --config {here}/list.yaml", "--config: the file must hold keys with values"),
-        ("m --config {here}/empty.yaml", "--config: the file must hold keys with values"),
-        ("--config {here}/good.yaml", "No model specified!"),
-        ("m --config {here}/good.yaml --config {here}/good.yaml", "More than one config file specified!"),
-        ("m --config {here}/latin.yaml", "--config: 'utf-8' codec can't decode byte"),
+        ("m --config {here}/list.yaml", "list.yaml: the file must hold keys with values"),
+        ("m --config {here}/empty.yaml", "empty.yaml: the file must hold keys with values"),
+        ("--config {here}/good.yaml", "no MODEL: a directory, or a name"),
+        ("m --config {here}/good.yaml --config={here}/good.yaml", "--config: there can be only one"),
+        ("m --config {here}/latin.yaml", "latin.yaml: 'utf-8' codec can't decode byte"),
         ("m --config {here}/unknown.yaml", "--no-such-key"),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_config_or_a_model_that_is_not_there_is_one_line(
     with pytest.raises(SystemExit) as end:
         flags.parse(words.format(here=tmp_path).split())
     assert end.value.code == 2
-    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert says.format(here=tmp_path) in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_model_may_be_in_the_config(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -23,10 +23,11 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from taichi_serve.classes import Classes, read_classes
 from taichi_serve.cluster.vllm import unsaid
 from taichi_serve.cluster.vllm.edges import edges
-from taichi_serve.cluster.vllm.misuse import CONFIG_FAULTS, given, one_line, one_line_given
-from taichi_serve.cluster.vllm.options import FLAGS, add_options
+from taichi_serve.cluster.vllm.misuse import given, one_line_given
+from taichi_serve.cluster.vllm.options import FLAGS, TITLE, add_options
 from taichi_serve.cluster.vllm.patience import Patience
 from taichi_serve.cluster.vllm.refused import refusal
+from taichi_serve.cluster.vllm.settings import Recording, expanded, name_of
 from taichi_serve.cluster.vllm.transfer import host_bytes, transfer_config
 from taichi_serve.cluster.vllm.unsaid import complete
 from taichi_serve.latency.profile import Profile
@@ -43,7 +44,7 @@ SCHEDULER = "taichi_serve.cluster.vllm.core.scheduler.FlowScheduler"
 CPU_KV_BYTES = 1 << 30
 
 
-class OneLineParser(FlexibleArgumentParser):
+class OneLineParser(Recording, FlexibleArgumentParser):
     """vLLM's parser; what is wrong is said in one line, as pydantic's words are several."""
 
     def error(self, message: str) -> NoReturn:
@@ -52,7 +53,7 @@ class OneLineParser(FlexibleArgumentParser):
         raise SystemExit(2)
 
 
-def make_parser() -> FlexibleArgumentParser:
+def make_parser() -> OneLineParser:
     """vLLM's serve parser with a group of our own."""
     parser = OneLineParser(prog="taichi")
     commands = parser.add_subparsers(dest="subparser")
@@ -68,22 +69,23 @@ def make_parser() -> FlexibleArgumentParser:
     return parser
 
 
+def serving(parser: OneLineParser) -> OneLineParser:
+    """The part of the parser that takes the words after `taichi serve`."""
+    commands: Any = next(action for action in parser._actions if action.dest == "subparser")
+    found: OneLineParser = commands.choices["serve"]
+    return found
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the words after `taichi serve`; exits as argparse does when they are wrong."""
+    """Parse the words after `taichi serve`; exits as argparse does when they are wrong. `args.argv` has them
+    with what a file of `--config` says in its place, and `args.settings` what such a file would say."""
     parser = make_parser()
-    try:
-        args = parser.parse_args(["serve", *argv])
-    except CONFIG_FAULTS as wrong:
-        parser.error(f"--config: {one_line(wrong)}")
-        raise  # never: it has ended the process
-    if args.model_tag is not None:
-        args.model = args.model_tag
-    if not args.model:
-        parser.error("no MODEL: a directory, or a name on the Hugging Face Hub (as --model, too)")
-    serve = next(a for a in parser._actions if a.dest == "subparser").choices["serve"]
+    serve = serving(parser)
+    args = _parsed(parser, serve, argv)
     if (why := refusal(serve, args)) is not None:
         parser.error(why)
     args.watermark = 0.0  # vLLM's own, which our flag displaced
+    said = serve.given(args)
     try:
         complete(args)
         _check_keys(args)
@@ -98,9 +100,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
         profile(args)
     except (TypeError, ValueError, VLLMError) as error:
         words = str(error)
-        said = words if words.startswith("--slo-classes") else _with_flags(words)
-        parser.error(said if "--" in said else said + given(argv))
+        told = words if words.startswith("--slo-classes") else _with_flags(words)
+        parser.error(told if "--" in told else told + given(args.argv))
+    args.settings = _settings(serve, args, said)
     return args
+
+
+def _parsed(parser: OneLineParser, serve: OneLineParser, argv: list[str]) -> argparse.Namespace:
+    try:
+        words = expanded(argv, serve)
+        args = parser.parse_args(["serve", *words])
+    except ValueError as wrong:  # of a file of settings, or vLLM's own
+        parser.error(str(wrong))
+        raise  # never: it has ended the process
+    args.argv = words
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    if not args.model:
+        parser.error("no MODEL: a directory, or a name on the Hugging Face Hub (as --model, too)")
+    return args
+
+
+def _settings(serve: OneLineParser, args: argparse.Namespace, said: dict[str, Any]) -> dict[str, Any]:
+    """What a file of `--config` would say: all flags of ours, and those of vLLM that were given."""
+    group = next(group for group in serve._action_groups if group.title == TITLE)
+    ours = {name_of(action): getattr(args, action.dest) for action in group._group_actions}
+    known = {name: value for name, value in ours.items() if value is not None}
+    elsewhere = {*ours, "model", "data_parallel_size"}  # how many instances there are is said by the sliders
+    others = {name: value for name, value in said.items() if name not in elsewhere}
+    return {"model": args.model, **known, **others}
 
 
 def _check_keys(args: argparse.Namespace) -> None:

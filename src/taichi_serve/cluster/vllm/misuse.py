@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import re
 
-import yaml
 from pydantic import ValidationError
 
-# What its reading of --config raises: no such file, no YAML, another suffix, two files, no mapping in it.
-CONFIG_FAULTS = (OSError, ValueError, AssertionError, AttributeError, yaml.YAMLError)
-NO_MAPPING = "the file must hold keys with values"
 # Pydantic's frame around the one sentence that says what is wrong.
 FRAME = re.compile(r"\d+ validation errors? for \w+\s|Value error, |\[type=.*", re.DOTALL)
 
 
 def one_line(wrong: BaseException) -> str:
     """The message without line breaks, and without what only a programmer can read."""
-    if isinstance(wrong, AttributeError):
-        return NO_MAPPING
     if isinstance(wrong, OSError) and wrong.filename:
         return f"{wrong.filename}: {wrong.strerror}"
     return " ".join(FRAME.sub("", str(wrong)).split()) or type(wrong).__name__

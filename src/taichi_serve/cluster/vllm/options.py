@@ -9,6 +9,7 @@ from taichi_serve.latency.shipped import measured_names
 from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES, SERVE
 from taichi_serve.sliders import MODES
 
+TITLE = "TaiChi"
 CHOSEN = "; chosen where no slider is given"
 
 # Our flags with one value each: name, type, default (of some in unsaid.py), meaning.
@@ -84,7 +85,7 @@ def usual(words: str) -> str:
 
 def add_options(serve: FlexibleArgumentParser) -> None:
     """Give vLLM's parser of `serve` a group of our own."""
-    group = serve.add_argument_group("TaiChi", "Sliders, SLOs and policy of TaiChi")
+    group = serve.add_argument_group(TITLE, "Sliders, SLOs and policy of TaiChi")
     # vLLM has a --watermark too (a share of blocks to keep free, for another purpose): ours replaces it.
     group.conflict_handler = "resolve"
     for name, kind, default, text in FLAGS:
