@@ -34,7 +34,6 @@ REFUSED: dict[str, str] = {
     "ray_workers_use_nsight": "Ray is not supported",
     "grpc": _FRONT,
     "grpc_port": _FRONT,
-    "api_server_count": _FRONT,
     "data_parallel_rank": _INSTANCES,
     "data_parallel_start_rank": _INSTANCES,
     "data_parallel_size_local": _INSTANCES,
@@ -102,7 +101,6 @@ REFUSED: dict[str, str] = {
 
 # Values beside the default that say how things are anyway.
 HARMLESS: dict[str, tuple[object, ...]] = {
-    "api_server_count": (1,),
     "async_scheduling": (True,),
     "convert": ("none",),
     "data_parallel_size_local": (1,),
