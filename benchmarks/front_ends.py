@@ -1,16 +1,17 @@
 """What a token costs in each process of a server with one front end and with several, over pretended engines.
 
-    PYTHONPATH=src python benchmarks/front_ends.py [--counts 1 2] [--rounds 3] [--engines 4] [--streams 64]
+    PYTHONPATH=src python benchmarks/front_ends.py [--counts 1 2] [--rounds 3] [--engines 4] [--streams 24]
 
 Everything but the engines is the product: HTTP, tokenizer, detokenizer, scheduler, journeys, lines. Engines
 are pretended in the server's process: each makes a token for each of its streams in every step, as vLLM's
 bytes, which are decoded as an engine's are. What that costs is counted as the server's, with one front end
 and with several alike.
 
-A client in a process of its own keeps all streams open. Counted is the processor time of each process while
-so many seconds pass, divided by the output tokens of that time. With one front end a server can use one core;
-with N, its N + 1 processes share N cores' worth of time here. The rounds take turns, so that a machine whose
-speed changes changes it for both.
+A client in a process of its own keeps all streams open: as many for each front end, whatever their number,
+so that each has to do with a step what the one had. The engines' steps follow each other. Counted is the
+processor time of each process while so many seconds pass, divided by the output tokens of that time. With one
+front end a server can use one core; with N, its N + 1 processes share N cores' worth of time here. The rounds
+take turns, so that a machine whose speed changes changes it for both.
 """
 
 from __future__ import annotations
@@ -86,13 +87,13 @@ class PretendedCore:
     async def reset_mm_cache_async(self) -> None:
         """There is none."""
 
-    async def run(self, receive: Any) -> None:
-        """Make steps for ever."""
+    async def run(self, receive: Any, behind: float) -> None:
+        """Make steps for ever, the first one so many seconds `behind` that of the first engine."""
         from vllm.v1.engine import EngineCoreOutputs
         from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
         encoder, decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
-        due = time.monotonic()
+        due = time.monotonic() + behind
         while True:
             due = max(due + self.step, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
@@ -146,7 +147,9 @@ async def pretended_fleet(
     keeper = Keeper(cluster, launcher, supervisor, Quarantine(), Told(print, deliver))
     watch: Any = SimpleNamespace(run=asyncio.Event().wait)
     cores = [
-        asyncio.create_task(engine.client.run(partial(cluster.receive, engine)))  # type: ignore[attr-defined]
+        asyncio.create_task(
+            engine.client.run(partial(cluster.receive, engine), step * engine.index / len(engines))
+        )  # type: ignore[attr-defined]
         for engine in engines
     ]
     ticking = asyncio.create_task(patience.run())
@@ -264,7 +267,7 @@ def measured(count: int, plan: argparse.Namespace, directory: Path) -> Cost:
     client = None
     try:
         server.wait_ready()
-        streams = plan.engines * plan.streams
+        streams = plan.engines * plan.streams * count
         client = psutil.Popen([sys.executable, __file__, "--load", str(server.port), str(streams)])
         time.sleep(WARM)
         whole = psutil.Process(server.process.pid)
@@ -289,7 +292,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2], help="numbers of front ends")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", type=int, default=4)
-    parser.add_argument("--streams", type=int, default=64, help="of each engine")
+    parser.add_argument("--streams", type=int, default=24, help="of each engine, for each front end")
     parser.add_argument("--step", type=float, default=0.04, help="seconds of each step")
     parser.add_argument("--seconds", type=float, default=15.0, help="that are measured in each round")
     plan = parser.parse_args()
