@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -150,8 +149,10 @@ async def test_the_death_of_one_ends_its_own_streams_only_and_it_comes_back(serv
     assert all(answer.ok for answer in answers)
 
 
-async def test_all_of_them_end_with_the_server_even_when_it_is_killed(tmp_path: Path) -> None:
-    server = Server(tmp_path, "--d-heavy", "1", "--api-server-count", "2")
+async def test_all_of_them_end_with_the_server_even_when_it_is_killed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    server = Server(tmp_path_factory.mktemp("killed"), "--d-heavy", "1", "--api-server-count", "2")
     try:
         server.wait_ready()
         family = server.family()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -109,8 +110,15 @@ class Switchboard:
 
 
 @asynccontextmanager
-async def switchboard(directory: Path, count: int = 2) -> AsyncIterator[Switchboard]:
-    """So many front ends may come."""
+async def switchboard(count: int = 2) -> AsyncIterator[Switchboard]:
+    """So many front ends may come. Paths of sockets are short: a test's own directory may be too long."""
+    with tempfile.TemporaryDirectory() as directory:
+        async with _switchboard(Path(directory), count) as here:
+            yield here
+
+
+@asynccontextmanager
+async def _switchboard(directory: Path, count: int) -> AsyncIterator[Switchboard]:
     said: list[str] = []
     hub, cluster, keeper = FrontEnds(count, directory), Cluster(), Keeper()
     fleet: Any = SimpleNamespace(cluster=cluster, patience=SimpleNamespace(now=0.0))

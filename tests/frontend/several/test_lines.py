@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -39,8 +38,8 @@ def tokens(client: RemoteClient) -> list[tuple[str, list[int]]]:
     return [(output.request_id, output.new_token_ids) for step in steps for output in step.outputs]
 
 
-async def test_a_request_comes_over_as_it_was_sent(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_a_request_comes_over_as_it_was_sent() -> None:
+    async with switchboard() as here:
         client = await here.connect(1)
         sent = request("a", tokens=5)
         await client.add_request_async(sent)
@@ -52,8 +51,8 @@ async def test_a_request_comes_over_as_it_was_sent(tmp_path: Path) -> None:
         assert here.hub.behind("outer-a") == [["a"]]
 
 
-async def test_each_front_end_gets_the_tokens_of_its_requests_in_order(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_each_front_end_gets_the_tokens_of_its_requests_in_order() -> None:
+    async with switchboard() as here:
         first, second = await here.connect(0), await here.connect(1)
         await first.add_request_async(request("a"))
         await accepted(here, "a")
@@ -67,8 +66,8 @@ async def test_each_front_end_gets_the_tokens_of_its_requests_in_order(tmp_path:
         assert tokens(second) == [("b", [-number]) for number in range(100)]
 
 
-async def test_the_statistics_of_a_step_are_told_once(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_the_statistics_of_a_step_are_told_once() -> None:
+    async with switchboard() as here:
         clients = [await here.connect(0), await here.connect(1)]
         for client, name in zip(clients, "ab", strict=True):
             await client.add_request_async(request(name))
@@ -81,8 +80,8 @@ async def test_the_statistics_of_a_step_are_told_once(tmp_path: Path) -> None:
         assert sum(stats is not None for stats in told) == 1
 
 
-async def test_statistics_without_tokens_go_to_one_front_end_after_the_other(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_statistics_without_tokens_go_to_one_front_end_after_the_other() -> None:
+    async with switchboard() as here:
         clients = [await here.connect(0), await here.connect(1)]
         for _ in range(4):
             here.hub.deliver(EngineCoreOutputs(scheduler_stats=SchedulerStats()))
@@ -91,8 +90,8 @@ async def test_statistics_without_tokens_go_to_one_front_end_after_the_other(tmp
         assert [client.outputs.qsize() for client in clients] == [2, 2]
 
 
-async def test_a_front_end_that_dies_takes_its_own_requests_with_it_and_no_others(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_a_front_end_that_dies_takes_its_own_requests_with_it_and_no_others() -> None:
+    async with switchboard() as here:
         first, second = await here.connect(0), await here.connect(1)
         await first.add_request_async(request("a"))
         await accepted(here, "a")
@@ -106,8 +105,8 @@ async def test_a_front_end_that_dies_takes_its_own_requests_with_it_and_no_other
         assert here.hub.unfinished
 
 
-async def test_the_next_process_of_a_front_end_is_somebody_else(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_the_next_process_of_a_front_end_is_somebody_else() -> None:
+    async with switchboard() as here:
         first = await here.connect(0)
         await first.add_request_async(request("a"))
         await accepted(here, "a")
@@ -119,8 +118,8 @@ async def test_the_next_process_of_a_front_end_is_somebody_else(tmp_path: Path) 
         assert here.hub.behind("outer-b") == [["b"]]
 
 
-async def test_who_leaves_is_cancelled_and_a_stop_string_is_not(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_who_leaves_is_cancelled_and_a_stop_string_is_not() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         for name in "ab":
             await client.add_request_async(request(name))
@@ -131,8 +130,8 @@ async def test_who_leaves_is_cancelled_and_a_stop_string_is_not(tmp_path: Path) 
         assert here.cluster.abandoned == [("a", True), ("b", False)]
 
 
-async def test_a_request_is_nobodys_once_the_scheduler_knows_that_it_is_over(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_a_request_is_nobodys_once_the_scheduler_knows_that_it_is_over() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         await client.add_request_async(request("a"))
         await accepted(here, "a")
@@ -144,8 +143,8 @@ async def test_a_request_is_nobodys_once_the_scheduler_knows_that_it_is_over(tmp
         assert list(client.cluster.journeys) == []
 
 
-async def test_who_is_turned_away_and_who_fails_is_told_so(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_who_is_turned_away_and_who_fails_is_told_so() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         told: list[object] = []
         client.failed = lambda request, why: told.append((request, why))
@@ -160,8 +159,8 @@ async def test_who_is_turned_away_and_who_fails_is_told_so(tmp_path: Path) -> No
         assert told == [("a", 2.5), ("b", "two instances died")]
 
 
-async def test_one_request_that_cannot_be_taken_in_fails_alone(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_one_request_that_cannot_be_taken_in_fails_alone() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         failed: list[str] = []
         client.failed = lambda request, why: failed.append(request)
@@ -174,8 +173,8 @@ async def test_one_request_that_cannot_be_taken_in_fails_alone(tmp_path: Path) -
         assert "it cannot be taken in" in here.said[0]
 
 
-async def test_how_instances_stand_is_told_when_it_changes(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_how_instances_stand_is_told_when_it_changes() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         assert client.cluster.standing.slo == PROMISED
         assert [engine.alive for engine in client.cluster.engines] == [True, True]
@@ -204,8 +203,8 @@ async def answer(client: RemoteClient, asking: asyncio.Future[object]) -> object
         listening.cancel()
 
 
-async def test_what_every_instance_is_asked_is_answered(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_what_every_instance_is_asked_is_answered() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         tasks = asyncio.ensure_future(client.get_supported_tasks_async())
         assert list(await answer(client, tasks)) == ["generate"]  # type: ignore[call-overload]
@@ -214,8 +213,8 @@ async def test_what_every_instance_is_asked_is_answered(tmp_path: Path) -> None:
             await answer(client, asyncio.ensure_future(client.reset_prefix_cache_async()))
 
 
-async def test_nothing_else_can_be_called_and_nobody_answers_where_none_lives(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_nothing_else_can_be_called_and_nobody_answers_where_none_lives() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         with pytest.raises(RuntimeError, match="shutdown is no call"):
             await answer(client, asyncio.ensure_future(client._everywhere("shutdown")))
@@ -225,8 +224,8 @@ async def test_nothing_else_can_be_called_and_nobody_answers_where_none_lives(tm
             await answer(client, asyncio.ensure_future(client.get_supported_tasks_async()))
 
 
-async def test_who_is_asked_for_a_word_says_one(tmp_path: Path) -> None:
-    async with switchboard(tmp_path) as here:
+async def test_who_is_asked_for_a_word_says_one() -> None:
+    async with switchboard() as here:
         client = await here.connect(0)
         clock = itertools.count(5.0)
         here.hub.clock = lambda: next(clock)
