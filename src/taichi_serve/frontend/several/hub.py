@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from zmq import ZMQError
 
 from taichi_serve.classes import Terms
 from taichi_serve.frontend.everywhere import everywhere
@@ -148,7 +149,13 @@ class FrontEnds:
                 engine_index=outputs.engine_index, outputs=mine, timestamp=outputs.timestamp
             )
             part.scheduler_stats, stats = stats, None
-            self._to(owner, Outputs(), part)
+            try:
+                self._to(owner, Outputs(), part)
+            except Exception as wrong:  # noqa: BLE001  vLLM's encoder raises what it likes; engines go on
+                self.trouble.note("front end", wrong)
+                for output in mine:
+                    self.fail(output.request_id, "what was made for the request could not be sent")
+                    self.cluster.abandon(output.request_id, cancelled=True)
 
     def _reader(self, parts: dict[int, Any]) -> int | None:
         """Who gets statistics that come with these: who gets a message anyway, or one after the other."""
@@ -220,10 +227,14 @@ class FrontEnds:
 
     async def _listen(self, index: int, line: Line) -> None:
         while True:
-            word, follows = await line.hear()
-            self.heard_at[index] = self.clock()
+            word: Any = None
+            follows: Any = None
             try:
+                word, follows = await line.hear()
+                self.heard_at[index] = self.clock()
                 self._take(index, word, follows)
+            except ZMQError:  # the line is closed
+                return
             except Exception as wrong:  # noqa: BLE001  one request, and not all of its front end
                 self.trouble.note("front end", wrong)
                 if isinstance(word, Submitted):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm.entrypoints.launchers.launcher import NoSignalServer
@@ -34,6 +34,7 @@ def application(system: System) -> FastAPI:
     """The routes that look at the system."""
     registry = CollectorRegistry()
     registry.register(TaichiCollector(system))
+    ProcessCollector(registry=registry)  # of this process: front ends leave theirs out
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.taichi = system
     app.include_router(router)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import multiprocess
+from zmq import ZMQError
 
 from taichi_serve.cluster.vllm.server.process import StartError, ending
 from taichi_serve.cluster.vllm.server.start import in_thread
@@ -73,9 +74,12 @@ class FrontEndKeeper:
         ]
         serving = asyncio.create_task(self._all_serve())
         first = asyncio.FIRST_COMPLETED
-        await asyncio.wait({serving, *self._keeping}, timeout=START_SECONDS, return_when=first)
-        if not serving.done():
+        try:
+            await asyncio.wait({serving, *self._keeping}, timeout=START_SECONDS, return_when=first)
+            served = serving.done()
+        finally:
             serving.cancel()
+        if not served:
             gone = [task for task in self._keeping if task.done() and not task.cancelled()]
             why = next((str(task.exception()) for task in gone if task.exception()), "it does not answer")
             raise StartError(f"a front end did not start: {why}")
@@ -86,18 +90,21 @@ class FrontEndKeeper:
 
     async def watch(self, seconds: float) -> None:
         """Ask all whether they run, and end whoever said nothing for so long; for ever."""
+        look = self._fronts.trouble.guarded("front end", self.look)
         while True:
             await asyncio.sleep(LOOK)
-            self._fronts.ping()
-            self._fronts.tell()
-            self.look(seconds)
+            look(seconds)
 
     def look(self, seconds: float) -> None:
-        """End those that said nothing for so long: what they are sent would pile up here."""
+        """Ask all, and end those that said nothing for so long: what they are sent would pile up here. One
+        that starts says nothing yet."""
+        self._fronts.ping()
+        self._fronts.tell()
         now = self._fronts.clock()
         for index, process in self._processes.items():
-            if self._up[index].is_set() and now - self._fronts.heard_at[index] > seconds:
-                self._say(f"front end {index} was silent for {seconds:g} s, and is ended")
+            limit = seconds if self._up[index].is_set() else START_SECONDS
+            if now - self._fronts.heard_at[index] > limit:
+                self._say(f"front end {index} was silent for {limit:g} s, and is ended")
                 process.kill()
 
     async def stop(self, seconds: float) -> None:
@@ -131,40 +138,43 @@ class FrontEndKeeper:
                 await asyncio.sleep(delay)
             if self._turns[index]:
                 self.supervisor.starting(names(index), time.monotonic())
-            code = await self._run(index)
+            how = await self._run(index)
             if self._stopping:
                 return
             served = self._up[index].is_set()
             self._up[index].clear()
             if self._turns[index] == 1 and not served:
-                raise StartError(ending(code))
-            delay = self.supervisor.lost(names(index), ending(code), time.monotonic())
+                raise StartError(how)
+            delay = self.supervisor.lost(names(index), how, time.monotonic())
             when = (
                 "stays out" if delay is None else f"is started again {f'in {delay:g} s' if delay else 'now'}"
             )
-            self._say(f"front end {index} ended: {ending(code)}; it {when}")
+            self._say(f"front end {index} ended: {how}; it {when}")
         if self.supervisor.hopeless and not self._stopping:
             self.hopeless("no front end is left, and none is started again")
 
-    async def _run(self, index: int) -> int:
-        """Start its next process, and wait for its end."""
+    async def _run(self, index: int) -> str:
+        """Start its next process, and wait for its end: how it came."""
         self._turns[index] += 1
         fronts = self._fronts
         line = f"ipc://{fronts.directory}/front-{index}.{self._turns[index]}"
-        fronts.join(index, line)
-        process = FrontEndProcess(
-            self._spec(index, line), fronts.directory / f"front-{index}.json", self._metrics
-        )
-        self._processes[index] = process
         try:
-            return await in_thread(process.wait)
+            fronts.join(index, line)
+            process = self._processes[index] = FrontEndProcess(
+                self._spec(index, line), fronts.directory / f"front-{index}.json", self._metrics
+            )
+            return ending(await in_thread(process.wait))
+        except (OSError, ZMQError) as wrong:
+            return f"it could not be started: {wrong.strerror}"
         finally:
-            del self._processes[index]
-            multiprocess.mark_process_dead(process.pid, str(self._metrics))
-            cancelled = fronts.lose(index)
+            self._gone(index)
             Path(line.removeprefix("ipc://")).unlink(missing_ok=True)
-            if cancelled:
-                self._say(f"front end {index} took {cancelled} requests with it")
+
+    def _gone(self, index: int) -> None:
+        if (process := self._processes.pop(index, None)) is not None:
+            multiprocess.mark_process_dead(process.pid, str(self._metrics))
+        if cancelled := self._fronts.lose(index):
+            self._say(f"front end {index} took {cancelled} requests with it")
 
     def _spec(self, index: int, line: str) -> Spec:
         fronts = self._fronts

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +83,7 @@ async def serve(spec: Spec, args: argparse.Namespace, line: Line, welcome: Welco
     outside = Outside(spec, args, line, welcome)
     llm, loop = outside.llm, asyncio.get_running_loop()
     listening = asyncio.create_task(outside.client.listen(), name="line")
+    listening.add_done_callback(_deaf)
     llm.shutdown_from_thread = partial(drain_from_thread, llm, loop)
     loads = outside.shared.loads, spec.index
     with socket.socket(fileno=spec.listening) as sock, finished_by(outside.finish):
@@ -90,6 +93,13 @@ async def serve(spec: Spec, args: argparse.Namespace, line: Line, welcome: Welco
     announced.cancel()
     listening.cancel()
     await outside.inside.close()
+
+
+def _deaf(listening: asyncio.Task[None]) -> None:
+    """Who hears nothing more is of no use to its clients: another process takes its place."""
+    if not listening.cancelled():
+        traceback.print_exception(listening.exception())
+        os._exit(1)
 
 
 async def _announce(outside: Outside, index: int, line: Line) -> None:
