@@ -72,6 +72,8 @@ async def test_refusals_have_their_status_and_words(tmp_path: Path) -> None:
             404,
             "no request 'a/b' among the last ones",
         )
+        strange = await client.get("/taichi/requests/a%3Fb%20c%2Fd%25")
+        assert strange.json()["error"]["message"] == "no request 'a?b c/d%' among the last ones"
         busy = await client.get("/taichi/events")
         assert (busy.status_code, busy.headers["retry-after"]) == (503, "5")
         nowhere = await client.get("/taichi/nowhere")

@@ -13,10 +13,10 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Scope
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from taichi_serve.frontend.errors import error
-from taichi_serve.frontend.keys import path_of
 
 METHODS = ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE"]
 # Of one hop: whoever hands a message on makes its own.
@@ -37,8 +37,7 @@ class Inside:
     async def answer(self, request: Request) -> Response:
         """What it says to this request."""
         headers = [(name, value) for name, value in request.headers.raw if name not in HOP]
-        target = httpx.URL(path=path_of(request.scope), query=request.scope.get("query_string", b""))
-        body = await request.body()
+        body, target = await request.body(), _target(request.scope)
         asked = self._client.build_request(request.method, target, headers=headers, content=body)
         try:
             async with asyncio.timeout(SECONDS):
@@ -80,6 +79,13 @@ def router(inside: Inside) -> APIRouter:
     for path in ("/metrics", "/metrics/"):
         routes.add_api_route(path, metrics, methods=["GET"])
     return routes
+
+
+def _target(scope: Scope) -> httpx.URL:
+    """Path and query as the client spelled them, without a proxy's prefix: an id may have any character."""
+    path: bytes = scope["raw_path"].removeprefix(scope.get("root_path", "").encode())
+    query: bytes = scope.get("query_string", b"")
+    return httpx.URL(raw_path=path + b"?" + query if query else path)
 
 
 def _of_all() -> Any:
