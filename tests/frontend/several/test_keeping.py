@@ -105,9 +105,7 @@ async def test_the_start_is_over_when_both_serve(monkeypatch: pytest.MonkeyPatch
         assert [here.keeper.view(index)["serves"] for index in (0, 1)] == [True, True]
 
 
-async def test_one_that_ends_before_it_serves_ends_the_start(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_that_ends_before_it_serves_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     async with world(monkeypatch) as here:
         starting = asyncio.create_task(here.keeper.start())
         await here.until(2)
@@ -156,9 +154,7 @@ async def test_when_none_is_left_and_none_is_started_again_the_server_is_told(
         assert len(here.processes) == 2
 
 
-async def test_one_that_says_nothing_for_too_long_is_ended(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_that_says_nothing_for_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     async with world(monkeypatch) as here:
         await here.serving()
         hub = here.here.hub

@@ -98,7 +98,8 @@ async def serve(spec: Spec, args: argparse.Namespace, line: Line, welcome: Welco
 def _deaf(listening: asyncio.Task[None]) -> None:
     """Who hears nothing more is of no use to its clients: another process takes its place."""
     if not listening.cancelled():
-        traceback.print_exception(listening.exception())
+        if (wrong := listening.exception()) is not None:
+            traceback.print_exception(wrong)
         os._exit(1)
 
 
