@@ -86,7 +86,7 @@ class Miniature:
         engines = [PretendedEngine(name, self.sim, self.scheduler) for name in self.scheduler.instances]
         self.cluster = SimpleNamespace(engines=engines, tell=self.tell)
         self.keeper = SimpleNamespace(supervisor=Supervisor(list(self.scheduler.instances), 10))
-        self.llm = SimpleNamespace(engine_core=SimpleNamespace(names=SimpleNamespace(behind=lambda _: [])))
+        self.front = SimpleNamespace(behind=lambda _: [], processes=list)
         self.tuner = self.adviser = None
         self.max_chunk = MAX_CHUNK
         self.viewers = Viewers(self.recorder, partial(feed_of, self))

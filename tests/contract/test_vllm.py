@@ -1248,3 +1248,42 @@ def test_an_engine_makes_no_tracer_where_the_endpoint_of_its_environment_is_empt
     source = inspect.getsource(init_otel_worker_tracer)
     assert 'os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")' in source
     assert "if not otlp_endpoint:\n        return None" in source
+
+
+# ----------------------------------------------------------------------------------------- several front ends
+
+
+def test_a_server_beside_others_accepts_by_loads_and_says_when_it_does_not() -> None:
+    from vllm.entrypoints.launchers import launcher
+    from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+
+    from taichi_serve.frontend.several.shared import NOT_ACCEPTING
+
+    assert "peer_loads" in inspect.signature(build_and_serve).parameters
+    assert launcher._NOT_ACCEPTING == NOT_ACCEPTING
+    ends = inspect.getsource(launcher.NoSignalServer.shutdown)
+    assert "loads[index] = _NOT_ACCEPTING" in ends
+    assert "self._publish_load()" in inspect.getsource(launcher.NoSignalServer.startup)
+
+
+def test_requests_of_all_front_ends_are_bounded_by_counters_that_they_share() -> None:
+    from vllm.v1.engine.admission_control import SharedAdmissionStats
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert {"client_addresses", "client_count", "client_index"} <= set(inspect.signature(AsyncLLM).parameters)
+    assert "mp_admission_counters" in inspect.getsource(AsyncLLM.__init__)
+    counters = [0] * SharedAdmissionStats.num_counters(2)
+    one = SharedAdmissionStats({"mp_admission_counters": counters}, 2, 1)
+    one.set_num_requests(3)
+    assert counters[SharedAdmissionStats.COUNTERS_PER_SLOT] == one.get_num_requests() == 3
+
+
+def test_what_an_engine_finds_out_about_its_cache_is_what_front_ends_are_told() -> None:
+    from vllm.v1.engine import EngineCoreReadyResponse
+    from vllm.v1.engine.core_client import MPClient
+
+    from taichi_serve.frontend.several.words import CACHE
+
+    assert set(CACHE) | {"max_model_len"} <= {field.name for field in fields(EngineCoreReadyResponse)}
+    written = inspect.getsource(MPClient._apply_ready_response)
+    assert all(name in written for name in CACHE)

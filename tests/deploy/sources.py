@@ -21,6 +21,9 @@ WITH_A_FLAG = {
     "taichi_slo_used": "--autotune",
     "taichi_attainment": "--autotune",
     "taichi_host_blocks": "--kv-offloading-size",
+    "taichi_front_end_serves": "--api-server-count",
+    "taichi_front_end_requests": "--api-server-count",
+    "taichi_front_end_restarts_total": "--api-server-count",
 }
 # What appears with its first value.
 WITH_A_VALUE = {"taichi_bound_requests_total"}

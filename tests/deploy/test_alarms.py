@@ -123,6 +123,21 @@ def restarts(here: Any, history: History) -> None:
     here.keeper.supervisor.places["i1"].restarts += 3
 
 
+def front_ends(here: Any, serves: bool, restarts: int) -> None:
+    one = {"name": "f1", "serves": serves, "requests": 0, "restarts": restarts}
+    here.front.processes = lambda: [one]
+
+
+def front_end_down(here: Any, history: History) -> None:
+    front_ends(here, serves=False, restarts=0)
+
+
+def front_end_restarts(here: Any, history: History) -> None:
+    front_ends(here, serves=True, restarts=0)
+    history.scrape(FIRST, here)
+    front_ends(here, serves=True, restarts=3)
+
+
 def recomputed(here: Any, history: History) -> None:
     here.recorder.recomputes += 9
 
@@ -156,6 +171,8 @@ HAPPENED: dict[str, tuple[Change, set[str]]] = {
     "TaichiInstanceOut": (out, {"TaichiInstanceLost"}),
     "TaichiInstanceSilent": (silent, set()),
     "TaichiInstanceRestarts": (restarts, set()),
+    "TaichiFrontEndDown": (front_end_down, set()),
+    "TaichiFrontEndRestarts": (front_end_restarts, set()),
     "TaichiMovesRecomputed": (recomputed, set()),
     "TaichiSlidersWrong": (backflows, set()),
     "TaichiPredictionsOff": (mistaken, set()),

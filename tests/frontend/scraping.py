@@ -40,7 +40,8 @@ def system() -> Any:
     cluster = SimpleNamespace(engines=engines)
     recorder = Recorder(scheduler, 2048)
     keeper = SimpleNamespace(silent=set(), supervisor=Supervisor(("i0", "i1"), restarts=1))
-    parts = {"cluster": cluster, "keeper": keeper, "tuner": None, "classes": {}}
+    front = SimpleNamespace(processes=list)
+    parts = {"cluster": cluster, "keeper": keeper, "front": front, "tuner": None, "classes": {}}
     return SimpleNamespace(scheduler=scheduler, recorder=recorder, **parts)
 
 
@@ -51,11 +52,13 @@ def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:
 
 
 def with_everything() -> Any:
-    """The same with a request that ended, one that was bound, and a tuner that has looked: every metric."""
+    """The same with a request that ended, one that was bound, a tuner that has looked, and one of
+    several front ends: every metric."""
     here, now = system(), time.monotonic()
     for event in (Arrived(now - 2, "a", 100, 50), Prefilled(now - 1, "a", 0, "i1"), Finished(now, "a", 11)):
         here.recorder.attainment.on(event)
     here.recorder.bound["an image"] += 1
     here.recorder.prompts.append(100)
     here.tuner = SimpleNamespace(made=1, suggested=0, view=SimpleNamespace(ttft=0.5, tpot=0.9, good=0.95))
+    here.front.processes = lambda: [{"name": "f0", "serves": True, "requests": 3, "restarts": 1}]
     return here

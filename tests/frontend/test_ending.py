@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 
 from taichi_serve.frontend import server
 from taichi_serve.frontend.ending import Ending
+from taichi_serve.frontend.system import drive_ended
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def no_socket() -> Any:
 async def ended(monkeypatch: pytest.MonkeyPatch, closing: bool, scheduler: Exception | None = None) -> int:
     """Serve over a system without engines, whose HTTP server ends at once; `closing`: a signal had come."""
     ending = Ending()
-    system = SimpleNamespace(ending=ending, fail=ending.fail, llm=SimpleNamespace(closing=closing))
+    system = SimpleNamespace(ending=ending, fail=ending.fail, front=SimpleNamespace(closing=closing))
 
     @contextlib.asynccontextmanager
     async def running(args: Any, argv: list[str], start: Any) -> AsyncIterator[Any]:
@@ -41,7 +42,7 @@ async def ended(monkeypatch: pytest.MonkeyPatch, closing: bool, scheduler: Excep
 
         task = asyncio.create_task(drive())
         await asyncio.wait([task])
-        server._drive_ended(system, task)
+        drive_ended(system, task)
 
     monkeypatch.setattr(server, "running", running)
     monkeypatch.setattr(server, "_serve_http", serve_http)

@@ -122,7 +122,8 @@ def test_a_memory_that_fails_changes_no_decision(monkeypatch: pytest.MonkeyPatch
 def scraped(here: Recorder) -> str:
     registry = CollectorRegistry()
     cluster = SimpleNamespace(engines=[])
-    more: Any = {"cluster": cluster, "tuner": None, "classes": {}}
+    front = SimpleNamespace(processes=list)
+    more: Any = {"cluster": cluster, "front": front, "tuner": None, "classes": {}}
     system: Any = SimpleNamespace(scheduler=here.scheduler, recorder=here, **more)
     registry.register(TaichiCollector(system))
     return generate_latest(registry).decode()

@@ -37,7 +37,13 @@ def system(act: bool = True) -> Any:
     cluster = SimpleNamespace(engines=[])
     adviser = SimpleNamespace(seconds=1.5)
     return SimpleNamespace(
-        classes={}, scheduler=scheduler, recorder=recorder, cluster=cluster, tuner=tuner, adviser=adviser
+        classes={},
+        scheduler=scheduler,
+        recorder=recorder,
+        cluster=cluster,
+        front=SimpleNamespace(processes=list),
+        tuner=tuner,
+        adviser=adviser,
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,25 +30,36 @@ from taichi_serve.frontend.turned_away import TurnedAway
 from taichi_serve.scheduling.policy import SERVE
 
 if TYPE_CHECKING:
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 
 @contextlib.contextmanager
 def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
     """While vLLM builds and runs its application, add what is ours to it."""
+
+    def finish(app: FastAPI) -> None:
+        app.state.taichi = system
+        promises = Promises(system.classes, lambda: system.scheduler.slo, args.slo_response_headers)
+        closing, retry_after = lambda: system.front.closing, system.attendance.retry_after
+        furnish(app, args, closing, retry_after, promises, tracing=system.tracing)
+
+    with finished_by(finish), exported(system):
+        yield
+
+
+@contextlib.contextmanager
+def finished_by(finish: Callable[[FastAPI], None]) -> Iterator[None]:
+    """While this lasts, applications that vLLM builds are finished so, and parsed bodies are looked at."""
     vllms_own = entry.build_app
 
     def build_app(*words: Any, **more: Any) -> FastAPI:
         app = vllms_own(*words, **more)
-        app.state.taichi = system
-        promises = Promises(system.classes, lambda: system.scheduler.slo, args.slo_response_headers)
-        closing, retry_after = lambda: system.llm.closing, system.attendance.retry_after
-        furnish(app, args, closing, retry_after, promises, system.tracing)
+        finish(app)
         return app
 
     entry.build_app = build_app
     try:
-        with exported(system), parsed.looked_at():
+        with parsed.looked_at():
             yield
     finally:
         entry.build_app = vllms_own
@@ -60,16 +71,16 @@ def furnish(
     closing: Callable[[], bool],
     retry_after: Callable[[], int | None] = lambda: None,
     promises: Promises | None = None,
+    routers: Sequence[APIRouter] = (router, page, probes),
     tracing: Traces | None = None,
 ) -> None:
     """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
     instance lives `retry_after` says in how many seconds one is expected back. `promises` are what requests
     may ask for, and `tracing` is told of them where there are traces."""
-    app.include_router(router)
-    app.include_router(page)
-    app.include_router(probes)
+    for ours in routers:
+        app.include_router(ours)
     app.exception_handler(parsed.Refusal)(parsed.answer)
-    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(HTTPException)(http_error)
     door = Middleware(
         Guard,
         keys=Keys.of(args),
@@ -98,7 +109,7 @@ def _count_on(app: FastAPI) -> None:
             made.kwargs["instrumentations"] = layer.instrumentations
 
 
-def _http_error(_: Request, wrong: HTTPException) -> JSONResponse:
+def http_error(_: Request, wrong: HTTPException) -> JSONResponse:
     """What the router itself refuses (no such route, no such method); vLLM words only what FastAPI raises."""
     kind = "not_found_error" if wrong.status_code == 404 else "invalid_request_error"
     answer = error(wrong.status_code, kind, f"{wrong.detail}.")

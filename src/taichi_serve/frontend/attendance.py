@@ -3,22 +3,69 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from vllm.exceptions import GracefulHTTPError
 
-if TYPE_CHECKING:
-    from taichi_serve.cluster.vllm.server.cluster import VllmCluster
-    from taichi_serve.cluster.vllm.server.keeper import Keeper
+
+class Instance(Protocol):
+    """One of them."""
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take requests."""
+        ...
+
+
+class Cluster(Protocol):
+    """All of them."""
+
+    @property
+    def engines(self) -> Sequence[Instance]:
+        """In order."""
+        ...
+
+
+class Supervisor(Protocol):
+    """Who knows when one comes back."""
+
+    def retry_after(self, at: float) -> int | None:
+        """Whole seconds until the first is expected to serve; None when that is hopeless."""
+        ...
+
+
+class Keeper(Protocol):
+    """Who brings them back."""
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Who decides it."""
+        ...
+
+    @property
+    def silent(self) -> Collection[Any]:
+        """Those that do not answer."""
+        ...
 
 
 class Attendance:
     """Looks at the cluster and at who brings its instances back."""
 
-    def __init__(self, cluster: VllmCluster, keeper: Keeper) -> None:
+    def __init__(self, cluster: Cluster, keeper: Keeper) -> None:
         self._cluster = cluster
         self._keeper = keeper
+
+    @property
+    def silent(self) -> Collection[Any]:
+        """The instances that do not answer."""
+        return self._keeper.silent
 
     def none_lives(self) -> bool:
         """Whether no instance can take a request."""

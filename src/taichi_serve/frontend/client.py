@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol, cast
 
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
@@ -21,25 +21,48 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from taichi_serve.classes import PLAIN
+from taichi_serve.classes import PLAIN, Terms
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.frontend import internal
 from taichi_serve.frontend.attendance import Attendance
+from taichi_serve.frontend.attendance import Cluster as Attended
 from taichi_serve.frontend.errors import SHUTTING_DOWN
-from taichi_serve.frontend.everywhere import Everywhere
-from taichi_serve.frontend.names import Names
+from taichi_serve.frontend.everywhere import Everywhere, everywhere
+from taichi_serve.frontend.names import Asked, Names
 from taichi_serve.frontend.terms import noted
 from taichi_serve.frontend.traced import Traces, set_defaults
+from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.frontend.turned_away import OVERLOADED
 from taichi_serve.messages import Decline
 
 _cancelling: ContextVar[bool] = ContextVar("cancelling", default=False)
 
 
+class Cluster(Attended, Protocol):
+    """What a front end needs of the cluster, which may be in another process."""
+
+    @property
+    def journeys(self) -> Iterable[str]:
+        """Requests that are open."""
+        ...
+
+    async def blocks(self, request: EngineCoreRequest) -> tuple[int, ...]:
+        """Hashes of the full blocks of a prompt."""
+        ...
+
+    def accept(self, request: EngineCoreRequest, blocks: tuple[int, ...], terms: Terms) -> None:
+        """A new request of a user."""
+        ...
+
+    def abandon(self, request_id: str, cancelled: bool) -> None:
+        """Nobody wants the rest of it."""
+        ...
+
+
 class _Resources:
     """What AsyncLLM asks for its health: dead only when every instance is."""
 
-    def __init__(self, cluster: VllmCluster) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
     @property
@@ -52,7 +75,7 @@ class ClusterClient(Everywhere):
 
     tracing: Traces | None = None  # where there are traces, who is told of each request
 
-    def __init__(self, cluster: VllmCluster, outputs: asyncio.Queue[EngineCoreOutputs]) -> None:
+    def __init__(self, cluster: Cluster, outputs: asyncio.Queue[EngineCoreOutputs]) -> None:
         self.cluster = cluster
         self.resources = _Resources(cluster)
         self.engine_ranks_managed = [engine.index for engine in cluster.engines]
@@ -69,14 +92,20 @@ class ClusterClient(Everywhere):
         if self.tracing is not None:
             self.tracing.entered(request)
         request_id = request.request_id
-        self.names.note(request_id, request.external_req_id or request_id)
+        asked = self.names.note(request_id, request.external_req_id or request_id)
         self.coming.add(request_id)
         try:
             blocks = await self.cluster.blocks(request)
             if request_id in self.coming:  # else it was ended while a long prompt was hashed
-                self.cluster.accept(request, blocks, noted() or PLAIN)
+                self._accept(request, blocks, asked)
         finally:
             self.coming.discard(request_id)
+
+    def _accept(self, request: EngineCoreRequest, blocks: tuple[int, ...], asked: Asked) -> None:
+        self.cluster.accept(request, blocks, noted() or PLAIN)
+
+    async def _everywhere(self, method: str, *args: Any) -> list[Any]:
+        return await everywhere(cast(VllmCluster, self.cluster), method, *args)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """End requests wherever they are: because the client left, or because a stop string was found."""
@@ -136,6 +165,20 @@ class ClusterLLM(async_llm.AsyncLLM):
             raise EngineDeadError()
         await super().check_health()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a request is open."""
+        return bool(self.output_processor.has_unfinished_requests())
+
+    def behind(self, request_id: str) -> list[list[str]]:
+        """See Names.behind."""
+        core: ClusterClient = self.engine_core
+        return core.names.behind(request_id)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """It is in the server's own process."""
+        return []
+
     def fail(self, request_id: str, why: str) -> None:
         """End a request with a 500 that says why; in a stream it is the last event."""
         state = self.output_processor.request_states.get(request_id)
@@ -175,19 +218,38 @@ class ClusterLLM(async_llm.AsyncLLM):
     async def drained(self, timeout: float) -> bool:
         """Wait until nothing is open, at most `timeout` seconds; says whether that came true."""
         until = time.monotonic() + timeout
-        while self.output_processor.has_unfinished_requests():
+        while self.unfinished:
             if time.monotonic() >= until:
                 return False
             await asyncio.sleep(0.02)
         return True
 
 
-def cluster_llm(
-    config: VllmConfig, cluster: VllmCluster, outputs: asyncio.Queue[Any], args: Any
-) -> ClusterLLM:
-    """vLLM's AsyncLLM with our client in the place where it makes its own."""
+def drain_from_thread(llm: ClusterLLM, loop: asyncio.AbstractEventLoop) -> None:
+    """Let what runs finish, within vLLM's --shutdown-timeout; then end it. New requests get 503 meanwhile.
+
+    vLLM's server calls this in a thread when a signal comes, and closes its connections afterwards.
+    """
+    asyncio.run_coroutine_threadsafe(_drain(llm), loop).result()
+
+
+async def _drain(llm: ClusterLLM) -> None:
+    llm.closing = True
+    if not await llm.drained(float(llm.vllm_config.shutdown_timeout)):
+        llm.reject_rest()
+        await llm.drained(1.0)
+
+
+def guard_statistics(llm: ClusterLLM, trouble: Trouble) -> None:
+    """What fails in vLLM's statistics would end every stream: it is counted instead."""
+    if (statistics := llm.logger_manager) is not None:
+        statistics.record = trouble.guarded("statistics", statistics.record)
+
+
+def cluster_llm(config: VllmConfig, client: ClusterClient, args: Any, **several: Any) -> ClusterLLM:
+    """vLLM's AsyncLLM with this client in the place where it makes its own. `several` is what it is told
+    where there are other front ends beside it."""
     set_defaults(args)
-    client = ClusterClient(cluster, outputs)
 
     class Factory(EngineCoreClient):
         make_async_mp_client = staticmethod(lambda **_: client)
@@ -202,6 +264,7 @@ def cluster_llm(
             log_stats=not args.disable_log_stats,
             log_requests=args.enable_log_requests,
             aggregate_engine_logging=args.aggregate_engine_logging,
+            **several,
         )
     finally:
         async_llm.EngineCoreClient = vllms_own

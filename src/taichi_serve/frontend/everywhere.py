@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -16,16 +17,20 @@ async def _not_here(*_: Any, **__: Any) -> NoReturn:
     raise NotImplementedError("This cannot be done on several instances at once.")
 
 
+async def everywhere(cluster: VllmCluster, method: str, *args: Any) -> list[Any]:
+    """What this method of vLLM's client answers on each instance that lives."""
+    clients = [engine.client for engine in cluster.engines if engine.alive]
+    if not clients:
+        raise EngineDeadError()
+    return await asyncio.gather(*(getattr(client, method)(*args) for client in clients))
+
+
 class Everywhere(EngineCoreClient):
     """The part of vLLM's client port that concerns every instance alike."""
 
-    cluster: VllmCluster
-
     async def _everywhere(self, method: str, *args: Any) -> list[Any]:
-        clients = [engine.client for engine in self.cluster.engines if engine.alive]
-        if not clients:
-            raise EngineDeadError()
-        return await asyncio.gather(*(getattr(client, method)(*args) for client in clients))
+        """What this method answers on each instance."""
+        raise NotImplementedError
 
     async def get_supported_tasks_async(self) -> Any:
         """The tasks of the model, the same on every instance."""
@@ -61,8 +66,8 @@ class Everywhere(EngineCoreClient):
 
     async def list_loras_async(self) -> set[int]:
         """The adapters that every instance has."""
-        found: list[set[int]] = await self._everywhere("list_loras_async")
-        return set.intersection(*found)
+        found: list[Iterable[int]] = await self._everywhere("list_loras_async")
+        return set.intersection(*map(set, found))
 
     async def pin_lora_async(self, lora_id: int) -> bool:
         """Keep an adapter loaded, everywhere."""

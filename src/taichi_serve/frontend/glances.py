@@ -13,7 +13,7 @@ from taichi_serve.messages import Move
 from taichi_serve.sliders import OFF, ON, SUGGEST
 
 if TYPE_CHECKING:
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 
 def feed_of(system: System) -> Feed:

@@ -19,7 +19,7 @@ from taichi_serve.scheduling.headroom import best, predicted, typical
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.record import Recorder
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
     from taichi_serve.latency.accuracy import Accuracy
     from taichi_serve.scheduling.counters import Counters
     from taichi_serve.scheduling.scheduler import GlobalScheduler
@@ -48,6 +48,7 @@ class TaichiCollector(Collector):
             (_sliders, scheduler),
             (_attainment, recorder),
             (_headroom, recorder),
+            (_front_ends, self._system),
         )
         trouble = recorder.trouble
         for part, of in parts:
@@ -235,6 +236,21 @@ def _headroom(recorder: Recorder) -> Iterator[Metric]:
             if (share := getattr(headroom, of)) is not None:
                 whole.add_metric([of, seen], share)
     yield from (each, whole)
+
+
+def _front_ends(system: System) -> Iterator[Metric]:
+    """The processes that speak HTTP, where there are several."""
+    if not (processes := system.front.processes()):
+        return
+    labels = ["front_end"]
+    serves = GaugeMetricFamily("taichi_front_end_serves", "1 while it accepts connections", labels=labels)
+    requests = GaugeMetricFamily("taichi_front_end_requests", "Its open requests", labels=labels)
+    restarts = CounterMetricFamily("taichi_front_end_restarts", "Restarts that succeeded", labels=labels)
+    for one in processes:
+        serves.add_metric([one["name"]], float(one["serves"]))
+        requests.add_metric([one["name"]], one["requests"])
+        restarts.add_metric([one["name"]], one["restarts"])
+    yield from (serves, requests, restarts)
 
 
 @contextlib.contextmanager

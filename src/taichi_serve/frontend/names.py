@@ -7,8 +7,9 @@ so what belongs together is noted while the client's request is at hand.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ _OURS = "taichi_asked"
 @dataclass
 class Asked:
     """One HTTP request: its id as in the response, the engine requests made of it, and, where one of them was
-    turned away, after how many seconds it may come back."""
+    turned away, after how many seconds it may come back. Its number tells it from others with its id."""
 
     id: str
     engine: list[str] = field(default_factory=list)
     retry_after: float | None = None
+    number: int = 0
 
 
 class Names:
@@ -38,18 +40,36 @@ class Names:
 
     def __init__(self, keep: int = KEEP) -> None:
         self._last: deque[Asked] = deque(maxlen=keep)
+        self._numbers = itertools.count(1)
+        self._elsewhere: OrderedDict[tuple[int, int], Asked] = (
+            OrderedDict()
+        )  # of `_last`, those that came to other front ends
 
-    def note(self, engine_id: str, external_id: str) -> None:
-        """An engine request is made in the present context; `external_id` is what vLLM's route called it."""
+    def note(self, engine_id: str, external_id: str) -> Asked:
+        """An engine request is made in the present context, of the HTTP request that is the answer;
+        `external_id` is what vLLM's route called it."""
         state = asking.get()
         asked: Asked | None = None if state is None else state.get(_OURS)
         if asked is None:
             metadata = None if state is None else state.get("request_metadata")
-            asked = Asked(external_id if metadata is None else metadata.request_id)
+            its = external_id if metadata is None else metadata.request_id
+            asked = Asked(its, number=next(self._numbers))
             self._last.append(asked)
             if state is not None:
                 state[_OURS] = asked
         asked.engine.append(engine_id)
+        return asked
+
+    def belongs(self, asked: tuple[int, int], name: str, engine_id: str) -> None:
+        """An engine request was made elsewhere, of the HTTP request `asked` (the incarnation of a front end,
+        and a number there), which is answered with the id `name`."""
+        found = self._elsewhere.get(asked)
+        if found is None:
+            if len(self._elsewhere) == self._last.maxlen:
+                self._elsewhere.popitem(last=False)
+            found = self._elsewhere[asked] = Asked(name, number=asked[1])
+            self._last.append(found)
+        found.engine.append(engine_id)
 
     def turn_away(self, engine_id: str, retry_after: float) -> None:
         """This engine request is turned away, and may come back after so many seconds."""

@@ -11,7 +11,7 @@ from taichi_serve.dashboard.files import FILES, INDEX, File
 from taichi_serve.frontend.errors import error
 
 if TYPE_CHECKING:
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 # The browser runs what this server sent and nothing else, asks nobody else, and shows the page in no other.
 POLICY = (

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from taichi_serve.frontend.errors import error
 
 if TYPE_CHECKING:
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 OPEN = frozenset({"/live", "/ready"})  # no key is asked for here (keys.py)
 

@@ -19,7 +19,7 @@ from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 if TYPE_CHECKING:
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 router = APIRouter(prefix="/taichi")
 YAML = "application/yaml"
@@ -67,7 +67,7 @@ def _behind(system: System, request_id: str) -> list[str]:
     histories = system.recorder.histories
     if request_id in histories:
         return [request_id]
-    found = system.llm.engine_core.names.behind(request_id)
+    found = system.front.behind(request_id)
     live = [names for names in found if any(name in system.scheduler.requests for name in names)]
     return [name for name in (live or found or [[]])[0] if name in histories]
 

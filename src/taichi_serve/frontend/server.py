@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -20,89 +17,37 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.v1.engine import EngineCoreOutputs
 
-from taichi_serve.classes import Classes
-from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
 from taichi_serve.cluster.vllm.misuse import one_line
-from taichi_serve.cluster.vllm.server.cluster import VllmCluster
-from taichi_serve.cluster.vllm.server.fleet import Fleet, fleet, prepare, scratch
-from taichi_serve.cluster.vllm.server.gate import Gate
-from taichi_serve.cluster.vllm.server.keeper import Keeper
+from taichi_serve.cluster.vllm.server.fleet import Fleet, Scratch, fleet, prepare, scratch
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.warm import measure
 from taichi_serve.cluster.vllm.wire import Call
-from taichi_serve.eventlog import EventLog
-from taichi_serve.frontend.adviser import Rehearsing
 from taichi_serve.frontend.application import our_application
 from taichi_serve.frontend.attendance import Attendance
-from taichi_serve.frontend.client import ClusterLLM, cluster_llm
+from taichi_serve.frontend.client import (
+    ClusterClient,
+    ClusterLLM,
+    cluster_llm,
+    drain_from_thread,
+    guard_statistics,
+)
 from taichi_serve.frontend.connection import Connection
-from taichi_serve.frontend.ending import STOP_SECONDS, Ending, no_longer_than
-from taichi_serve.frontend.errors import SHUTTING_DOWN
-from taichi_serve.frontend.glances import feed_of
+from taichi_serve.frontend.ending import STOP_SECONDS, no_longer_than
 from taichi_serve.frontend.precheck import precheck
-from taichi_serve.frontend.record import Recorder
+from taichi_serve.frontend.several.hub import FrontEnds
+from taichi_serve.frontend.several.serving import serve_several
 from taichi_serve.frontend.starting import begun, promised
-from taichi_serve.frontend.traced import Traces, finish, traces
+from taichi_serve.frontend.system import Make, System, assemble, let_go, say
+from taichi_serve.frontend.traced import finish, traces
 from taichi_serve.frontend.trouble import Trouble
-from taichi_serve.frontend.viewers import Viewers
-from taichi_serve.frontend.voice import Voice
 from taichi_serve.latency.identity import differences, refusal
 from taichi_serve.latency.predict import Learned, Predictor
 from taichi_serve.latency.profile import ProfileError
 from taichi_serve.latency.profiled import Profiled
-from taichi_serve.scheduling.scheduler import GlobalScheduler
-from taichi_serve.sliders import OFF, ON
-from taichi_serve.slo import SLO
-from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.start import Start
-from taichi_serve.tuning.tuner import Tuner
-
-log = logging.getLogger("taichi")
-
-
-@dataclass
-class System:
-    """Everything that runs, for the routes to look at."""
-
-    cluster: VllmCluster
-    scheduler: GlobalScheduler
-    recorder: Recorder
-    llm: ClusterLLM
-    keeper: Keeper
-    attendance: Attendance
-    max_chunk: int
-    settings: dict[str, Any]  # those it was started with
-    classes: Classes
-    tasks: list[asyncio.Task[None]]
-    trouble: Trouble
-    ending: Ending
-    event_log: EventLog | None = None
-    tuner: Tuner | None = None
-    adviser: Rehearsing | None = None
-    tracing: Traces | None = None
-    viewers: Viewers = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.viewers = Viewers(self.recorder, partial(feed_of, self), self.emptied)
-
-    def emptied(self) -> bool:
-        """Whether the server ends, and nothing is open any more: who only looks is to leave, too."""
-        return self.llm.closing and not self.llm.output_processor.has_unfinished_requests()
-
-    def unready(self) -> str | None:
-        """Why a new request would not be taken now; None where it would."""
-        return SHUTTING_DOWN if self.llm.closing else self.attendance.unready()
-
-    def fail(self, why: str) -> None:
-        """End the server because it cannot go on."""
-        self.ending.fail(why)
-        signal.raise_signal(signal.SIGTERM)
-
-
-say = Voice()
 
 
 @contextlib.asynccontextmanager
@@ -113,78 +58,37 @@ async def running(
     with scratch(say) as here:
         config = flags.engine_config(argv, here.path.name)
         predictor = _predictor(args, config, start)  # first: what cannot be used is said at once
-        outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
-        async with fleet(args, argv, config, here, outputs.put_nowait, say, say.waiting) as instances:
+        deliver, make = _front(args, here)
+        async with fleet(args, argv, config, here, deliver, say, say.waiting) as instances:
             await measure(instances.cluster)
             slo = await promised(args, start, instances.cluster, say)
             for engine in instances.cluster.engines:
                 engine.client.tell(Call.SETTLE)
-            yield _system(args, instances, predictor, outputs, slo)
+            yield assemble(args, instances, predictor, slo, make)
 
 
-def _system(
+def _front(args: argparse.Namespace, here: Scratch) -> tuple[Callable[[EngineCoreOutputs], None], Make]:
+    """Where the outputs of requests go, and how what is in front of the system is made."""
+    if (count := flags.front_ends(args)) > 1:
+        fronts = FrontEnds(count, here.path)
+        return fronts.deliver, fronts.open
+    outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+    return outputs.put_nowait, partial(_one_front, args, outputs)
+
+
+def _one_front(
     args: argparse.Namespace,
-    instances: Fleet,
-    predictor: Predictor,
     outputs: asyncio.Queue[EngineCoreOutputs],
-    slo: SLO,
-) -> System:
-    cluster, keeper = instances.cluster, instances.keeper
-    capacities = {engine.name: engine.kv_capacity for engine in cluster.engines}
-    block_size = cluster.hasher.block_size if cluster.hasher is not None else 0
-    policy = flags.policy(args)
-    if cluster.stays is not None:  # KV that cannot move cannot be fetched
-        policy = replace(policy, fetch=False)
-    scheduler = GlobalScheduler(flags.sliders(args), slo, predictor, policy, capacities, block_size)
-    config = cluster.engines[0].client.vllm_config
-    written = _event_log(args.event_log)
-    trouble, ending = Trouble(say), Ending()
-    recorder = Recorder(scheduler, bytes_per_token(config), written.write if written else None, trouble)
-    llm = cluster_llm(config, cluster, outputs, args)
-    if (statistics := llm.logger_manager) is not None:  # what fails there would end every stream
-        statistics.record = trouble.guarded("statistics", statistics.record)
-    llm.attendance = Attendance(cluster, keeper)
-    largest = config.scheduler_config.max_num_batched_tokens
-    looked_at = (cluster, scheduler, recorder, llm, keeper, llm.attendance)
-    system = System(*looked_at, largest, args.settings, flags.classes(args), [], trouble, ending, written)
-    keeper.told.failed, keeper.told.hopeless = llm.fail, system.fail
-    system.tracing = traces(args, recorder, llm)
-    if args.autotune != OFF:
-        system.adviser = Rehearsing(trouble)
-        limits = _limits(config, min(capacities.values()))
-        guard = partial(trouble.guarded, "autotune")
-        system.tuner = Tuner(recorder, scheduler, limits, system.adviser, args.autotune == ON, guard)
-    driven = system.tuner or recorder
-    driving = asyncio.create_task(drive(driven, Gate(cluster, keeper.quarantine, llm.decline)), name="drive")
-    driving.add_done_callback(partial(_drive_ended, system))
-    system.tasks += [driving, *instances.supervise()]
-    return system
-
-
-def _limits(config: VllmConfig, kv_capacity: int) -> Limits:
-    """What instances of this configuration can hold and take."""
-    scheduling = config.scheduler_config
-    return Limits(
-        kv_capacity,
-        scheduling.max_num_seqs,
-        config.model_config.max_model_len,
-        scheduling.max_num_batched_tokens,
-        config.cache_config.block_size,
-        bytes_per_token(config),
-    )
-
-
-def _event_log(path: str | None) -> EventLog | None:
-    try:
-        return EventLog(Path(path)) if path else None
-    except OSError as wrong:
-        raise StartError(f"the event log {path} cannot be written: {wrong.strerror}") from wrong
-
-
-def _drive_ended(system: System, task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.critical("the scheduler failed; shutting down", exc_info=task.exception())
-        system.fail(f"the scheduler failed: {task.exception()!r}")
+    instances: Fleet,
+    attendance: Attendance,
+    trouble: Trouble,
+) -> ClusterLLM:
+    """The front end in this process."""
+    cluster = instances.cluster
+    llm = cluster_llm(cluster.engines[0].client.vllm_config, ClusterClient(cluster, outputs), args)
+    llm.attendance = attendance
+    guard_statistics(llm, trouble)
+    return llm
 
 
 def _predictor(args: argparse.Namespace, config: VllmConfig, start: Start | None) -> Predictor:
@@ -219,40 +123,37 @@ async def serve(args: argparse.Namespace, argv: list[str], start: Start | None =
     with sock:
         try:
             async with running(args, argv, start) as system:
-                await _serve_http(system, args, listen_address, sock)
+                if isinstance(system.front, FrontEnds):
+                    await serve_several(system, system.front, argv, listen_address, sock)
+                else:
+                    await _serve_http(system, args, listen_address, sock)
         except StartError as wrong:
             say(str(wrong))
             return 1
         except asyncio.CancelledError:
             say("stopped before it was ready")
             return 130
-    status = system.ending.status(asked=system.llm.closing)
+    status = system.ending.status(asked=system.front.closing)
     say(system.ending.words)
     return status
 
 
 async def _serve_http(system: System, args: argparse.Namespace, address: str, sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    timeout = float(system.llm.vllm_config.shutdown_timeout)
-    # vLLM's server calls this in a thread when a signal comes, and closes its connections afterwards.
-    system.llm.shutdown_from_thread = partial(_drain_from_thread, system, loop, timeout)
+    llm = cast(ClusterLLM, system.front)
+    system.tracing = traces(args, system.recorder, llm)
+    llm.shutdown_from_thread = partial(drain_from_thread, llm, loop)
     try:
         with our_application(system, args):
             announced = asyncio.create_task(_announce(system, sock, address))
-            shutdown_task = await build_and_serve(system.llm, address, sock, args, http=Connection)
+            shutdown_task = await build_and_serve(llm, address, sock, args, http=Connection)
         await shutdown_task
         announced.cancel()
     finally:
-        no_longer_than(STOP_SECONDS, lambda: system.ending.status(asked=system.llm.closing))
-        system.llm.shutdown_from_thread = None
-        for task in system.tasks:
-            task.cancel()
-        if system.adviser is not None:
-            system.adviser.close()
-        await asyncio.gather(*system.tasks, return_exceptions=True)
+        no_longer_than(STOP_SECONDS, lambda: system.ending.status(asked=system.front.closing))
+        llm.shutdown_from_thread = None
+        await let_go(system)
         await finish(system.tracing)
-        if system.event_log is not None:
-            system.trouble.guarded("event log", system.event_log.close)()
 
 
 async def _announce(system: System, sock: socket.socket, address: str) -> None:
@@ -263,18 +164,6 @@ async def _announce(system: System, sock: socket.socket, address: str) -> None:
     envs.enable_envs_cache()  # vLLM asks for one with every token
     instances = ", ".join(f"{e.name} {e.kind.value} chunk {e.chunk}" for e in system.cluster.engines)
     say(f"ready on {address} with {instances}")
-
-
-def _drain_from_thread(system: System, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
-    asyncio.run_coroutine_threadsafe(_drain(system, timeout), loop).result()
-
-
-async def _drain(system: System, timeout: float) -> None:
-    """Let what runs finish, at most `timeout` seconds; then end it. New requests get 503 meanwhile."""
-    system.llm.closing = True
-    if not await system.llm.drained(timeout):
-        system.llm.reject_rest()
-        await system.llm.drained(1.0)
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from taichi_serve.classes import plain
 from taichi_serve.cluster.vllm.settings import MASK
 
 if TYPE_CHECKING:
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 
 def settings(system: System) -> dict[str, Any]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.dashboard.attainment import Attainment
     from taichi_serve.frontend.record import Recorder
-    from taichi_serve.frontend.server import System
+    from taichi_serve.frontend.system import System
 
 
 SHOWN = 20  # changes of sliders
@@ -35,6 +35,7 @@ UNDER_WAY = (Passing.COPYING, Passing.READY, Passing.TAIL, Passing.PULLING)
 def state(system: System) -> dict[str, Any]:
     """Sliders, SLO, instances and counters. Counters start with the server."""
     recorder, places = system.recorder, _places(system)
+    processes = system.front.processes()
     return {
         "sliders": asdict(system.scheduler.sliders),
         "slo": asdict(system.scheduler.slo),
@@ -60,6 +61,7 @@ def state(system: System) -> dict[str, Any]:
         "kv_paths": _kv_paths(system.cluster.engines),
         "autotune": _autotune(system),
         "viewers": system.viewers.count,
+        **({"front_ends": processes} if processes else {}),
     }
 
 

@@ -19,7 +19,7 @@ class Trouble:
     """Counts by what failed; the metric `taichi_trouble_total` shows them."""
 
     # What there is to fail: a counter that appears with its first value has no rate until the second.
-    KINDS = ("event log", "record", "metrics", "statistics", "autotune", "page", "tracing")
+    KINDS = ("event log", "record", "metrics", "statistics", "autotune", "page", "front end", "tracing")
 
     def __init__(self, say: Callable[[str], object] = tell) -> None:
         """`say` gets one line at the first failure of each kind."""

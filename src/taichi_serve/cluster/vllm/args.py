@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SCHEDULER = "taichi_serve.cluster.vllm.core.scheduler.FlowScheduler"
 # Several CPU instances share one memory: each takes at most this much for KV unless told otherwise.
 CPU_KV_BYTES = 1 << 30
+MOST_FRONT_ENDS = 64
 
 
 class OneLineParser(Recording, FlexibleArgumentParser):
@@ -98,6 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         policy(args)
         patience(args)
         profile(args)
+        front_ends(args)
     except (TypeError, ValueError, VLLMError) as error:
         words = str(error)
         told = words if words.startswith("--slo-classes") else _with_flags(words)
@@ -158,6 +160,21 @@ def supervision(args: argparse.Namespace) -> None:
     """Raises ValueError where the number of restarts makes no sense."""
     if args.restarts < 0:
         raise ValueError(f"--restarts must be at least 0, not {args.restarts}")
+
+
+def front_ends(args: argparse.Namespace) -> int:
+    """How many processes speak HTTP; 1 is the server itself. Raises ValueError where so many cannot."""
+    count = 1 if args.api_server_count is None else int(args.api_server_count)
+    if not 1 <= count <= MOST_FRONT_ENDS:
+        raise ValueError(f"--api-server-count must be between 1 and {MOST_FRONT_ENDS}, not {count}")
+    if count > 1 and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ValueError(
+            "--api-server-count above 1 cannot be used with VLLM_ALLOW_RUNTIME_LORA_UPDATING: one front end "
+            "would not know what another has loaded"
+        )
+    if count > 1 and args.otlp_traces_endpoint is not None:
+        raise ValueError("--api-server-count above 1 cannot be used with --otlp-traces-endpoint")
+    return count
 
 
 def slo(args: argparse.Namespace) -> SLO:
@@ -241,7 +258,7 @@ def _set(engine_args: AsyncEngineArgs, args: argparse.Namespace, engine_id: str,
     unsaid = engine_args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu() and unsaid:
         engine_args.kv_cache_memory_bytes = CPU_KV_BYTES
-    if chosen.instances > 1:
+    if chosen.instances > 1 or front_ends(args) > 1:
         # The front end would believe that every engine has what one of them was sent.
         engine_args.mm_processor_cache_gb = 0
 

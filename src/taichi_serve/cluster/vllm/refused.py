@@ -16,7 +16,7 @@ _TRANSFER = "TaiChi sets up the KV transfer between its instances itself"
 _EVENTS = "every instance would publish on the same port"
 _OFFLOAD = "only vLLM's own offloading is known to leave moves exact"
 _POOLING = "only models that generate are served: pooling models have nothing to move"
-_FRONT = "one HTTP front end serves all instances"
+_FRONT = "requests come over HTTP"
 _CHUNKS = "the chunk of an instance is set by --p-chunk and --d-chunk"
 _MULTIMODAL = "it ties the front end to one engine process, and here are several"
 _SLEEP = "instances cannot be put to sleep"
@@ -34,7 +34,6 @@ REFUSED: dict[str, str] = {
     "ray_workers_use_nsight": "Ray is not supported",
     "grpc": _FRONT,
     "grpc_port": _FRONT,
-    "api_server_count": _FRONT,
     "data_parallel_rank": _INSTANCES,
     "data_parallel_start_rank": _INSTANCES,
     "data_parallel_size_local": _INSTANCES,
@@ -102,7 +101,6 @@ REFUSED: dict[str, str] = {
 
 # Values beside the default that say how things are anyway.
 HARMLESS: dict[str, tuple[object, ...]] = {
-    "api_server_count": (1,),
     "async_scheduling": (True,),
     "convert": ("none",),
     "data_parallel_size_local": (1,),

@@ -1,0 +1,1 @@
+"""Several front ends before one scheduler (`--api-server-count`); docs/architecture.md has why so."""
