@@ -94,6 +94,7 @@ class Dispatcher:
             heir = min(left, key=lambda i: i.decodes)
             heir.kind, heir.closing = Kind.P_HEAVY, False
             heir.chunk = max(sliders.p_chunk, sliders.d_chunk)
+            self.ledger.touch(heir)
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
             able = [heir]
         if self.policy.overload == SERVE:

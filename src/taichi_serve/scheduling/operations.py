@@ -7,6 +7,7 @@ from taichi_serve.messages import Asked, Command, Drained, Move, SetChunk
 from taichi_serve.request import State
 from taichi_serve.scheduling.decode import choose_target
 from taichi_serve.scheduling.dispatch import Dispatcher
+from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.sliders import Sliders
 
 
@@ -27,6 +28,7 @@ def drain(dispatcher: Dispatcher, event: Drained) -> list[Command]:
     instance = dispatcher.ledger.instances.get(event.instance)
     if instance is None:
         return []
+    dispatcher.ledger.touch(instance)
     instance.draining = event.on
     return empty(dispatcher, instance, event.at) if event.on and instance.answers else []
 
@@ -64,12 +66,14 @@ def slide(dispatcher: Dispatcher, sliders: Sliders) -> list[Command]:
         if instance.alive and (instance.kind, instance.chunk) != (kind, chunk):
             commands.append(SetChunk(instance.name, kind, chunk))
         instance.kind, instance.chunk = kind, chunk
+        dispatcher.ledger.touch(instance)
     return commands
 
 
-def close(instance: Instance) -> list[Command]:
+def close(ledger: Ledger, instance: Instance) -> list[Command]:
     """Set the chunk that a slider asked for to 0 once the last queued prompt is through."""
     if not instance.closing or instance.queued_requests:
         return []
+    ledger.touch(instance)
     instance.closing, instance.chunk = False, 0
     return [SetChunk(instance.name, instance.kind, 0)] if instance.alive else []

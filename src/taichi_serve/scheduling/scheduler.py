@@ -139,7 +139,7 @@ class GlobalScheduler:
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
-        after = [*close(here), *sort(self._dispatcher, here, event.at)]
+        after = [*close(self.ledger, here), *sort(self._dispatcher, here, event.at)]
         if event.held:
             return [*after, self._dispatcher.hand_over(request, here, event.at)]
         self._settle(request, here, 1, event.at)
@@ -199,7 +199,7 @@ class GlobalScheduler:
         self.counters.ended(outcome, request.moves.get(Move.BACKFLOW, 0))
         self.counters.judge(request, outcome, now, output_tokens)
         self.ledger.forget(request)
-        return close(here) if here else []
+        return close(self.ledger, here) if here else []
 
     # ---------------------------------------------------------------------------------- Algorithm 1, a step
 
