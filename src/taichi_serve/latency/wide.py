@@ -63,21 +63,24 @@ class WideProfiled:
         rest = left - full * here.chunk
         shared = (running > 0.0) & (rest < usual)
         filled = np.where(shared, np.minimum(here.chunk, np.floor(usual)), rest)
-        seconds = full * (beside + np.maximum(floor, token * (here.chunk + here.decodes)))
+        seconds: Floats = full * (beside + np.maximum(floor, token * (here.chunk + here.decodes)))
         seconds += (rest > 0.0) * (beside + np.maximum(floor, token * (filled + here.decodes)))
         own = (prompt_tokens * (prompt_tokens + 1) - cached * (cached + 1)) / 2
         busy = running + here.decodes
         step = np.where(running > 0.0, beside, plain) + np.maximum(floor, token * busy)
         seconds += np.where(busy > 0.0, step / 2, 0.0)
         seconds += model.attention * (own + here.attended * (here.ahead - running / 2))
-        return seconds * self._biases(here, mixed)
+        seconds *= self._biases(here, mixed)
+        return seconds
 
     def works(self, columns: Columns, prompt_tokens: int) -> Floats:
         """Seconds that a prompt adds to each queue."""
         model, here = self.predictor.model, columns
         step = self._plain(here) + model.mixed
         step += model.token * np.maximum(model.knee, here.chunk + here.decodes)
-        seconds = prompt_tokens / here.chunk * step + model.attention * prompt_attention(prompt_tokens)
+        seconds: Floats = prompt_tokens / here.chunk * step + model.attention * prompt_attention(
+            prompt_tokens
+        )
         return seconds * self._biases(here, here.looks[0])
 
     def sinces(self, columns: Columns, now: float) -> Floats:
@@ -108,7 +111,9 @@ class WideProfiled:
     def fetches(self, columns: Columns, lender: Instance, kv_tokens: Floats | int) -> Floats:
         """Seconds that copying takes from this instance to each."""
         size = np.asarray(kv_tokens) * self.predictor.bytes_per_token
-        (low, slow), (high, bias) = (self.predictor.link(lender.kind, k) for k in (Kind.D_HEAVY, Kind.P_HEAVY))
+        (low, slow), (high, bias) = (
+            self.predictor.link(lender.kind, k) for k in (Kind.D_HEAVY, Kind.P_HEAVY)
+        )
         return np.where(columns.low, low.seconds(size) * slow, high.seconds(size) * bias)
 
     def _plain(self, here: Columns) -> Floats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Asked, Command, Drained, Move, SetChunk
 from taichi_serve.request import State
-from taichi_serve.scheduling.decode import choose_target
 from taichi_serve.scheduling.dispatch import Dispatcher
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.sliders import Sliders
@@ -36,8 +35,9 @@ def drain(dispatcher: Dispatcher, event: Drained) -> list[Command]:
 def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]:
     """Send away whoever can move and finds room, like to like first; the others try again in a later step."""
     ledger, policy = dispatcher.ledger, dispatcher.policy
+    find = dispatcher.fleet.find
     elsewhere = [i for i in ledger.instances.values() if i.serving]
-    alike = [i for i in elsewhere if i.kind is source.kind]
+    alike = dispatcher.of_kind(source.kind)
     commands: list[Command] = []
     if not elsewhere:
         return commands
@@ -45,7 +45,7 @@ def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]
         request = ledger.requests[name]
         kv_tokens = request.prompt_tokens + request.output_tokens(source.ticks)
         prefixes = ledger.prefixes(request)
-        target = choose_target(alike, kv_tokens, 1.0, policy, prefixes) or choose_target(
+        target = find(alike, kv_tokens, 1.0, policy, prefixes) or find(
             elsewhere, kv_tokens, 1.0, policy, prefixes
         )
         if target is None:

@@ -41,7 +41,7 @@ from taichi_serve.messages import (
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.behind import sort
 from taichi_serve.scheduling.counters import Counters
-from taichi_serve.scheduling.decode import choose_backflow, choose_degrade
+from taichi_serve.scheduling.decode import Search, choose_backflow, choose_degrade
 from taichi_serve.scheduling.dispatch import Dispatcher
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.operations import ask, close, drain, empty, slide
@@ -79,8 +79,8 @@ class GlobalScheduler:
         self.counters = Counters()
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
-        self._match = self.ledger.prefixes
         self._dispatcher = Dispatcher(self.ledger, predictor, policy, self.counters)
+        self._search = Search(self.ledger.prefixes, self._dispatcher.fleet.find)
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
             Prefilled: self._prefilled,
@@ -225,10 +225,10 @@ class GlobalScheduler:
         if source.kv_tokens - source.leaving_tokens <= self.policy.watermark * source.kv_capacity:
             return []
         commands: list[Command] = []
-        helpers = [i for i in self.instances.values() if i.serving and i.kind is Kind.P_HEAVY]
+        helpers = self._dispatcher.of_kind(Kind.P_HEAVY)
         residents = self.ledger.residents[source.name]
         while choice := choose_degrade(
-            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._match
+            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._search
         ):
             request, target = choice
             why = f"KV of {source.name} at {source.kv_usage:.3f}, watermark {self.policy.watermark:g}"
@@ -240,9 +240,9 @@ class GlobalScheduler:
         if not any(True for _ in residents.crossing(now, source.ticks)):
             return []
         commands: list[Command] = []
-        decoders = [i for i in self.instances.values() if i.serving and i.kind is Kind.D_HEAVY]
+        decoders = self._dispatcher.of_kind(Kind.D_HEAVY)
         while choice := choose_backflow(
-            source, residents, self.requests, decoders, now, self.predictor, self.policy, self._match
+            source, residents, self.requests, decoders, now, self.predictor, self.policy, self._search
         ):
             request, target = choice
             why = f"running TPOT reached {self.policy.alpha:g} of {request.slo.tpot:g} s"
