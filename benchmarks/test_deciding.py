@@ -110,9 +110,11 @@ class Town:
         sliding = [i for i in instances if i.name in list(self.scheduler.instances)[self.sliders.p_heavy :]]
         for i in sliding:
             i.closing = True  # for a moment nobody D-heavy takes prompts
+        self.scheduler.ledger.touch(*sliding)
         command = self.prefilling()
         for i in sliding:
             i.closing = False
+        self.scheduler.ledger.touch(*sliding)
         (decode,) = self.scheduler.on(Prefilled(self.now, command.request, 0, command.on, held=True))
         assert isinstance(decode, Decode)
         return decode

@@ -110,11 +110,12 @@ class WideProfiled:
 
     def fetches(self, columns: Columns, lender: Instance, kv_tokens: Floats | int) -> Floats:
         """Seconds that copying takes from this instance to each."""
-        size = np.asarray(kv_tokens) * self.predictor.bytes_per_token
-        (low, slow), (high, bias) = (
-            self.predictor.link(lender.kind, k) for k in (Kind.D_HEAVY, Kind.P_HEAVY)
-        )
-        return np.where(columns.low, low.seconds(size) * slow, high.seconds(size) * bias)
+        size, found = np.asarray(kv_tokens) * self.predictor.bytes_per_token, []
+        for kind in (Kind.D_HEAVY, Kind.P_HEAVY):
+            link, bias = self.predictor.link(lender.kind, kind)
+            found.append((link.latency + size / link.bytes_per_second) * bias)
+        low, high = found
+        return np.where(columns.low, low, high)
 
     def _plain(self, here: Columns) -> Floats:
         model = self.predictor.model

@@ -27,11 +27,13 @@ from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import choose_start, outlooks
 from taichi_serve.scheduling.door import Door
-from taichi_serve.scheduling.fleet import FEW, Fleet
+from taichi_serve.scheduling.fleet import Fleet
 from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.narrow import narrowed
 from taichi_serve.scheduling.policy import SERVE, Policy
 from taichi_serve.scheduling.precedence import Precedence
-from taichi_serve.scheduling.prefill import UNKNOWN, Behind, Known, Placement, choose_prefill
+from taichi_serve.scheduling.prefill import Placement, choose_prefill
+from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.standing import able, decoders, of_kind, serving
@@ -39,10 +41,6 @@ from taichi_serve.scheduling.triage import Triage
 from taichi_serve.sliders import Kind, Sliders
 
 NOBODY: Mapping[str, Behind] = {}  # comes after a prompt where all are served in order of arrival
-
-
-def _in_use(prefixes: Prefixes, instance: Instance) -> int:
-    return prefixes.get(instance.name, NONE).claimed
 
 
 class Dispatcher:
@@ -111,6 +109,9 @@ class Dispatcher:
         what they have of it."""
         known = self._known(request, now, able)
         beside = self.ledger.strictest.beside(request.slo)
+        if self.fleet.too_many(able) and self.policy.overload == SERVE:
+            among, policy = (able, low), self.policy
+            able, low = narrowed(self.fleet, request, now, among, known, self.predictor, policy, beside)
         return choose_prefill(request, now, able, low, self.predictor, self.policy, known, beside), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
@@ -273,10 +274,10 @@ class Dispatcher:
     ) -> tuple[Outlook, ...]:
         """Book the move; what the request has in blocks that are in use there needs no room."""
         room, prefixes = self._room(request), self.ledger.prefixes(request)
-        if self.fleet.many and len(among) > FEW:
+        if self.fleet.too_many(among):
             among = [target]  # of many the others are not named
         looks = outlooks(among, room, self._mark(move), self.predictor, self.policy, prefixes)
-        self.ledger.depart(request, target, move, now, room - _in_use(prefixes, target))
+        self.ledger.depart(request, target, move, now, room - prefixes.get(target.name, NONE).claimed)
         return looks
 
     def fail(self, request: Request, now: float, why: str) -> Abort:

@@ -32,6 +32,7 @@ class Fleet:
     def __init__(self, ledger: Ledger, predictor: Predictor) -> None:
         self.ledger = ledger
         self.asked: Wide | None = wide(predictor)
+        self.least = FEW  # instances of which all are asked
         self.columns = Columns(0)
         self.instances: list[Instance] = []  # of each row
         self.rows: dict[str, int] = {}
@@ -42,7 +43,11 @@ class Fleet:
     @property
     def many(self) -> bool:
         """Whether there are so many that not everybody is asked."""
-        return self.asked is not None and len(self.ledger.instances) > FEW
+        return self.asked is not None and len(self.ledger.instances) > self.least
+
+    def too_many(self, instances: Sequence[Instance]) -> bool:
+        """Whether not all of these are asked."""
+        return self.many and len(instances) > self.least
 
     def standing(self) -> Standing:
         """Who may be sent work. The lists stay the same objects for as long as what is in them does."""
@@ -136,7 +141,7 @@ class Fleet:
         prefixes: Prefixes,
     ) -> Instance | None:
         """What `choose_target` chooses."""
-        if self.many and len(instances) > FEW:
+        if self.too_many(instances):
             instances = self.targets(instances, kv_tokens, [mark], policy, prefixes)
         return choose_target(instances, kv_tokens, mark, policy, prefixes)
 
@@ -144,7 +149,7 @@ class Fleet:
         """Of those that serve, who `choose_start` can take for a request that prefilled `here`, and where its
         KV may have been copied ahead."""
         standing = self.standing()
-        if len(standing.serving) <= FEW:
+        if len(standing.serving) <= self.least:
             return standing.serving
         marks = policy.full_mark, 1.0
         found: list[Instance] = []
