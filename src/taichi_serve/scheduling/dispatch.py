@@ -188,18 +188,12 @@ class Dispatcher:
         Of those that answer the one with most of it may lend, and of equals the one that has lent least."""
         serve = self.policy.overload == SERVE
         overtaken = NOBODY if serve else self.triage.overtaken(request, now, able)
-        prefixes = self.ledger.prefixes(request)
+        prefixes = self.fleet.prefixes(request)
         if not prefixes:
             return Known(prefixes, overtaken=overtaken) if overtaken else UNKNOWN
         if not self.policy.fetch:
             return Known(prefixes, overtaken=overtaken)
-        lender, lent = None, 0
-        for name, prefix in prefixes.items():
-            instance = self.ledger.instances[name]
-            if prefix.held < max(1, lent) or not instance.answers:
-                continue
-            if lender is None or prefix.held > lent or instance.lends_until < lender.lends_until:
-                lender, lent = instance, prefix.held
+        lender, lent = self.fleet.lender(prefixes)
         behind = max(0.0, lender.lends_until - now) if lender else 0.0
         return Known(prefixes, lender, lent, behind, overtaken)
 
@@ -215,7 +209,7 @@ class Dispatcher:
 
     def _starts(self, request: Request, here: Instance) -> tuple[list[Instance], Prefixes]:
         """Where the decode of a request that prefilled `here` can begin, and what they have of it."""
-        prefixes = self.ledger.prefixes(request)
+        prefixes = self.fleet.prefixes(request)
         if self.fleet.many:
             return self.fleet.starts(request, here, self.policy, prefixes), prefixes
         return self.serving(), prefixes
@@ -246,7 +240,7 @@ class Dispatcher:
             return []
         kv_tokens = request.prompt_tokens + request.base
         low = decoders(takers)
-        prefixes = self.ledger.prefixes(request)
+        prefixes = self.fleet.prefixes(request)
         target = (
             self.fleet.find(low, kv_tokens, self.policy.full_mark, self.policy, prefixes)
             or self.fleet.find(takers, kv_tokens, 1.0, self.policy, prefixes)
@@ -273,7 +267,7 @@ class Dispatcher:
         self, request: Request, target: Instance, move: Move, now: float, among: list[Instance]
     ) -> tuple[Outlook, ...]:
         """Book the move; what the request has in blocks that are in use there needs no room."""
-        room, prefixes = self._room(request), self.ledger.prefixes(request)
+        room, prefixes = self._room(request), self.fleet.prefixes(request)
         if self.fleet.too_many(among):
             among = [target]  # of many the others are not named
         looks = outlooks(among, room, self._mark(move), self.predictor, self.policy, prefixes)

@@ -18,8 +18,10 @@ from taichi_serve.latency.wide import wide
 from taichi_serve.request import Request
 from taichi_serve.scheduling.decode import choose_target
 from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.lending import lender
+from taichi_serve.scheduling.matched import Matched, lengths
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.residency import Prefixes
+from taichi_serve.scheduling.residency import NOTHING, Prefixes
 from taichi_serve.scheduling.standing import Standing
 
 FEW = 32  # instances: asking all of them takes less time than looking who can win
@@ -96,13 +98,40 @@ class Fleet:
         """The instances of these rows, in order."""
         return [self.instances[number] for number in sorted(set(rows))]
 
+    def prefixes(self, request: Request) -> Prefixes:
+        """What the instances have of a request, as Ledger.prefixes says."""
+        if not self.many:
+            return self.ledger.prefixes(request)
+        residency, count = self.ledger.residency, len(self.ledger.instances)
+        held, claimed = residency.runs(request.blocks, request.prompt_tokens + (request.first_at is not None))
+        if not (held or claimed):
+            return NOTHING
+        self.fresh()
+        caches, piece = lengths(held, 2 * count) * residency.block_size, residency.piece
+        return Matched(self.rows, caches[:count], caches[count:], lengths(claimed, count) * piece)
+
     def column(self, prefixes: Prefixes, of: str) -> Floats | int:
         """How many tokens of a prompt each row has, `of` one sort (a field of Prefix); 0 where none has."""
         if not prefixes:
             return 0
+        if isinstance(prefixes, Matched):
+            known: Floats = getattr(prefixes, of)
+            return known
         tokens: Floats = np.zeros(len(self.instances))
         tokens[[self.rows[name] for name in prefixes]] = [getattr(one, of) for one in prefixes.values()]
         return tokens
+
+    def lender(self, prefixes: Prefixes) -> tuple[Instance | None, int]:
+        """Who may lend a prefix, and how many tokens of it (lending.lender)."""
+        if not (self.many and prefixes):
+            return lender(prefixes, self.ledger.instances)
+        here = self.fresh()
+        held = np.where(here.answers > 0.0, self.column(prefixes, "held"), 0)
+        most = int(held.max())
+        if most < 1:
+            return None, 0
+        rows = np.flatnonzero(held == most)
+        return self.instances[int(rows[here.lends_until[rows].argmin()])], most
 
     # ------------------------------------------------------------------------------------------- decodes
 

@@ -44,7 +44,7 @@ def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]
     for name in ledger.residents[source.name].everyone(now, source.ticks):
         request = ledger.requests[name]
         kv_tokens = request.prompt_tokens + request.output_tokens(source.ticks)
-        prefixes = ledger.prefixes(request)
+        prefixes = dispatcher.fleet.prefixes(request)
         target = find(alike, kv_tokens, 1.0, policy, prefixes) or find(
             elsewhere, kv_tokens, 1.0, policy, prefixes
         )

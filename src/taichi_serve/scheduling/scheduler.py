@@ -80,7 +80,7 @@ class GlobalScheduler:
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
         self._dispatcher = Dispatcher(self.ledger, predictor, policy, self.counters)
-        self._search = Search(self.ledger.prefixes, self._dispatcher.fleet.find)
+        self._search = Search(self._dispatcher.fleet.prefixes, self._dispatcher.fleet.find)
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
             Prefilled: self._prefilled,
