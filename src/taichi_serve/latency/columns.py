@@ -7,6 +7,7 @@ ones do.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -43,9 +44,9 @@ class Columns:
         self.ahead: Floats  # prompt tokens queued and not yet computed
         self.running: Floats  # of these, in the step that runs
         self.attended: Floats  # attended tokens per queued prompt token
-        self.prompts: Floats  # requests queued
         self.decodes: Floats
-        self.context: Floats  # tokens that the decodes attend to
+        self.context: Floats  # tokens that the decodes attend to; predictions depend on no column after it
+        self.prompts: Floats  # requests queued
         self.used: Floats  # KV tokens in use, promised, or about to be
         self.kv_tokens: Floats  # KV tokens in use
         self.capacity: Floats  # KV tokens in all
@@ -55,16 +56,17 @@ class Columns:
         self.stepped_at: Floats  # seconds
         self.last_by: Floats  # the latest deadline queued there (seconds), minus infinity for none
         (
-            self.d_heavy, self.chunk, self.ahead, self.running, self.attended, self.prompts, self.decodes,
-            self.context, self.used, self.kv_tokens, self.capacity, self.open, self.answers,
+            self.d_heavy, self.chunk, self.ahead, self.running, self.attended, self.decodes, self.context,
+            self.prompts, self.used, self.kv_tokens, self.capacity, self.open, self.answers,
             self.lends_until, self.stepped_at, self.last_by,
         ) = self.numbers  # fmt: skip
         self.low: Mask = np.zeros(rows, np.bool_)  # D-heavy
 
     def put(self, rows: list[int], numbers: list[tuple[float, ...]], looks: list[tuple[float, ...]]) -> None:
         """These instances are as `numbers` (see `row`) and `looks` (of the predictor) say from now on."""
-        self.numbers[:, rows] = np.array(numbers).T
-        self.looks[:, rows] = np.array(looks).T
+        for table, found in ((self.numbers, numbers), (self.looks, looks)):
+            flat = np.fromiter(chain.from_iterable(found), np.float64, len(rows) * len(table))
+            table[:, rows] = flat.reshape(len(rows), len(table)).T
         self.low = self.d_heavy > 0.0
 
 
@@ -77,9 +79,9 @@ def row(instance: Instance, last_by: float) -> tuple[float, ...]:
         ahead,
         instance.running_tokens,
         instance.queued_attention / queued if queued else 0.0,
-        instance.queued_requests,
         decodes,
         instance.context_base + decodes * instance.ticks,
+        instance.queued_requests,
         instance.kv_tokens + instance.reserved_tokens + ahead + instance.queued_unused,
         instance.kv_tokens,
         instance.kv_capacity,
@@ -97,6 +99,10 @@ class Wide(Protocol):
 
     def look(self, instance: Instance) -> tuple[float, ...]:
         """`LOOKS` numbers: what it has learned of an instance by now."""
+        ...
+
+    def alike(self, columns: Columns, rows: npt.NDArray[np.intp]) -> Floats:
+        """Of these rows the numbers, beside those of the instances, that all answers depend on now."""
         ...
 
     def ttfts(self, columns: Columns, prompt_tokens: int, cached: Floats | int) -> Floats:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.columns import Columns, Floats, Wide
@@ -38,6 +39,13 @@ def _relaxed(values: Floats, usual: float, idle: Floats) -> Floats:
     return np.where(doubtful, usual + (values - usual) * _kept(idle), values)
 
 
+def _alike(looks: Floats, now: float, times: tuple[int, ...]) -> Floats:
+    for place in times:
+        fresh = now - looks[place] <= FRESH
+        looks[place, fresh] = NEVER
+    return looks
+
+
 class WideProfiled:
     """Profiled, for all instances at once."""
 
@@ -50,6 +58,10 @@ class WideProfiled:
         if seen is None:
             return 1.0, 1.0, 0.0, 0.0, NEVER
         return seen.mixed_bias, seen.plain_bias, seen.usual, seen.share.value(0.0), seen.at
+
+    def alike(self, columns: Columns, rows: npt.NDArray[np.intp]) -> Floats:
+        """The same, but for times that do not count yet."""
+        return _alike(columns.looks[:, rows], self.predictor.now, (4,))
 
     def ttfts(self, columns: Columns, prompt_tokens: int, cached: Floats | int) -> Floats:
         """Seconds until the first token."""
@@ -143,6 +155,10 @@ class WideLearned:
         if known is None or not known.below:
             return default, NEVER
         return known.value(default), known.at
+
+    def alike(self, columns: Columns, rows: npt.NDArray[np.intp]) -> Floats:
+        """The same, but for times that do not count yet."""
+        return _alike(columns.looks[:, rows], self.predictor.now, (1, 3))
 
     def ttfts(self, columns: Columns, prompt_tokens: int, cached: Floats | int) -> Floats:
         """Seconds until the first token."""

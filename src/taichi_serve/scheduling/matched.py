@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from taichi_serve.scheduling.residency import Prefix
 
-Counts = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.float64]  # whole numbers, as the columns that they are held against
 
 
 class Matched(Mapping[str, Prefix]):
@@ -44,7 +44,7 @@ class Matched(Mapping[str, Prefix]):
 
 def lengths(runs: Sequence[tuple[int, int]], count: int) -> Counts:
     """Of pairs of a set of bits and a number, for each of so many bits the number that it is in."""
-    found = np.zeros(count, np.int64)
+    found = np.zeros(count)
     for bits, length in runs:
         found[_rows(bits, count)] = length
     return found

@@ -30,7 +30,8 @@ from taichi_serve.scheduling.prompt import Known, Prompt, hand_over_seconds, lim
 from taichi_serve.slo import SLO
 
 NO_ROOM, LATE, SLOW = 30.0, 20.0, 10.0  # groups of keys: above those of ranks 0 to 2, which are feasible
-EQUAL = 8  # rounds in which instances that are the same to the last bit are made one
+LEFT = 4  # so many may be left without looking whether some of them are the same to the last bit
+ALIKE = 7  # columns up to `context` are what predictions depend on
 
 
 class Keys(NamedTuple):
@@ -76,6 +77,7 @@ class Narrowing:
     cached: Floats | int
     claimed: Floats | int
     to_come: Floats
+    tpots: Floats
 
     @property
     def length(self) -> int:
@@ -88,7 +90,7 @@ class Narrowing:
         seconds = seconds + self.to_come
         feasible = fits & (seconds <= limits.ttft)
         sure = np.abs(seconds - limits.ttft) > margin(limits.ttft)
-        tpots = self.asked.tpots(here, self.length)
+        tpots = self.tpots
         if limits.tpot < float("inf"):
             feasible &= ~here.low | (tpots <= limits.tpot)
             sure &= ~here.low | (np.abs(tpots - limits.tpot) > margin(limits.tpot))
@@ -151,19 +153,18 @@ class Narrowing:
 
     def different(self, kept: Mask) -> list[int]:
         """Of rows that are the same in all that a key depends on the first one, which would be chosen."""
-        rows = np.flatnonzero(kept)
-        if len(rows) <= 1:
-            return [int(one) for one in rows]
-        numbers = [self.columns.numbers[:-4, rows], self.columns.looks[:, rows]]
+        rows, found = np.flatnonzero(kept), list[int]()
+        if len(rows) <= LEFT:
+            return [*map(int, rows)]
+        numbers = [self.columns.numbers[:ALIKE, rows], self.asked.alike(self.columns, rows)]
+        numbers.append(self.fits()[None, rows].astype(np.float64))
         numbers += [of[None, rows] for of in (self.cached, self.claimed) if not isinstance(of, int)]
-        left, found = np.vstack(numbers), list[int]()
-        for _ in range(EQUAL):
-            if not len(rows):
-                return found
+        left = np.concatenate(numbers)
+        while len(rows) > LEFT and len(found) < LEFT:
             others = (left != left[:, :1]).any(axis=0)
             found.append(int(rows[0]))
             left, rows = left[:, others], rows[others]
-        return [*found, *(int(one) for one in rows)]
+        return [*found, *map(int, rows)]
 
 
 def narrowed(
@@ -195,6 +196,7 @@ def narrowed(
     claimed = fleet.column(known.prefixes, "claimed")
     cached = np.maximum(claimed, fleet.column(known.prefixes, "held")) if known.prefixes else 0
     to_come = np.where(columns.low, waited, later)
-    narrowing = Narrowing(prompt, columns, asked, cached, claimed, to_come)
+    tpots = asked.tpots(columns, request.prompt_tokens)
+    narrowing = Narrowing(prompt, columns, asked, cached, claimed, to_come, tpots)
     lender = None if known.lender is None else fleet.rows[known.lender.name]
     return fleet.at(narrowing.different(narrowing.rows(mask, known, lender))), low
