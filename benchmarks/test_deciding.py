@@ -392,7 +392,7 @@ def test_deciding_scales() -> None:
         assert table[8, 20_000][n] <= 2 * table[8, 100][n] + 10
 
 
-FLEET, LIVE = 1_000, 6_000
+FLEET, LIVE = 1_000, 100_000
 BETWEEN = 30  # steps of others between two arrivals: 33,000 and 1,100 a second
 BOUND = 300 * MICRO
 

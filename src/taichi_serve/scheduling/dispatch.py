@@ -188,7 +188,8 @@ class Dispatcher:
         Of those that answer the one with most of it may lend, and of equals the one that has lent least."""
         serve = self.policy.overload == SERVE
         overtaken = NOBODY if serve else self.triage.overtaken(request, now, able)
-        prefixes = self.fleet.prefixes(request)
+        # Everybody is asked for their own where deadlines count: then not as arrays.
+        prefixes = self.fleet.prefixes(request) if serve else self.ledger.prefixes(request)
         if not prefixes:
             return Known(prefixes, overtaken=overtaken) if overtaken else UNKNOWN
         if not self.policy.fetch:
