@@ -13,4 +13,4 @@ latency=taichi_serve/latency
 "$python" -m mypyc --no-incremental \
     taichi_serve/messages.py taichi_serve/request.py taichi_serve/instance.py \
     $latency/curve.py $latency/model.py $latency/predict.py $latency/profiled.py \
-    $(ls taichi_serve/scheduling/*.py | grep -v policy.py) taichi_serve/cluster/simulated/*.py
+    $(ls taichi_serve/scheduling/*.py | grep -vE '(policy|fleet|narrow|matched).py') taichi_serve/cluster/simulated/*.py

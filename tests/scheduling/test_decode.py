@@ -9,7 +9,13 @@ import pytest
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Flowed, Move, Stepped
 from taichi_serve.request import Request, State
-from taichi_serve.scheduling.decode import choose_backflow, choose_degrade, choose_start, choose_target
+from taichi_serve.scheduling.decode import (
+    Search,
+    choose_backflow,
+    choose_degrade,
+    choose_start,
+    choose_target,
+)
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.residency import Prefix
 from taichi_serve.scheduling.residents import Residents
@@ -262,7 +268,7 @@ def test_degrading_reckons_with_what_the_helper_has_already() -> None:
         def match(_: Request) -> dict[str, Prefix]:
             return {"i0": Prefix(prefix, prefix)}
 
-        return choose_degrade(source, here, ledger, [helper], 1.0, ByHand(0.12), STILL, match)
+        return choose_degrade(source, here, ledger, [helper], 1.0, ByHand(0.12), STILL, Search(match))
 
     assert choice(0) is None
     assert choice(506) == (request, helper)

@@ -163,13 +163,17 @@ class Profiled:
 
     def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
         """KV over the link (s), as the moves of late took."""
-        ends = source.kind is Kind.P_HEAVY, target.kind is Kind.P_HEAVY
+        link, bias = self.link(source.kind, target.kind)
+        return link.seconds(kv_tokens * self.bytes_per_token) * bias
+
+    def link(self, source: Kind, target: Kind) -> tuple[Transfer, float]:
+        """The link between instances of two kinds, and how much slower it was of late."""
+        ends = source is Kind.P_HEAVY, target is Kind.P_HEAVY
         known = self._copying.get(ends)
         if known is None:
-            pair = source.kind, target.kind
+            pair = source, target
             known = self._copying[ends] = self.transfers.get(pair, UNMEASURED), self._gap_bias(pair)
-        link, bias = known
-        return link.seconds(kv_tokens * self.bytes_per_token) * bias
+        return known
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """Compare a step with its prediction; `instance` is as it was before the step."""

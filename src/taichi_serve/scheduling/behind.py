@@ -5,7 +5,7 @@ from __future__ import annotations
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Command, Prefill
 from taichi_serve.request import Request
-from taichi_serve.scheduling.dispatch import Dispatcher, decoders
+from taichi_serve.scheduling.dispatch import Dispatcher
 from taichi_serve.scheduling.policy import SERVE
 
 
@@ -28,7 +28,7 @@ def elsewhere(dispatcher: Dispatcher, request: Request, instance: Instance, now:
     others = [one for one in dispatcher.able() if one is not instance and one.answers]
     if not (others and request.movable):
         return None
-    low = decoders(dispatcher.serving())
+    low = dispatcher.low()
     placed, known = dispatcher.choose(request, now, others, low)
     before = request.work
     request.work = dispatcher.predictor.work(placed.instance, request.prompt_tokens, placed.cached)

@@ -6,6 +6,7 @@ Every function reads the ledger and answers; none of them writes anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
@@ -19,6 +20,7 @@ from taichi_serve.sliders import Kind
 
 Flowing = tuple[Request, Instance]
 Match = Callable[[Request], Prefixes]
+Find = Callable[[Sequence[Instance], int, float, Policy, Prefixes], Instance | None]
 
 
 def choose_target(
@@ -47,6 +49,18 @@ def choose_target(
         if best is None or load < best_load:
             best, best_load = instance, load
     return best
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How a target for a request is found: what the instances have of it, and which of them
+    `choose_target` takes."""
+
+    match: Match = lambda _: NOTHING
+    find: Find = choose_target
+
+
+ONE_BY_ONE = Search()
 
 
 def outlooks(
@@ -101,7 +115,7 @@ def choose_degrade(
     now: float,
     predictor: Predictor,
     policy: Policy,
-    match: Match = lambda _: NOTHING,
+    by: Search = ONE_BY_ONE,
 ) -> Flowing | None:
     """Longest-first degrading: whom a D-heavy instance past the watermark sends to a P-heavy one, and where.
 
@@ -117,8 +131,8 @@ def choose_degrade(
             continue
         output = request.output_tokens(source.ticks)
         kv_tokens = request.prompt_tokens + output
-        prefixes = match(request)
-        target = choose_target(helpers, kv_tokens, policy.full_mark, policy, prefixes)
+        prefixes = by.match(request)
+        target = by.find(helpers, kv_tokens, policy.full_mark, policy, prefixes)
         if target is None:
             continue
         gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).device)
@@ -136,7 +150,7 @@ def choose_backflow(
     now: float,
     predictor: Predictor,
     policy: Policy,
-    match: Match = lambda _: NOTHING,
+    by: Search = ONE_BY_ONE,
 ) -> Flowing | None:
     """TPOT-aware backflow: whose running TPOT on a P-heavy instance reached alpha x SLO, and where it goes.
 
@@ -150,8 +164,8 @@ def choose_backflow(
             continue
         output = request.output_tokens(source.ticks)
         kv_tokens = request.prompt_tokens + output
-        prefixes = match(request)
-        target = choose_target(decoders, kv_tokens, policy.return_mark, policy, prefixes)
+        prefixes = by.match(request)
+        target = by.find(decoders, kv_tokens, policy.return_mark, policy, prefixes)
         if target is None:
             continue
         saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)

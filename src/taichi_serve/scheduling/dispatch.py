@@ -5,7 +5,7 @@ A command and its booking are made in one place, so that none goes out that the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
@@ -25,27 +25,22 @@ from taichi_serve.messages import (
 )
 from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
-from taichi_serve.scheduling.decode import choose_start, choose_target, outlooks
+from taichi_serve.scheduling.decode import choose_start, outlooks
 from taichi_serve.scheduling.door import Door
+from taichi_serve.scheduling.fleet import Fleet
 from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.narrow import narrowed
 from taichi_serve.scheduling.policy import SERVE, Policy
 from taichi_serve.scheduling.precedence import Precedence
-from taichi_serve.scheduling.prefill import UNKNOWN, Behind, Known, Placement, choose_prefill
+from taichi_serve.scheduling.prefill import Placement, choose_prefill
+from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
+from taichi_serve.scheduling.standing import able, decoders, of_kind, serving
 from taichi_serve.scheduling.triage import Triage
 from taichi_serve.sliders import Kind, Sliders
 
 NOBODY: Mapping[str, Behind] = {}  # comes after a prompt where all are served in order of arrival
-
-
-def decoders(instances: list[Instance]) -> list[Instance]:
-    """The D-heavy ones of these."""
-    return [i for i in instances if i.kind is Kind.D_HEAVY]
-
-
-def _in_use(prefixes: Prefixes, instance: Instance) -> int:
-    return prefixes.get(instance.name, NONE).claimed
 
 
 class Dispatcher:
@@ -56,25 +51,28 @@ class Dispatcher:
         self.predictor = predictor
         self.policy = policy
         self.counters = counters
+        self.fleet = Fleet(ledger, predictor)
         self.triage = Triage(ledger, predictor, Precedence(policy))
 
     def serving(self) -> list[Instance]:
-        """Who may get new work; when all that answer are being drained, these; when none answers, all that
-        live."""
-        instances = self.ledger.instances.values()
-        return [i for i in instances if i.serving] or self._left()
+        """Who may get new work (see standing.py)."""
+        return self.fleet.standing().serving if self.fleet.many else serving(self._all)
 
     def able(self) -> list[Instance]:
-        """Who may get a prompt; an instance being drained only when nobody else can, and a silent one only
-        when no other lives."""
-        able = [i for i in self.ledger.instances.values() if i.prefills]
-        if not able:
-            return [i for i in self._left() if i.chunk and not i.closing]
-        return [i for i in able if i.serving] or able
+        """Who may get a prompt."""
+        return self.fleet.standing().able if self.fleet.many else able(self._all)
 
-    def _left(self) -> list[Instance]:
-        alive = [i for i in self.ledger.instances.values() if i.alive]
-        return [i for i in alive if i.answers] or alive
+    def low(self) -> list[Instance]:
+        """The D-heavy ones that a decode may go to."""
+        return self.fleet.standing().low if self.fleet.many else decoders(self.serving())
+
+    def of_kind(self, kind: Kind) -> list[Instance]:
+        """Who may get new work and is of this kind."""
+        return self.fleet.standing().kinds[kind] if self.fleet.many else of_kind(self._all, kind)
+
+    @property
+    def _all(self) -> Iterable[Instance]:
+        return self.ledger.instances.values()
 
     def place(self, request: Request, now: float, sliders: Sliders) -> list[Command]:
         """A place for a request that has none: as a prompt, or with the tokens it has, as a rescue."""
@@ -86,21 +84,22 @@ class Dispatcher:
         """Place a prompt by Algorithm 2. Where all who prefill are lost, one of the rest becomes P-heavy;
         with no instance left the prompt waits. One that is `new` may be turned away."""
         commands: list[Command] = []
-        able = self.able()
-        if not able:
+        takers = self.able()
+        if not takers:
             left = self.serving()
             if not left:
                 return commands
             heir = min(left, key=lambda i: i.decodes)
             heir.kind, heir.closing = Kind.P_HEAVY, False
             heir.chunk = max(sliders.p_chunk, sliders.d_chunk)
+            self.ledger.touch(heir)
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
-            able = [heir]
+            takers = [heir]
         if self.policy.overload == SERVE:
-            placed, known = self.choose(request, now, able, decoders(self.serving()))
+            placed, known = self.choose(request, now, takers, self.low())
             commands.append(self.enqueue(request, placed, known, now))
         else:
-            commands += self._triaged(request, now, able, new)
+            commands += self._triaged(request, now, takers, new)
         return commands
 
     def choose(
@@ -110,6 +109,9 @@ class Dispatcher:
         what they have of it."""
         known = self._known(request, now, able)
         beside = self.ledger.strictest.beside(request.slo)
+        if self.fleet.too_many(able) and self.policy.overload == SERVE:
+            among, policy = (able, low), self.policy
+            able, low = narrowed(self.fleet, request, now, among, known, self.predictor, policy, beside)
         return choose_prefill(request, now, able, low, self.predictor, self.policy, known, beside), known
 
     def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
@@ -119,7 +121,7 @@ class Dispatcher:
         if new:
             triage.came(request)
         request.by = triage.deadline(request, policy, request.best_effort)
-        low = decoders(self.serving())
+        low = self.low()
         placed, known = self.choose(request, now, able, low)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         verdict = Door(triage, policy, able, low, now, new).judge(request, placed)
@@ -186,30 +188,32 @@ class Dispatcher:
         Of those that answer the one with most of it may lend, and of equals the one that has lent least."""
         serve = self.policy.overload == SERVE
         overtaken = NOBODY if serve else self.triage.overtaken(request, now, able)
-        prefixes = self.ledger.prefixes(request)
+        # Everybody is asked for their own where deadlines count: then not as arrays.
+        prefixes = self.fleet.prefixes(request) if serve else self.ledger.prefixes(request)
         if not prefixes:
             return Known(prefixes, overtaken=overtaken) if overtaken else UNKNOWN
         if not self.policy.fetch:
             return Known(prefixes, overtaken=overtaken)
-        lender, lent = None, 0
-        for name, prefix in prefixes.items():
-            instance = self.ledger.instances[name]
-            if prefix.held < max(1, lent) or not instance.answers:
-                continue
-            if lender is None or prefix.held > lent or instance.lends_until < lender.lends_until:
-                lender, lent = instance, prefix.held
+        lender, lent = self.fleet.lender(prefixes)
         behind = max(0.0, lender.lends_until - now) if lender else 0.0
         return Known(prefixes, lender, lent, behind, overtaken)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
-        serving = self.serving()
-        target, why = choose_start(request, here, serving, self.policy, self.ledger.prefixes(request))
-        for known in decoders(serving):
+        among, prefixes = self._starts(request, here)
+        target, why = choose_start(request, here, among, self.policy, prefixes)
+        for known in decoders(among):
             # What it takes there is in that instance's own figures already.
             if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
                 target, why = known, "a D-heavy instance with room, and most of its KV is there"
-        return self._decode(request, target, Move.HAND_OVER, now, why, serving)
+        return self._decode(request, target, Move.HAND_OVER, now, why, among)
+
+    def _starts(self, request: Request, here: Instance) -> tuple[list[Instance], Prefixes]:
+        """Where the decode of a request that prefilled `here` can begin, and what they have of it."""
+        prefixes = self.fleet.prefixes(request)
+        if self.fleet.many:
+            return self.fleet.starts(request, here, self.policy, prefixes), prefixes
+        return self.serving(), prefixes
 
     def copy_ahead(self, here: Instance) -> list[Command]:
         """Where the prompt that is being computed on `here` will decode, if more chunks of it are to come."""
@@ -218,8 +222,8 @@ class Dispatcher:
             return []
         if not 0 < here.progress_tokens < request.prompt_tokens - request.cached:
             return []
-        prefixes = self.ledger.prefixes(request)
-        target, why = choose_start(request, here, self.serving(), self.policy, prefixes)
+        among, prefixes = self._starts(request, here)
+        target, why = choose_start(request, here, among, self.policy, prefixes)
         if target is here:
             return []
         request.ahead = target.name
@@ -231,19 +235,19 @@ class Dispatcher:
         if not request.movable:
             return [self.fail(request, now, "its instance was lost, and no other can go on exactly")]
         alive = self.serving()
-        able = [i for i in alive if i.prefills] or alive
-        if not able:
+        takers = [i for i in alive if i.prefills] or alive
+        if not takers:
             self.ledger.wait(request)
             return []
         kv_tokens = request.prompt_tokens + request.base
-        low = [i for i in able if i.kind is Kind.D_HEAVY]
-        prefixes = self.ledger.prefixes(request)
+        low = decoders(takers)
+        prefixes = self.fleet.prefixes(request)
         target = (
-            choose_target(low, kv_tokens, self.policy.full_mark, self.policy, prefixes)
-            or choose_target(able, kv_tokens, 1.0, self.policy, prefixes)
-            or min(able, key=lambda i: i.kv_usage)
+            self.fleet.find(low, kv_tokens, self.policy.full_mark, self.policy, prefixes)
+            or self.fleet.find(takers, kv_tokens, 1.0, self.policy, prefixes)
+            or min(takers, key=lambda i: i.kv_usage)
         )
-        return [self._decode(request, target, Move.RESCUE, now, "its instance was lost", able)]
+        return [self._decode(request, target, Move.RESCUE, now, "its instance was lost", takers)]
 
     def flow(
         self, request: Request, target: Instance, move: Move, now: float, why: str, among: list[Instance]
@@ -264,9 +268,11 @@ class Dispatcher:
         self, request: Request, target: Instance, move: Move, now: float, among: list[Instance]
     ) -> tuple[Outlook, ...]:
         """Book the move; what the request has in blocks that are in use there needs no room."""
-        room, prefixes = self._room(request), self.ledger.prefixes(request)
+        room, prefixes = self._room(request), self.fleet.prefixes(request)
+        if self.fleet.too_many(among):
+            among = [target]  # of many the others are not named
         looks = outlooks(among, room, self._mark(move), self.predictor, self.policy, prefixes)
-        self.ledger.depart(request, target, move, now, room - _in_use(prefixes, target))
+        self.ledger.depart(request, target, move, now, room - prefixes.get(target.name, NONE).claimed)
         return looks
 
     def fail(self, request: Request, now: float, why: str) -> Abort:

@@ -12,7 +12,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.messages import Move, Stepped
 from taichi_serve.request import Request, State
-from taichi_serve.scheduling.queue import Queue
+from taichi_serve.scheduling.queue import Queue, plan
 from taichi_serve.scheduling.residency import NOTHING, Prefixes, Residency
 from taichi_serve.scheduling.residents import Residents
 from taichi_serve.scheduling.strictest import Strictest
@@ -45,6 +45,11 @@ class Ledger:
         self.residents = {name: Residents(alpha, max_degrades) for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
         self.strictest = Strictest()
+        self.touched = set(self.instances.values())  # of which something changed since somebody last looked
+
+    def touch(self, *instances: Instance) -> None:
+        """Something of these instances changed, or is about to."""
+        self.touched.update(instances)
 
     def admit(self, request: Request) -> None:
         """A request has arrived; it is nowhere yet."""
@@ -79,6 +84,7 @@ class Ledger:
         request.enter(State.PREFILLING)
         request.instance, request.cached, request.unused = instance.name, cached, max(0, cached - used)
         new = request.prompt_tokens - cached
+        self.touch(instance)
         if not (instance.decodes or instance.queued_requests):  # idle: a step with it begins at once
             instance.running_tokens = min(instance.chunk, new)
         self.queues[instance.name].add(request.id, request.by)
@@ -91,10 +97,11 @@ class Ledger:
         if request.blocks:
             self.residency.claim(instance.name, request.blocks)
         if instance.running_tokens:
-            self._plan(instance)
+            plan(self.queues[instance.name], instance, self.requests)
 
     def lend(self, lender: Instance, now: float, seconds: float) -> None:
         """A prefix is copied from this instance, behind others: its port takes one after the other."""
+        self.touch(lender)
         lender.lends_until = max(now, lender.lends_until) + seconds
 
     def dequeue(self, request: Request, cached: int = 0) -> None:
@@ -105,7 +112,9 @@ class Ledger:
     def demote(self, request: Request, by: float) -> None:
         """A queued prompt is best effort from now on, with another place in its queue."""
         request.best_effort, request.by = True, by
-        self.queues[self.home(request).name].move(request.id, by)
+        instance = self.home(request)
+        self.queues[instance.name].move(request.id, by)
+        self.touch(instance)
         self.best_effort[request.id] = None
 
     def first(self, instance: Instance) -> Request | None:
@@ -130,6 +139,7 @@ class Ledger:
             self.residency.leave(request.instance, request.blocks)
 
     def _unqueue(self, request: Request, instance: Instance, progress: int) -> None:
+        self.touch(instance)
         self.queues[instance.name].remove(request.id)
         self.best_effort.pop(request.id, None)
         instance.queued_tokens -= request.prompt_tokens - request.cached
@@ -139,7 +149,7 @@ class Ledger:
         request.unused = 0
         instance.progress_tokens = min(max(0, progress), instance.queued_tokens)
         instance.running_tokens = min(instance.running_tokens, instance.queued_prefill_tokens)
-        self._plan(instance)
+        plan(self.queues[instance.name], instance, self.requests)
         self._rest(instance)
 
     def settle(self, request: Request, instance: Instance, output_tokens: int) -> None:
@@ -151,6 +161,7 @@ class Ledger:
         request.instance, request.target, request.why = instance.name, None, None
         request.base, request.joined = output_tokens, instance.ticks
         request.degraded = request.degraded and instance.kind is Kind.P_HEAVY
+        self.touch(instance)
         instance.decodes += 1
         instance.context_base += request.prompt_tokens + request.base - request.joined
         if request.movable:
@@ -186,12 +197,14 @@ class Ledger:
         `kv_capacity` is not positive."""
         if kv_capacity < 1:
             raise ValueError(f"{instance.name} came back with a KV capacity of {kv_capacity} tokens")
+        self.touch(instance)
         instance.alive, instance.silent, instance.closing = True, False, False
         instance.kv_capacity, instance.kv_tokens = kv_capacity, 0
 
     def lift(self, request: Request) -> None:
         """The request is resident no more; its output so far stays in `base`."""
         instance = self.home(request)
+        self.touch(instance)
         if request.movable:
             self.residents[instance.name].remove(request)
         instance.decodes -= 1
@@ -208,6 +221,7 @@ class Ledger:
         request.leg += 1
         request.target, request.why, request.moved_at, request.reserved = target.name, move, now, room
         request.moves[move] = request.moves.get(move, 0) + 1
+        self.touch(target)
         target.arriving += 1
         target.reserved_tokens += room
         if source := self.source(request):
@@ -244,14 +258,17 @@ class Ledger:
 
     def step(self, instance: Instance, step: Stepped) -> None:
         """One step of an instance: its tick clock goes on, for everybody but those who missed it."""
+        self.touch(instance)
         instance.ticks += 1
         instance.kv_tokens, instance.stepped_at, instance.missed = step.kv_tokens, step.at, step.missed
         progress = instance.progress_tokens + step.prefill_tokens
         instance.progress_tokens = min(progress, instance.queued_tokens)
         instance.running_tokens = min(instance.chunk, instance.queued_prefill_tokens)
-        self._plan(instance)
-        if instance.queued_unused and step.prefill_tokens:
-            self._begun(instance)
+        plan(self.queues[instance.name], instance, self.requests)
+        if instance.queued_unused and step.prefill_tokens and (request := self.first(instance)) is not None:
+            # What it found in the cache is in the instance's own figures from now on.
+            instance.queued_unused -= request.unused
+            request.unused = 0
         for name in step.missed:
             request = self.requests.get(name)
             if request is None or request.instance != instance.name:
@@ -265,29 +282,10 @@ class Ledger:
             if keyed:
                 self.residents[instance.name].add(request)
 
-    def _plan(self, instance: Instance) -> None:
-        # An engine plans one step ahead: nobody overtakes who is in the step that runs or in the next one.
-        queue = self.queues[instance.name]
-        if not queue.ordered:
-            return
-        ahead, planned, begun = -instance.progress_tokens, instance.running_tokens + instance.chunk, 0
-        for name in queue:
-            if ahead >= planned:
-                break
-            begun += 1
-            request = self.requests[name]
-            ahead += request.prompt_tokens - request.cached
-        queue.begin(begun)
-
-    def _begun(self, instance: Instance) -> None:
-        # What the prompt under way found in the cache is in the instance's own figures from now on.
-        if (request := self.first(instance)) is not None:
-            instance.queued_unused -= request.unused
-            request.unused = 0
-
     def _release(self, request: Request) -> None:
         assert request.target is not None, f"request {request.id} goes nowhere"
         target = self.instances[request.target]
+        self.touch(target)
         target.arriving -= 1
         target.reserved_tokens -= request.reserved
         if source := self.source(request):
@@ -297,4 +295,5 @@ class Ledger:
     def _rest(self, instance: Instance) -> None:
         # An idle instance makes no steps that would report its KV: with nobody left it holds nothing.
         if not (instance.decodes or instance.queued_requests or instance.leaving_tokens):
+            self.touch(instance)
             instance.kv_tokens = instance.progress_tokens = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Asked, Command, Drained, Move, SetChunk
 from taichi_serve.request import State
-from taichi_serve.scheduling.decode import choose_target
 from taichi_serve.scheduling.dispatch import Dispatcher
+from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.sliders import Sliders
 
 
@@ -27,6 +27,7 @@ def drain(dispatcher: Dispatcher, event: Drained) -> list[Command]:
     instance = dispatcher.ledger.instances.get(event.instance)
     if instance is None:
         return []
+    dispatcher.ledger.touch(instance)
     instance.draining = event.on
     return empty(dispatcher, instance, event.at) if event.on and instance.answers else []
 
@@ -34,16 +35,17 @@ def drain(dispatcher: Dispatcher, event: Drained) -> list[Command]:
 def empty(dispatcher: Dispatcher, source: Instance, now: float) -> list[Command]:
     """Send away whoever can move and finds room, like to like first; the others try again in a later step."""
     ledger, policy = dispatcher.ledger, dispatcher.policy
+    find = dispatcher.fleet.find
     elsewhere = [i for i in ledger.instances.values() if i.serving]
-    alike = [i for i in elsewhere if i.kind is source.kind]
+    alike = dispatcher.of_kind(source.kind)
     commands: list[Command] = []
     if not elsewhere:
         return commands
     for name in ledger.residents[source.name].everyone(now, source.ticks):
         request = ledger.requests[name]
         kv_tokens = request.prompt_tokens + request.output_tokens(source.ticks)
-        prefixes = ledger.prefixes(request)
-        target = choose_target(alike, kv_tokens, 1.0, policy, prefixes) or choose_target(
+        prefixes = dispatcher.fleet.prefixes(request)
+        target = find(alike, kv_tokens, 1.0, policy, prefixes) or find(
             elsewhere, kv_tokens, 1.0, policy, prefixes
         )
         if target is None:
@@ -64,12 +66,14 @@ def slide(dispatcher: Dispatcher, sliders: Sliders) -> list[Command]:
         if instance.alive and (instance.kind, instance.chunk) != (kind, chunk):
             commands.append(SetChunk(instance.name, kind, chunk))
         instance.kind, instance.chunk = kind, chunk
+        dispatcher.ledger.touch(instance)
     return commands
 
 
-def close(instance: Instance) -> list[Command]:
+def close(ledger: Ledger, instance: Instance) -> list[Command]:
     """Set the chunk that a slider asked for to 0 once the last queued prompt is through."""
     if not instance.closing or instance.queued_requests:
         return []
+    ledger.touch(instance)
     instance.closing, instance.chunk = False, 0
     return [SetChunk(instance.name, instance.kind, 0)] if instance.alive else []

@@ -6,47 +6,18 @@ there. No other weight draws a prompt to a cache: the price is the prediction, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Forecast
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.residency import NONE, NOTHING, Prefixes
-from taichi_serve.scheduling.room import load_after, roomiest
+from taichi_serve.scheduling.prompt import UNKNOWN, Known, Prompt, hand_over_seconds, limits_of
+from taichi_serve.scheduling.residency import NONE
 from taichi_serve.sliders import Kind
 from taichi_serve.slo import SLO
-
-
-@dataclass(slots=True)
-class Behind:
-    """What is queued on an instance and comes after a newcomer: prompt tokens, and the seconds by which its
-    TTFT is shorter than predicted for the end of the queue."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    reserve: float = 0.0  # of these seconds, negative: time that is kept free for longer prompts
-
-
-ALL_BEFORE = Behind()
-
-
-@dataclass(slots=True)
-class Known:
-    """What the instances have of a prompt, and from whom a prefix may be fetched: the first `lent` tokens,
-    after `behind` seconds in which others are copied from there. `overtaken` is what comes after the prompt
-    where not all that is queued comes before it."""
-
-    prefixes: Prefixes
-    lender: Instance | None = None
-    lent: int = 0
-    behind: float = 0.0
-    overtaken: Mapping[str, Behind] = field(default_factory=dict)
-
-
-UNKNOWN = Known(NOTHING)
 
 
 @dataclass(slots=True)
@@ -81,16 +52,16 @@ def choose_prefill(
 ) -> Placement:
     """Place the prompt of `request` on one of `instances` (not empty, all able to prefill).
 
-    Among feasible ones (see `_Prompt.forecast`) D-heavy ones come first, so that P-heavy ones stay free for
+    Among feasible ones (see `Prompt.forecast`) D-heavy ones come first, so that P-heavy ones stay free for
     long prompts; then the fewest prompt tokens to compute until it is through, the queue's and its own, the
     lowest prediction, the longest cached prefix, the first in order. When none is feasible the lowest
     prediction is the least harm, with room in the KV if there is any.
     """
-    move = _hand_over_seconds(request, instances, decoders, predictor, known)
+    move = hand_over_seconds(request, instances, decoders, predictor, known)
     waited = now - request.arrived_at
     later = waited if move is None else waited + move
-    limits = _limits(request, beside or request.slo, policy)
-    prompt = _Prompt(request, waited, later, limits, predictor, policy)
+    limits = limits_of(request, beside or request.slo, policy)
+    prompt = Prompt(request, waited, later, limits, predictor, policy)
     forecasts = [prompt.forecast(i, known) for i in instances]
     keys = [*map(prompt.key, instances, forecasts)]
     if known.lender is not None:
@@ -105,121 +76,8 @@ def choose_prefill(
     return Placement(chosen, hand_over, ttft, tuple(forecasts), why, forecast.cached, here.claimed, lender)
 
 
-@dataclass(slots=True)
-class _Limits:
-    """Seconds up to which an instance is feasible: `ttft` by the prompt's own SLO, `quick` by the strictest
-    beside it, `tpot` by the strictest too, for it is that of decodes which are there. `bears` is the TPOT
-    up to which its own decode stays on a P-heavy instance."""
-
-    ttft: float
-    quick: float
-    tpot: float
-    bears: float
-
-
-def _limits(request: Request, beside: SLO, policy: Policy) -> _Limits:
-    """By the SLO of the request, and the strictest of all that are served.
-
-    A request that can never move decodes where it prefills, and nothing can repair its TPOT later: it may use
-    the whole TTFT SLO to get a low-interference instance, however busy the decodes there are.
-    """
-    slo = request.slo
-    if not request.movable:
-        return _Limits(slo.ttft, slo.ttft, float("inf"), 0.0)
-    loose = policy.degrades and slo.tpot > beside.tpot
-    ttft, tpot = policy.ttft_margin, policy.tpot_margin
-    bears = slo.tpot * tpot if loose else 0.0
-    return _Limits(slo.ttft * ttft, beside.ttft * ttft, beside.tpot * tpot, bears)
-
-
-@dataclass(slots=True)
-class _Prompt:
-    """A prompt that is to be placed, and by what. It has `waited`, and is through so much `later` where
-    a move would follow its prefill, both in seconds."""
-
-    request: Request
-    waited: float
-    later: float
-    limits: _Limits
-    predictor: Predictor
-    policy: Policy
-
-    def forecast(self, instance: Instance, known: Known) -> Forecast:
-        """What to expect of one instance, with what it has itself."""
-        prompt, here = self.request.prompt_tokens, known.prefixes.get(instance.name)
-        cached, used = (0, 0) if here is None else (here.cached, here.claimed)
-        after = known.overtaken.get(instance.name, ALL_BEFORE)
-        fits = load_after(instance, prompt - used - after.tokens, self.policy) <= self.policy.full_mark
-        return self._judged(instance, self._ttft(instance, cached, after), cached, fits, after.tokens)
-
-    def _ttft(self, instance: Instance, cached: int, after: Behind) -> float:
-        """Seconds from now: the prediction for the end of the queue, without what comes after the prompt."""
-        seconds = self.predictor.ttft(instance, self.request.prompt_tokens, cached)
-        return max(0.0, seconds - after.seconds) if after.seconds else seconds
-
-    def _judged(self, instance: Instance, ttft: float, cached: int, fits: bool, after: int) -> Forecast:
-        """Feasible means: TTFT is within its limit; the KV has room below the watermark (elsewhere the prompt
-        would wait, or push somebody out); and the decodes of a D-heavy instance, this one among them, are
-        predicted to stay within theirs."""
-        low = instance.kind is Kind.D_HEAVY
-        ttft += self.waited if low else self.later
-        feasible = fits and ttft <= self.limits.ttft
-        calm = True
-        if feasible and low:
-            tpot = self.predictor.tpot(instance, self.request.prompt_tokens)
-            feasible = calm = tpot <= self.limits.tpot
-        queued = max(0, instance.queued_prefill_tokens - after)
-        return Forecast(instance.name, ttft, queued, feasible, fits, calm, cached)
-
-    def stays(self, instance: Instance) -> bool:
-        """Whether the decode of a loose request would keep its TPOT SLO on this P-heavy instance."""
-        bears = self.limits.bears
-        return bears > 0.0 and self.predictor.tpot(instance, self.request.prompt_tokens) <= bears
-
-    def key(self, instance: Instance, forecast: Forecast) -> tuple[float, ...]:
-        """The lowest key is taken; the first of equal ones. The prompt's length is the same for all of them:
-        what is cached is taken off the queue in its place."""
-        if not forecast.feasible:
-            return 2.0, not forecast.fits, forecast.ttft, -forecast.cached
-        slow, rank = forecast.ttft > self.limits.quick, self.rank(instance)
-        to_compute = forecast.queued_prefill_tokens - forecast.cached
-        return float(slow), rank, to_compute, forecast.ttft, -forecast.cached
-
-    def rank(self, instance: Instance) -> float:
-        """Which kind comes first: D-heavy, so that P-heavy ones stay free for long prompts; but P-heavy for a
-        loose request whose decode can stay there, so that D-heavy ones stay free for strict ones."""
-        if instance.kind is Kind.D_HEAVY:
-            return 1.0
-        return 0.0 if self.stays(instance) else 2.0
-
-    def fetching(
-        self, instance: Instance, alone: Forecast, known: Known, copied: float, before: float
-    ) -> Forecast:
-        """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
-
-        It is `copied` while the prompt waits in the queue, and what is left of these seconds delays the
-        prompt. Nothing is fetched that the cluster would give up, nor where the first token cannot be there
-        `before` so many seconds after the arrival.
-        """
-        prompt, queued = self.request.prompt_tokens, alone.queued_prefill_tokens
-        to_come = self.to_come(instance)
-        computed, within = alone.ttft - to_come, min(before - to_come, self.policy.fetch_within)
-        queue = computed * queued / (queued + prompt - alone.cached)  # its part of that time
-        if queue > within or copied > within:
-            return alone
-        after = known.overtaken.get(instance.name, ALL_BEFORE)
-        ttft = max(0.0, copied - queue) + self._ttft(instance, known.lent, after)
-        if ttft >= computed:
-            return alone
-        return self._judged(instance, ttft, known.lent, alone.fits, after.tokens)
-
-    def to_come(self, instance: Instance) -> float:
-        """Seconds that are counted beside those until the prompt is through."""
-        return self.waited if instance.kind is Kind.D_HEAVY else self.later
-
-
 def _ask_for_fetches(
-    prompt: _Prompt,
+    prompt: Prompt,
     instances: Sequence[Instance],
     known: Known,
     forecasts: list[Forecast],
@@ -258,26 +116,6 @@ def _before(best: tuple[float, ...], limit: float) -> float:
     if best[0] < 2.0:
         return limit
     return float("inf") if best[1] else max(limit, best[2])
-
-
-def _hand_over_seconds(
-    request: Request,
-    instances: Sequence[Instance],
-    decoders: Sequence[Instance],
-    predictor: Predictor,
-    known: Known,
-) -> float | None:
-    """What the move after a prefill on a P-heavy instance will take; None where the decode would stay there.
-
-    It stays if the request cannot move or is over with its first token, or nobody is D-heavy. One answer for
-    all: a link is that of a pair of kinds, and asking for each pair would be the dearest part. The decode is
-    expected on the D-heavy instance with most room now, what it has of the prompt counted as room.
-    """
-    source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
-    if source is None or not decoders or not request.movable or request.max_tokens <= 1:
-        return None
-    likely, held = roomiest(decoders, known.prefixes)
-    return predictor.move(source, likely, request.prompt_tokens, held)
 
 
 def _why(forecast: Forecast, chosen: Instance, limit: float, lender: Instance | None) -> str:

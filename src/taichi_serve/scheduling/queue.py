@@ -7,7 +7,10 @@ overtaken by nobody: an engine goes on with it before it takes another in.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from taichi_serve.instance import Instance
+from taichi_serve.request import Request
 
 Key = tuple[float, int, str]
 BEGUN = float("-inf")
@@ -61,6 +64,10 @@ class Queue:
         """Those that have not begun, the next one first."""
         return [name for by, _, name in self._order if by != BEGUN]
 
+    def latest(self) -> float:
+        """The highest `by` of those that have not begun; minus infinity where there are none."""
+        return self._order[-1][0] if self._order else BEGUN
+
     def ends_after(self, by: float) -> bool:
         """Whether a newcomer with this `by` is computed before somebody."""
         return bool(self._order) and self._order[-1][0] > by
@@ -75,3 +82,18 @@ class Queue:
     def _put(self, name: str, key: Key) -> None:
         self._keys[name] = key
         insort(self._order, key)
+
+
+def plan(queue: Queue, instance: Instance, requests: Mapping[str, Request]) -> None:
+    """Who of an instance's queue is in the step that runs, or in the next one, has begun: an engine plans one
+    step ahead."""
+    if not queue.ordered:
+        return
+    ahead, planned, begun = -instance.progress_tokens, instance.running_tokens + instance.chunk, 0
+    for name in queue:
+        if ahead >= planned:
+            break
+        begun += 1
+        request = requests[name]
+        ahead += request.prompt_tokens - request.cached
+    queue.begin(begun)

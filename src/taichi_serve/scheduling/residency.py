@@ -36,6 +36,7 @@ class Prefix(NamedTuple):
 
 
 NONE = Prefix()
+Runs = list[tuple[int, int]]  # a set of bits, and how much each of them has
 Prefixes = Mapping[str, Prefix]  # by instance; who has nothing is not in it
 NOTHING: Prefixes = {}
 
@@ -55,7 +56,7 @@ class Residency:
         self.most = most
         self._stride = max(1, CLAIMED // block_size) if block_size else 1  # blocks
         self.unknown = 0  # blocks told of when there were `most` already
-        self._names = list(names)
+        self.names = list(names)
         self._bit = {
             (name, tier): 1 << (number + len(names) * (tier is Tier.HOST))
             for number, name in enumerate(names)
@@ -127,21 +128,33 @@ class Residency:
     def match(self, blocks: Sequence[int], tokens: int) -> Prefixes:
         """What every instance has of a request that comes with so many tokens, whose first have these
         hashes. The last token is always computed: a prompt that is cached as a whole lacks its last block."""
-        size = self.block_size
-        if not size or not blocks:
-            return NOTHING
-        if len(blocks) * size >= tokens:
-            blocks = blocks[: (tokens - 1) // size]
-            if not blocks:
-                return NOTHING
-        count, piece = len(self._names), self._stride * size
-        held = _runs(self._where, blocks, count, count)
-        claimed = _runs(self._claimed, self._pieces(blocks), count, 0)
+        size, count = self.block_size, len(self.names)
         found: dict[str, Prefix] = {}
-        for name, device, host, mine in zip(self._names, held, held[count:], claimed, strict=False):
+        held, claimed = self.runs(blocks, tokens)
+        if not (held or claimed):
+            return NOTHING
+        caches, piece = _spread(held, 2 * count), self._stride * size
+        claims = _spread(claimed, count)
+        for name, device, host, mine in zip(self.names, caches, caches[count:], claims, strict=False):
             if host or mine:
                 found[name] = Prefix(device * size, host * size, mine * piece)
         return found
+
+    def runs(self, blocks: Sequence[int], tokens: int) -> tuple[Runs, Runs]:
+        """The same as bits and how many blocks, or pieces of blocks, these have: of caches, where the bit of
+        a host counts what its device has, and of claims."""
+        size = self.block_size
+        if size and len(blocks) * size >= tokens:
+            blocks = blocks[: (tokens - 1) // size]
+        if not (size and blocks):
+            return [], []
+        held = _runs(self._where, blocks, len(self.names))
+        return held, _runs(self._claimed, self._pieces(blocks), 0)
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a piece, in which claims are counted."""
+        return self._stride * self.block_size
 
     def holds(self, name: str, tier: Tier) -> set[int]:
         """The blocks that an instance is known to hold: for tests, it looks at every block."""
@@ -160,19 +173,20 @@ def _put(where: dict[int, int], block: int, mask: int) -> None:
         del where[block]
 
 
-def _runs(where: Mapping[int, int], blocks: Sequence[int], instances: int, hosts: int) -> list[int]:
-    """How many of the blocks each bit has from the first on, by its number; a host, `hosts` bits further
-    than its device, counts what the device has.
+def _runs(where: Mapping[int, int], blocks: Sequence[int], hosts: int) -> Runs:
+    """How many of the blocks each bit has from the first on; a host, `hosts` bits further than its device,
+    counts what the device has.
 
     Who has a block is taken to have all before it: caches drop a prefix from its end, and a claim is of a
     whole prompt. So each end is found by bisection. Who has not the first block has nothing.
     """
-    lengths = [0] * (instances + hosts)
+    found: Runs = []
     if not blocks:
-        return lengths
+        return found
     get, most = where.get, len(blocks)
+    all_bits = (1 << 2 * hosts) - 1 if hosts else -1
     mask = get(blocks[0], 0)
-    left = (mask | mask << hosts) & (1 << instances + hosts) - 1
+    left = (mask | mask << hosts) & all_bits
     mask = get(blocks[-1], 0)
     whole = left & (mask | mask << hosts)
     have = 1  # so many blocks do all of those have that are left
@@ -187,15 +201,19 @@ def _runs(where: Mapping[int, int], blocks: Sequence[int], instances: int, hosts
                 lost = middle
         mask = get(blocks[lost - 1], 0)
         now = left & (mask | mask << hosts)
-        _note(lengths, left ^ now, have)
+        found.append((left ^ now, have))
         left, have = now, lost
-    _note(lengths, left, most)
+    if left:
+        found.append((left, most))
+    return found
+
+
+def _spread(runs: Runs, count: int) -> list[int]:
+    lengths = [0] * count
+    for bits, length in runs:
+        for number in _numbers(bits):
+            lengths[number] = length
     return lengths
-
-
-def _note(lengths: list[int], bits: int, length: int) -> None:
-    for number in _numbers(bits):
-        lengths[number] = length
 
 
 @lru_cache(1 << 12)  # few instances have ever the same part of a prompt

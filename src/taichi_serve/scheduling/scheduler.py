@@ -41,7 +41,7 @@ from taichi_serve.messages import (
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.behind import sort
 from taichi_serve.scheduling.counters import Counters
-from taichi_serve.scheduling.decode import choose_backflow, choose_degrade
+from taichi_serve.scheduling.decode import Search, choose_backflow, choose_degrade
 from taichi_serve.scheduling.dispatch import Dispatcher
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.operations import ask, close, drain, empty, slide
@@ -79,8 +79,8 @@ class GlobalScheduler:
         self.counters = Counters()
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
-        self._match = self.ledger.prefixes
         self._dispatcher = Dispatcher(self.ledger, predictor, policy, self.counters)
+        self._search = Search(self._dispatcher.fleet.prefixes, self._dispatcher.fleet.find)
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
             Prefilled: self._prefilled,
@@ -139,7 +139,7 @@ class GlobalScheduler:
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
-        after = [*close(here), *sort(self._dispatcher, here, event.at)]
+        after = [*close(self.ledger, here), *sort(self._dispatcher, here, event.at)]
         if event.held:
             return [*after, self._dispatcher.hand_over(request, here, event.at)]
         self._settle(request, here, 1, event.at)
@@ -199,7 +199,7 @@ class GlobalScheduler:
         self.counters.ended(outcome, request.moves.get(Move.BACKFLOW, 0))
         self.counters.judge(request, outcome, now, output_tokens)
         self.ledger.forget(request)
-        return close(here) if here else []
+        return close(self.ledger, here) if here else []
 
     # ---------------------------------------------------------------------------------- Algorithm 1, a step
 
@@ -225,10 +225,10 @@ class GlobalScheduler:
         if source.kv_tokens - source.leaving_tokens <= self.policy.watermark * source.kv_capacity:
             return []
         commands: list[Command] = []
-        helpers = [i for i in self.instances.values() if i.serving and i.kind is Kind.P_HEAVY]
+        helpers = self._dispatcher.of_kind(Kind.P_HEAVY)
         residents = self.ledger.residents[source.name]
         while choice := choose_degrade(
-            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._match
+            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._search
         ):
             request, target = choice
             why = f"KV of {source.name} at {source.kv_usage:.3f}, watermark {self.policy.watermark:g}"
@@ -240,9 +240,9 @@ class GlobalScheduler:
         if not any(True for _ in residents.crossing(now, source.ticks)):
             return []
         commands: list[Command] = []
-        decoders = [i for i in self.instances.values() if i.serving and i.kind is Kind.D_HEAVY]
+        decoders = self._dispatcher.of_kind(Kind.D_HEAVY)
         while choice := choose_backflow(
-            source, residents, self.requests, decoders, now, self.predictor, self.policy, self._match
+            source, residents, self.requests, decoders, now, self.predictor, self.policy, self._search
         ):
             request, target = choice
             why = f"running TPOT reached {self.policy.alpha:g} of {request.slo.tpot:g} s"

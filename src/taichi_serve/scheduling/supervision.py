@@ -11,9 +11,11 @@ from taichi_serve.sliders import Sliders
 
 def silence(dispatcher: Dispatcher, event: Silent, sliders: Sliders) -> list[Command]:
     """Who does not answer gets nothing new, and its queued prompts go elsewhere; its decodes stay."""
-    instance = dispatcher.ledger.instances.get(event.instance)
+    ledger = dispatcher.ledger
+    instance = ledger.instances.get(event.instance)
     if instance is None or not instance.alive:
         return []
+    ledger.touch(instance)
     instance.silent = event.on
     back = [] if event.on else arrange(dispatcher, sliders)
     return [*back, *relieve(dispatcher, event.at, sliders)]
@@ -26,6 +28,7 @@ def lose(dispatcher: Dispatcher, event: Lost, sliders: Sliders) -> list[Command]
     instance = ledger.instances.get(event.instance)
     if instance is None or not instance.alive:
         return []
+    ledger.touch(instance)
     instance.alive = False
     ledger.residency.lose(instance.name)
     commands: list[Command] = []
@@ -38,6 +41,7 @@ def lose(dispatcher: Dispatcher, event: Lost, sliders: Sliders) -> list[Command]
         elif request.target == instance.name:
             commands += dispatcher.place(request, event.at, sliders)
     instance.kv_tokens = 0
+    ledger.touch(instance)
     return commands
 
 
@@ -50,6 +54,7 @@ def join(dispatcher: Dispatcher, event: Joined, sliders: Sliders) -> list[Comman
     ledger.revive(instance, event.kv_capacity)
     instance.kind = dict(zip(ledger.instances, sliders.kinds(), strict=True))[instance.name]
     instance.chunk = sliders.chunk(instance.kind)
+    ledger.touch(instance)
     commands: list[Command] = [SetChunk(instance.name, instance.kind, instance.chunk)]
     commands += arrange(dispatcher, sliders)
     for request in ledger.waiting():
@@ -82,5 +87,5 @@ def relieve(dispatcher: Dispatcher, now: float, sliders: Sliders) -> list[Comman
             for name in list(ledger.queues[instance.name]):
                 ledger.take_back(ledger.requests[name])
                 commands += dispatcher.prefill(ledger.requests[name], now, sliders)
-            commands += close(instance)
+            commands += close(ledger, instance)
     return commands

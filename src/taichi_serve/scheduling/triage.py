@@ -22,7 +22,8 @@ from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.precedence import Precedence
-from taichi_serve.scheduling.prefill import Behind, Placement
+from taichi_serve.scheduling.prefill import Placement
+from taichi_serve.scheduling.prompt import Behind
 from taichi_serve.sliders import Kind
 
 # Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
