@@ -69,8 +69,7 @@ def rows(kept: Kept) -> Iterator[tuple[str, ...]]:
     took = {row[0]: row[2:] for row in usage.rows(contest)}
     unknown = ("-",) * len(usage.HEADS[2:])
     done = f"{len(kept.rounds)}" if contest.next() is None else f"{len(kept.rounds)}, not done"
-    first, *_ = contest.names
-    beside = {pair.second: pair for pair in pairs(contest) if pair.first == first}
+    beside = {pair.second: pair for pair in pairs(contest) if pair.first == contest.names[0]}
     for result in kept.results:
         cells = dict(zip(report.HEADS, report.row(result), strict=True))
         shown = [cells[head] for head in HEADS[3:7]]

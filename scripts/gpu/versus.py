@@ -66,6 +66,11 @@ class Load:
         slo = ["--ttft-slo", f"{self.ttft:g}", "--tpot-slo", f"{self.tpot:g}"]
         return ["--workload", self.workload, *slo, *self.more]
 
+    def as_said(self, args: argparse.Namespace) -> Load:
+        """With the SLO and the first rate of the command line, where it has them."""
+        ttft, tpot = args.ttft_slo or self.ttft, args.tpot_slo or self.tpot
+        return replace(self, ttft=ttft, tpot=tpot, start=args.start or self.start)
+
 
 LOADS = {
     "long": Load("3658/100", 2.0, 0.018, 6.0),
@@ -84,17 +89,13 @@ SMALL = {
 }
 
 
-def asked(load: Load, args: argparse.Namespace) -> Load:
-    """With the SLO of the command line, where it has one."""
-    return replace(load, ttft=args.ttft_slo or load.ttft, tpot=args.tpot_slo or load.tpot)
-
-
 class Field:
     """What is compared with what, in which folders; and the calls that do it."""
 
     def __init__(self, args: argparse.Namespace, model: Path) -> None:
         self.args, self.model, self.out = args, model, args.out
-        self.loads = {name: asked(load, args) for name, load in (SMALL if args.rehearse else LOADS).items()}
+        loads = SMALL if args.rehearse else LOADS
+        self.loads = {name: load.as_said(args) for name, load in loads.items()}
         self.instances: int = args.share or args.gpus // args.tensor_parallel_size
         # Where instances share a card there is no data parallelism: as many servers take turns.
         self.stock = "stock-rr" if args.share else "stock"
@@ -103,7 +104,7 @@ class Field:
     def tune(self, name: str) -> bool:
         """The chunk of stock for a workload; whether it is known."""
         sizes = ["--requests", str(self.args.tuning), "--warm-up", str(min(20, self.args.warm_up))]
-        sizes += ["--seeds", "0", "--tolerance", str(self.args.tolerance)]
+        sizes += ["--seeds", "0"]
         while not isinstance(found := self.chunk(name), int):
             both = [f"{self.stock}:{chunk}" for chunk in sorted(found)]
             if not self._compared(self.loads[name].tuned or name, tuning(*found), both, sizes):
@@ -134,7 +135,6 @@ class Field:
         """Every contender beside stock, or all that were named together; whether all is known."""
         args, done = self.args, True
         sizes = ["--requests", str(args.requests), "--warm-up", str(args.warm_up), "--seeds", args.seeds]
-        sizes += ["--tolerance", str(args.tolerance), "--step", str(args.step)]
         if args.together:
             return self._compared(name, "together", args.together.split(","), sizes)
         chunk = self.chunk(name)
@@ -153,8 +153,8 @@ class Field:
         """Compare these under a workload, in a folder of it; whether that is done."""
         load, args = self.loads[name], self.args
         asked = [one for one in contenders if one != "auto"]
-        start = args.start or load.start
-        words = ["bench", "goodput", str(self.model), *load.words, "--start", f"{start:g}", *sizes]
+        words = ["bench", "goodput", str(self.model), *load.words, "--start", f"{load.start:g}", *sizes]
+        words += ["--tolerance", str(args.tolerance), "--step", str(args.step)]
         words += ["--out", str(self.out / name / folder), "--instances", str(self.instances)]
         words += ["--compare", ",".join(asked), *self._settings(name)]
         words += ["--contender", "auto="] if "auto" in contenders else []
@@ -234,7 +234,7 @@ def main() -> int:
     return LEFT if left else 0
 
 
-def stage(word: str) -> str:
+def known_stage(word: str) -> str:
     """One of them: `choices` would refuse that none is said."""
     if word not in STAGES:
         raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(STAGES)}")
@@ -247,7 +247,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu.sh versus", description=__doc__, formatter_class=shown)
     add = parser.add_argument
     add("out", type=Path)
-    add("stages", nargs="*", type=stage, metavar="STAGE")
+    add("stages", nargs="*", type=known_stage, metavar="STAGE")
     add("--gpus", type=int, default=2, help="of one kind; every contender has all of them (default: 2)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="of each instance (default: 1)")
     add("--share", type=int, metavar="N", help="so many instances on one card, under MPS, instead of --gpus")

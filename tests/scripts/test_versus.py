@@ -47,6 +47,12 @@ def kept(path, trial=TRIAL, rounds=None, **cliffs):
     return found
 
 
+def under_heads(standings, rows):
+    """The rows of a table in Markdown, each cell by its head."""
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return [dict(zip(standings.HEADS, row, strict=True)) for row in cells]
+
+
 def test_of_a_ladder_neighbours_are_compared_until_the_next_one_is_no_better(standings):
     known = {(256, 384): True, (384, 512): False}
     assert standings.uphill(lambda *two: known.get(two), CHUNKS, 256) == 384
@@ -77,8 +83,7 @@ def test_the_table_has_both_of_each_pair_and_what_ours_reaches_over_stock(standi
     kept(tmp_path / "long" / "tune-256-384", stock_256=2.4, stock_384=2.6)
     head, line, *rows = standings.table(tmp_path).splitlines()
     assert head.count("|") == line.count("|") == rows[0].count("|")
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    found = {(row[0], row[2]): dict(zip(standings.HEADS, row, strict=True)) for row in cells}
+    found = {(row["workload"], row["contender"]): row for row in under_heads(standings, rows)}
     assert list(found) == [
         ("sharegpt, gamma arrivals (cv 2)", "stock:256"),
         ("sharegpt, gamma arrivals (cv 2)", "auto"),
@@ -172,10 +177,7 @@ def test_those_named_together_stand_in_one_comparison_and_nothing_is_tuned(versu
 def test_of_several_the_table_has_what_each_reaches_over_the_first(standings, tmp_path):
     kept(tmp_path / "long" / "together", stock_256=2.4, stock_384=2.0, hybrid=2.6)
     _, _, *rows = standings.table(tmp_path).splitlines()
-    found = [
-        dict(zip(standings.HEADS, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
-        for row in rows
-    ]
+    found = under_heads(standings, rows)
     assert [row["contender"] for row in found] == ["stock:256", "stock:384", "hybrid"]
     assert [row["verdict"] for row in found] == ["-", "behind", "ahead"]
 

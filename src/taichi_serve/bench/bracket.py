@@ -12,6 +12,11 @@ from dataclasses import dataclass, replace
 REACH = 64.0  # the search looks from `start` / 64 up to `start` * 64
 
 
+def wider(step: float) -> float:
+    """The step after this one, where the search goes on in the same direction."""
+    return min(2.0, step**2)
+
+
 @dataclass(frozen=True, slots=True)
 class Bracket:
     """`low` is the highest rate that kept the target, 0 for none; `high` the lowest that missed it."""
@@ -43,7 +48,7 @@ class Bracket:
 
     def after(self, rate: float, kept: bool) -> Bracket:
         """What is known when this rate has been tried."""
-        known = self if rate == self.start else replace(self, step=min(2.0, self.step**2))
+        known = self if rate == self.start else replace(self, step=wider(self.step))
         if kept:
             return replace(known, low=max(self.low, rate))
         return replace(known, high=min(self.high, rate))

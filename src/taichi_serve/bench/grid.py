@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from taichi_serve.bench.bracket import REACH
+from taichi_serve.bench.bracket import REACH, wider
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,10 @@ class Grid:
 
     def stride(self, tried: int) -> int:
         """So many rungs further the next rate is, where so many were tried and all lay on one side."""
-        return self.rungs(min(2.0, self.step ** (2 ** min(tried - 1, 6)) if tried else self.step))
+        step = self.step
+        for _ in range(1, tried):
+            step = wider(step)
+        return self.rungs(step)
 
     @property
     def reach(self) -> int:
