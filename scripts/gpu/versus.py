@@ -181,6 +181,7 @@ class Field:
         flags = ["--gpu-memory-utilization", args.memory, "--kv-cache-memory-bytes", args.kv or kv()]
         flags += ["--devices", ";".join(["0"] * self.instances if args.share else cards)]
         flags += ["--tensor-parallel-size", str(ranks), "--max-model-len", "16384", "--max-num-seqs", "128"]
+        flags += ["--api-server-count", str(args.front_ends)] if args.front_ends else []
         flags += ["--disable-uvicorn-access-log", *([] if args.model else NO_WEIGHTS)]
         return [*flags, "--compilation-config", json.dumps(graphs)]
 
@@ -254,6 +255,7 @@ def parsed() -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="14b", help="random weights in this shape (default: 14b)")
     add("--model", help="a real one instead")
     add("--kv", help="of each instance (default: 20G on H200, 6G elsewhere)")
+    add("--front-ends", type=int, metavar="N", help="of each server: --api-server-count (default: its own)")
     add("--memory", default="0.3", help="--gpu-memory-utilization of each instance (default: 0.3)")
     add("--workloads", default=",".join(LOADS), help=f"some of {','.join(LOADS)} (default: all)")
     add("--contenders", help=f"some of {','.join((SMALL_SPLIT, *OURS))} (default: all)")

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from importlib.util import find_spec
 
+import pytest
 from vllm import envs
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.entrypoints.cli import serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from taichi_serve.cluster.vllm import stock
 from taichi_serve.cluster.vllm.args import make_parser
 from taichi_serve.commands.compare import CALM
 from taichi_serve.commands.proxied import SIDE_HOST, SIDE_PORT, TRANSFER, prefill_body
 from taichi_serve.commands.stock import BINDING, ENTRY, KV_SPACE, OURS, SWITCHES, stock_flags
 
 
+def parsed(words: list[str]) -> argparse.Namespace:
+    """As `vllm serve` reads them."""
+    parser = FlexibleArgumentParser()
+    serve.ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser.parse_args(["serve", *words])
+
+
 def test_its_server_is_a_module_that_takes_ranks_and_a_budget() -> None:
     assert find_spec(ENTRY) is not None
-    words = ["--model", "m", *stock_flags(("--p-heavy", "1"), 2, 192), "--host", "127.0.0.1", "--port", "1"]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
-    assert (args.model, args.data_parallel_size, args.max_num_batched_tokens) == ("m", 2, 192)
+    words = ["m", *stock_flags(("--p-heavy", "1"), 2, 192), "--host", "127.0.0.1", "--port", "1"]
+    args = parsed(words)
+    assert (args.model_tag, args.data_parallel_size, args.max_num_batched_tokens) == ("m", 2, 192)
+
+
+def test_its_server_has_as_many_processes_that_speak_http_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[int] = []
+    monkeypatch.setattr(serve, "run_multi_api_server", lambda args: began.append(args.api_server_count))
+    monkeypatch.setattr(stock, "cli_env_setup", lambda: None)
+    stock.main(["m", *stock_flags((), 2, 192)])
+    assert began == [2]
 
 
 def test_ranks_on_a_cpu_are_bound_and_given_kv_by_the_environment() -> None:
@@ -31,8 +50,8 @@ def test_ranks_on_a_cpu_are_bound_and_given_kv_by_the_environment() -> None:
 
 
 def test_flags_that_are_not_for_it_are_all_of_ours() -> None:
-    serve = next(a for a in make_parser()._actions if a.dest == "subparser").choices["serve"]
-    group = next(group for group in serve._action_groups if group.title == "TaiChi")
+    ours = next(a for a in make_parser()._actions if a.dest == "subparser").choices["serve"]
+    group = next(group for group in ours._action_groups if group.title == "TaiChi")
     names = {action.option_strings[0].removeprefix("--"): action.nargs for action in group._group_actions}
     assert {name for name, nargs in names.items() if nargs == 0} == set(SWITCHES)
     assert {name for name, nargs in names.items() if nargs != 0} == set(OURS)

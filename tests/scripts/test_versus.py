@@ -118,6 +118,7 @@ def arguments(tmp_path, **more):
         "profile": None,
         "model": None,
         "memory": "0.3",
+        "front_ends": None,
         "kv": "6G",
         "together": None,
         "start": None,

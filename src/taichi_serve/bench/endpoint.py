@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from taichi_serve.bench.client import MANY
+from taichi_serve.bench.client import swift
 from taichi_serve.messages import Move
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ async def meet(url: str, api_key: str | None) -> AsyncIterator[Endpoint]:
             base_url=url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=30.0),
-            limits=MANY,
+            transport=swift(),
             trust_env=False,
         )
     except (httpx.InvalidURL, ValueError) as wrong:

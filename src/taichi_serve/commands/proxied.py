@@ -28,7 +28,7 @@ from uuid import uuid4
 
 import httpx
 
-from taichi_serve.bench.client import MANY
+from taichi_serve.bench.client import swift
 from taichi_serve.commands.gpus import VISIBLE
 from taichi_serve.commands.stock import BINDING, StockServer, stock_environment
 from taichi_serve.ports import LOOPBACK, port_of, reserve
@@ -130,7 +130,7 @@ async def served(urls: Sequence[str], prefill: int, host: str, port: int) -> Non
     """The proxy before these servers, until it is told to end."""
     import uvicorn
 
-    async with httpx.AsyncClient(timeout=None, limits=MANY, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=None, transport=swift(), trust_env=False) as client:
         application = Proxy(urls[:prefill], urls[prefill:], client).application()
         quiet = {"log_level": "warning", "timeout_graceful_shutdown": LEAVE_SECONDS}
         await uvicorn.Server(uvicorn.Config(application, host, port, **quiet)).serve()

@@ -10,7 +10,7 @@ import httpx
 
 from taichi_serve.commands.subserver import ServerError, Subserver
 
-ENTRY = "vllm.entrypoints.launchers.api_server.entry"  # its console script does not start in every build
+ENTRY = "taichi_serve.cluster.vllm.stock"  # `vllm serve`
 # Flags of `taichi serve` that vLLM's server does not have: with a value, and without.
 OURS = (
     *("p-heavy", "d-heavy", "p-chunk", "d-chunk", "ttft-slo", "tpot-slo", "ttft-margin", "tpot-margin"),
@@ -24,7 +24,7 @@ KV_SPACE, BINDING = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"
 class StockServer(Subserver):
     """It says nothing of its own about being ready: its /health is asked."""
 
-    module = (ENTRY, "--model")
+    module = (ENTRY,)
 
     async def sayings(self) -> AsyncIterator[str]:
         """That it is awaited, until it answers. Raises ServerError."""

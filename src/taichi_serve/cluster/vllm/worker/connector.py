@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Microseconds that NIXL's progress thread sleeps for at most when nothing happens; an event wakes it at once.
 PROGRESS_DELAY = 10_000
+GPU_PROGRESS_DELAY = 1_000
 
 # Steps after which it is looked at least once what peers say: what they say out of turn does not pile up, and
 # who has gone is forgotten.
@@ -41,11 +42,12 @@ LOOK_AT_LEAST = 100
 TAIL_SECONDS = 1.0
 
 
-def let_progress_sleep(bindings: Any) -> None:
-    """Have the agents that NIXL makes from now on wait for events instead of looking for them all the time.
+def let_progress_sleep(bindings: Any, at_most: int) -> None:
+    """Have the agents that NIXL makes from now on wait for events, `at_most` so many microseconds, instead of
+    looking for them all the time.
 
     NIXL's Python API sets the delay of its progress thread to 0 and takes no other value: the thread spins.
-    On a CPU instance it would take half of the core that the model runs on.
+    It would take a core from every instance, an idle one too; on a CPU instance half of the model's own.
     """
     stock = bindings.nixlAgentConfig
 
@@ -56,7 +58,7 @@ def let_progress_sleep(bindings: Any) -> None:
         return int(stock.pthrDelay.__get__(config))
 
     def set_delay(config: Any, delay: int) -> None:
-        stock.pthrDelay.__set__(config, delay or PROGRESS_DELAY)
+        stock.pthrDelay.__set__(config, delay or at_most)
 
     members = {"__wrapped__": stock, "pthrDelay": property(delay, set_delay)}
     bindings.nixlAgentConfig = type("PatientAgentConfig", (stock,), members)
@@ -100,8 +102,9 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         die_with_core()
+        delay = PROGRESS_DELAY if current_platform.is_cpu() else GPU_PROGRESS_DELAY
+        let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind, delay)
         if current_platform.is_cpu():
-            let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind)
             draw_nothing_to_take_back(GPUModelRunner)
         cores = os.sched_getaffinity(0)
         super().__init__(vllm_config, engine_id, kv_cache_config)
