@@ -58,6 +58,14 @@ def test_the_same_question_has_the_same_answer() -> None:
     assert propose(question(tpot=0.018)) == propose(question(tpot=0.018))
 
 
+def test_a_question_that_costs_too_much_is_answered_with_the_best_so_far() -> None:
+    asked = question(tpot=0.018)
+    nothing, some = propose(asked, budget=1), propose(asked, budget=20_000)
+    assert (nothing.setting, nothing.runs) == (NOW, 1)
+    assert some.gain > 0.4
+    assert some.runs < 40  # of 125
+
+
 def test_without_a_model_one_is_fitted_to_the_steps_that_were_seen() -> None:
     batches = [Batch(p, 0.0, d, 100 * d) for p in (0, 64, 256, 1024) for d in (0, 1, 4, 16)]
     steps = tuple(Sample(batch, MODEL.seconds(batch)) for batch in batches)

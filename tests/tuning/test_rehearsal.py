@@ -28,7 +28,7 @@ def test_the_first_requests_meet_an_empty_cluster_and_are_not_judged() -> None:
     here = judge(first=1, count=3)
     for name, ttft in (("a", 5.0), ("b", 0.5), ("c", 0.4)):
         live(here, name, ttft)
-    assert here.standing() == Standing(good=1.0, used=0.5)
+    assert here.standing() == Standing(good=1.0, used=0.5, facts=9)
 
 
 def test_the_scarcer_slo_is_the_one_that_the_percentile_used_more_of() -> None:
@@ -42,7 +42,7 @@ def test_a_request_is_judged_by_its_own_slo() -> None:
     here.on(Arrived(0.0, "a", 100, 500, slo=SLO(10.0, 1.0)))
     here.on(Prefilled(5.0, "a", 0, "i0"))
     here.on(Finished(5.5, "a", 11))
-    assert here.standing() == Standing(good=1.0, used=0.5)
+    assert here.standing() == Standing(good=1.0, used=0.5, facts=3)
 
 
 def test_a_rehearsal_is_hopeless_when_a_quarter_is_bad_and_the_rest_counts_as_bad() -> None:

@@ -15,7 +15,7 @@ from taichi_serve.tuning.setting import largest
 from taichi_serve.tuning.start import Devices, Given, Host, Model, Start, choose, filling, raised, suiting
 
 # Bytes an instance may use of a card: 92 % of what the driver says.
-A100, L4 = Devices("A100", 8, 79.0e9), Devices("L4", 1, 22.2e9)
+A100, L4 = Devices("A100", 8, 79.0e9, 85e9), Devices("L4", 1, 22.2e9, 24e9)
 CPU = Host("CPU", cores=2, nodes=1, memory=16e9, kv=1 << 30)
 M7 = Model(weights=15.2e9, kv_bytes=57344, limit=32768, heads=28, kv_heads=4)
 M14 = Model(weights=29.5e9, kv_bytes=196608, limit=32768, heads=40, kv_heads=8)
@@ -158,7 +158,7 @@ def test_more_instances_than_devices_are_left_to_whoever_gives_out_devices() -> 
 
 
 def test_without_a_device_there_is_one_instance_that_will_say_so() -> None:
-    assert start(M14, Devices("GPU", 0, 0.0)).sliders.instances == 1
+    assert start(M14, Devices("GPU", 0, 0.0, 0.0)).sliders.instances == 1
 
 
 def test_two_cores_are_two_instances() -> None:
@@ -219,6 +219,8 @@ def test_large_devices_take_large_steps_and_others_modest_ones() -> None:
     assert (start().sliders.p_chunk, start().budget) == (8192, 8192 + 256)
     small = start(M7, cards(4, L4))
     assert (small.sliders.p_chunk, small.budget) == (2048, 2048 + 256)
+    half = start(machine=Devices("A100", 8, 42e9, 85e9))  # of each, beside another server
+    assert (half.sliders.p_chunk, half.budget) == (8192, 8192 + 256)
     assert (start(TINY, CPU).sliders.p_chunk, start(TINY, CPU).budget) == (2048, 2304)
 
 

@@ -128,9 +128,8 @@ def _devices(args: argparse.Namespace, groups: list[str]) -> Devices:
     visible = current_platform.device_count()
     names = {name for group in groups for name in group.split(",")}
     smallest = min((current_platform.get_device_total_memory(i) for i in range(visible)), default=0)
-    return Devices(
-        device_name() if visible else "GPU", len(names) or visible, smallest * args.gpu_memory_utilization
-    )
+    name, usable = device_name() if visible else "GPU", smallest * args.gpu_memory_utilization
+    return Devices(name, len(names) or visible, usable, smallest)
 
 
 def _host(args: argparse.Namespace) -> Host:

@@ -118,11 +118,12 @@ class Plant:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a rehearsal came to: the share of good requests, and how much of its scarcer SLO the 90th
-    percentile used (1.0: just kept)."""
+    """What a rehearsal came to: the share of good requests, how much of its scarcer SLO the 90th percentile
+    used (1.0: just kept), and how many facts it took, which is what it costs."""
 
     good: float
     used: float
+    facts: int = 0
 
     @property
     def held(self) -> bool:
@@ -144,7 +145,7 @@ class Judge:
         self.scheduler = scheduler
         self.slo = slo
         self.first, self.count = first, count - first
-        self.arrived = self.good = self.bad = 0
+        self.facts = self.arrived = self.good = self.bad = 0
         self.ttfts: list[float] = []
         self.tpots: list[float] = []
         self._live: dict[str, list[float]] = {}  # arrival, and the first token
@@ -153,6 +154,7 @@ class Judge:
     def on(self, event: Event) -> Sequence[Command]:
         """Count the fact, and pass it on."""
         kind = type(event)
+        self.facts += 1
         if kind is Arrived:
             assert isinstance(event, Arrived)
             if self.arrived >= self.first:
@@ -190,7 +192,7 @@ class Judge:
     def standing(self) -> Standing:
         """As far as it was seen; of one that was hopeless the rest counts as bad."""
         worst = max(percentile(self.ttfts, SHARE), percentile(self.tpots, SHARE))
-        return Standing(self.good / self.count, worst)
+        return Standing(self.good / self.count, worst, self.facts)
 
 
 def rehearse(

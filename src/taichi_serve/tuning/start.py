@@ -52,11 +52,13 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Accelerators, all alike or taken as the smallest; `memory` are the bytes an instance may use of one."""
+    """Accelerators, all alike or taken as the smallest; `memory` are the bytes an instance may use of one that
+    has `size` bytes."""
 
     name: str
     count: int
     memory: float
+    size: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ def _sliders(
     given: Given, instances: int, machine: Devices | Host, steps: Known | None, slo: SLO
 ) -> tuple[Sliders, int, str]:
     """The sliders, the tokens of a step that go with them, and where S_D is from."""
-    roomy = isinstance(machine, Devices) and machine.memory >= ROOMY
+    roomy = isinstance(machine, Devices) and machine.size >= ROOMY
     p_chunk = given.budget or (LARGE if roomy else MODEST)
     budget = given.budget or p_chunk + (given.seqs or SEQS)
     p_heavy = instances // SHARE
