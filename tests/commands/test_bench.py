@@ -68,6 +68,7 @@ BAD = [
     ("--contender mine", "--contender: 'mine': expected NAME=FLAGS, the name of letters and digits"),
     ('--contender a="', "--contender: 'a=\"': No closing quotation"),
     ("--compare hybrid --redo -1", "--redo: must be at least 0, not -1"),
+    ("--compare hybrid --settle -1", "--settle: must be at least 0, not -1"),
     ("--compare hybrid --instances 1", "--instances: must be at least 2, not 1"),
 ]
 

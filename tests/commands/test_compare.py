@@ -19,6 +19,7 @@ from taichi_serve.bench.contest import Task
 from taichi_serve.bench.endpoint import EndpointGoneError
 from taichi_serve.bench.kept import Kept
 from taichi_serve.bench.pairs import pairs
+from taichi_serve.bench.score import Others
 from taichi_serve.bench.usage import Usage
 from taichi_serve.commands import compare, standing
 from taichi_serve.commands.contenders import Contender, at
@@ -76,7 +77,7 @@ def measured(monkeypatch):
     """Whom the load was sent to, with which salt: A keeps 2.4 requests/s, B 3.1."""
     asked = []
 
-    async def measure(loop, trial, requests, rate, early, tell, others):
+    async def measure(loop, trial, requests, rate, early, tell, others=Others()):
         seed = trial.seeds[0]
         task = Task(0, rate, seed, early, (), ())
         name = "AB"[len(asked) % 2]
@@ -84,21 +85,32 @@ def measured(monkeypatch):
         return run(task, others, rate <= 2.4)
 
     monkeypatch.setattr(compare, "measure", measure)
-    monkeypatch.setattr(compare, "OpenLoop", lambda endpoint, salt: salt)
+    monkeypatch.setattr(compare, "OpenLoop", lambda endpoint, salt=None: salt)
     monkeypatch.setattr(compare, "CALM", 0.0)
     monkeypatch.setattr(compare, "Probe", Probe)
     return asked
 
 
-def rounds(redo=2):
+def rounds(redo=2, settle=0.0):
     said = io.StringIO()
-    return compare.Rounds(BEGUN, Servers(), Console(file=said), redo), said
+    return compare.Rounds(BEGUN, Servers(), Console(file=said, width=500), redo, settle), said
 
 
 def task():
     found = BEGUN.contest.next()
     assert found is not None
     return found
+
+
+async def test_everybody_is_loaded_at_the_first_rate_before_anything_counts(measured):
+    doing, said = rounds(settle=30.0)
+    await doing._settled(None)
+    assert [(name, rate, seed) for name, rate, seed, _ in measured] == [
+        ("A", TRIAL.start, compare.SETTLING),
+        ("B", TRIAL.start, compare.SETTLING),
+    ]
+    assert said.getvalue().count("not counted") == 2
+    assert not doing._contest.rounds
 
 
 async def test_a_calm_round_is_done_once_and_everybody_gets_the_same_tokens(measured):

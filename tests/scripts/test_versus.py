@@ -119,6 +119,7 @@ def arguments(tmp_path, **more):
         "model": None,
         "memory": "0.3",
         "front_ends": None,
+        "settle": 0.0,
         "kv": "6G",
         "together": None,
         "start": None,

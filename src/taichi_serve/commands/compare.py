@@ -29,6 +29,7 @@ from taichi_serve.commands.standing import Standing
 from taichi_serve.commands.subserver import ServerError
 
 FILE = "compare.json"
+SETTLING = 1 << 31  # a seed that nobody measures with
 CALM = 1.5  # seconds: vLLM's workers keep their cores busy for one second after their last step
 
 
@@ -50,7 +51,7 @@ def compared(
         if found.contest.next() is None:
             return found
     standing = Standing(field, args.target, args.api_key, console)
-    rounds = Rounds(found, standing, console, args.redo)
+    rounds = Rounds(found, standing, console, args.redo, args.settle)
     failed = None
     try:
         return asyncio.run(interrupts.watch(rounds.run(path)))
@@ -65,10 +66,11 @@ def compared(
 class Rounds:
     """Does the rounds of a comparison, one after the other."""
 
-    def __init__(self, begun: Kept, standing: Standing, console: Console, redo: int) -> None:
-        """A round during which the machine's speed moves is done again, `redo` times at most."""
+    def __init__(self, begun: Kept, standing: Standing, console: Console, redo: int, settle: float) -> None:
+        """A round during which the machine's speed moves is done again, `redo` times at most. Before the
+        first one everybody is loaded for `settle` seconds."""
         self._begun, self._contest = begun, begun.contest
-        self._standing, self._console, self._redo = standing, console, redo
+        self._standing, self._console, self._redo, self._settle = standing, console, redo, settle
         self.visited = ""  # who is being visited, or was last
 
     async def run(self, path: Path | None) -> Kept:
@@ -84,6 +86,8 @@ class Rounds:
         for note in notes:
             self._say(note)
         made = replace(self._begun, versions=versions, notes=notes)
+        if self._settle:
+            await self._settled(requests)
         with Probe.start() as probe:
             while (task := self._contest.next()) is not None:
                 done = await self._round(task, requests, probe)
@@ -96,6 +100,17 @@ class Rounds:
             for one in made.results:
                 write_result(one, path.parent / f"{file_name(one.name)}.json")
         return made
+
+    async def _settled(self, requests: Workload) -> None:
+        """Load everybody as in the first round: who sets its own sliders has seen the workload then."""
+        trial = self._contest.trial
+        own = replace(trial, seeds=(SETTLING,), requests=max(1, round(self._settle * trial.start)))
+        for name in self._contest.names:
+            self.visited = name
+            async with await self._standing.meet(name) as endpoint:
+                with progress_on(self._console) as progress, telling(progress, name, own.total) as tell:
+                    run = await measure(OpenLoop(endpoint), own, requests, own.start, early=False, tell=tell)
+            self._say(f"{line(name, run, 'settling')}; not counted")
 
     async def _round(self, task: Task, requests: Workload, probe: Probe) -> Round:
         thrown_away: list[tuple[float, ...]] = []

@@ -47,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often a round is done again while the machine's speed moves (default: 2)",
     )
     parser.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="load everybody for so long at the first rate before anything counts: with `--autotune on` a "
+        "server chooses its sliders by what it has seen (default: 0)",
+    )
+    parser.add_argument(
         "--tuned", type=Path, metavar="DIR", help="their settings as `taichi search --tuned DIR` found them"
     )
     parser.add_argument("--instances", type=int, default=2, metavar="N", help="(default: 2)")
@@ -82,6 +90,8 @@ def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[st
     """All who were asked for, in that order, with the user's own flags; ValueError says what is wrong."""
     if args.redo < 0:
         raise ValueError(f"--redo: must be at least 0, not {args.redo}")
+    if not 0 <= args.settle < float("inf"):
+        raise ValueError(f"--settle: must be at least 0, not {args.settle:g}")
     slos = ("--ttft-slo", str(slo.ttft), "--tpot-slo", str(slo.tpot))
     found: dict[str, Contender] = {}
 

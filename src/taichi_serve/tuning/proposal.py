@@ -87,8 +87,8 @@ class Climb:
     seen: dict[tuple[Setting, float, int], Standing] = field(default_factory=dict)
 
     def at(self, setting: Setting, share: float = 1.0, load: float | None = None) -> Standing:
-        """How it stands at a load, or at that of now, by a whole rehearsal or the first `share` of one. Raises
-        SpentError where that is not known yet and nothing is left of the budget."""
+        """How it stands at a load, or at that of now, by a whole rehearsal or the first `share` of one.
+        Raises SpentError where that is not known yet and nothing is left of the budget."""
         asked, load = self.question, self.load if load is None else load
         count = round(self._count(load) * share)
         key = setting, load, count
@@ -132,8 +132,8 @@ class Climb:
             self.load = load
 
     def race(self, first: Setting, others: Iterable[Setting]) -> None:
-        """Find the best: of many others a few go on from short rehearsals to whole ones, and those that hold the
-        load go on at a higher one. Beyond what anybody holds nothing is compared: there a setting that fails
+        """Find the best: of many others a few go on from short rehearsals to whole ones, and those that hold
+        the load go on at a higher one. Beyond what anybody holds nothing is compared: there a setting that fails
         some requests at any load looks better than one that holds, and then fails all."""
         field_ = [one for one in dict.fromkeys(others) if one != first]
         field_.sort(key=lambda one: self.at(one, FIRST_HEAT).key, reverse=True)

@@ -52,8 +52,8 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Accelerators, all alike or taken as the smallest; `memory` are the bytes an instance may use of one that
-    has `size` bytes."""
+    """Accelerators, all alike or taken as the smallest; `memory` are the bytes an instance may use of one
+    that has `size` bytes."""
 
     name: str
     count: int
