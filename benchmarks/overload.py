@@ -5,8 +5,8 @@
 A server for each mode, one after the other: one P-heavy and one D-heavy instance with the tiny model. Each
 first sees half of the goodput for a while, so that it knows how fast it is; then come Poisson arrivals at
 twice the goodput, the same for every mode. Each request is sent when it is due, and every one is waited for.
-Without `--goodput` that of `serve` is searched first: the highest rate, to 10 %, at which 90 % of the requests
-are good.
+Without `--goodput` that of `serve` is searched first: the highest rate, to 10 %, at which 90 % of them are
+good.
 
 Then `vllm bench serve --goodput`, unmodified, sends requests of its own at that rate for `--check` seconds.
 Its count of good requests stands beside that of the server's own counters.
