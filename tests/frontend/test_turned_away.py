@@ -70,11 +70,14 @@ async def generate(request: Request) -> Response:
 
 
 async def asked(query: str) -> httpx.Response:
-    routes = [Route("/generate", generate), Route("/health", lambda _: Response(status_code=200))]
+    routes = [
+        Route("/generate", generate, methods=["POST"]),
+        Route("/health", lambda _: Response(status_code=200)),
+    ]
     within = Middleware(TurnedAway, drained=lambda: 6.5)
     app: Any = Starlette(routes=routes, middleware=[Middleware(Door), within])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
-        return await client.get(query)
+        return await client.request("GET" if query == "/health" else "POST", query)
 
 
 @pytest.mark.parametrize("query", ["/generate?away", "/generate?away&before", "/generate?away&whole"])
@@ -129,3 +132,19 @@ def test_vllms_own_bound_is_noted_for_the_request_that_is_one_too_many(
 
 async def test_an_answer_without_a_body_is_not_kept_back() -> None:
     assert (await asked("/health")).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "seen"), [("GET", ["start", "body"]), ("POST", [])])
+async def test_who_only_looks_sees_a_stream_as_it_comes(method: str, seen: list[str]) -> None:
+    """No engine has anything to do with it, and it does not end."""
+    sent: list[str] = []
+
+    async def updates(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"].removeprefix("http.response."))
+
+    await TurnedAway(updates)({"type": "http", "method": method, "state": {}}, None, send)  # type: ignore[arg-type]
+    assert sent == seen

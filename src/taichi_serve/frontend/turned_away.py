@@ -18,6 +18,7 @@ from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.names import asked_in, not_taken_in
 
 OVERLOADED = "The server is overloaded: this request would not get its first token in time. Try again later."
+WITHOUT_WORK = ("GET", "HEAD", "OPTIONS")
 MOST = 1 << 16  # bytes that are kept back
 
 
@@ -31,8 +32,9 @@ class TurnedAway:
         self._drained = drained
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let it through, and keep the beginning of the answer back."""
-        if scope["type"] == "http":
+        """Let it through, and keep the beginning of the answer back. Whoever only looks (the live page) is
+        in nobody's way, and sees what there is to see at once."""
+        if scope["type"] == "http" and scope["method"] not in WITHOUT_WORK:
             send = _KeptBack(scope, receive, send, self._drained).sent
         await self.app(scope, receive, send)
 
