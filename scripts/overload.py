@@ -1,7 +1,7 @@
 """Attainment past goodput: what --overload serve, demote and refuse make of 0.9 to 2 times the goodput.
 
     scripts/compile.sh
-    PYTHONPATH=build/compiled python scripts/overload.py [--seeds 1 2] [--seconds 300] [--setting NAME]
+    PYTHONPATH=build/compiled python scripts/overload.py [--seeds 1 2] [--setting NAME] [--cv 2]
 
 The settings are hybrids of docs/paper.md, tuned there. Own goodput is that of `serve`, on the same seeds: the
 highest rate at which 90 % of all requests sent are good. At each multiple of it stand, for each mode: the
@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from taichi_serve.bench.arrivals import GAMMA, Arrivals
 from taichi_serve.bench.bracket import Bracket
 from taichi_serve.bench.workload import workload
 from taichi_serve.cluster.base import run
@@ -48,11 +49,11 @@ class Setting:
     contender: Contender
     guess: float
 
-    @property
-    def scene(self) -> Scene:
-        """What it runs on."""
+    def scene(self, cv: float) -> Scene:
+        """What it runs on, with gaps between arrivals of this coefficient of variation."""
         found = machine(self.profile)
-        return Scene(found, workload(self.load, min(found.max_model_len, found.kv_capacity)), self.slo)
+        limit = min(found.max_model_len, found.kv_capacity)
+        return Scene(found, workload(self.load, limit, arrivals=Arrivals(GAMMA, cv)), self.slo)
 
 
 def hybrid(p_heavy: int, d_heavy: int, d_chunk: int, margin: float) -> Contender:
@@ -136,14 +137,15 @@ def figures(fates: Sequence[Fate], best_effort: int, slo: SLO) -> Figures:
     )
 
 
-Task = tuple[str, str, float, float, int]  # setting, mode, rate (requests/s), seconds of traffic, seed
+# Setting, mode, rate (requests/s), seconds of traffic, seed, CV of the gaps between arrivals.
+Task = tuple[str, str, float, float, int, float]
 
 
 def simulated(task: Task) -> Figures:
     """One run to its end."""
-    name, mode, rate, seconds, seed = task
+    name, mode, rate, seconds, seed, cv = task
     setting = SETTINGS[name]
-    scene, contender = setting.scene, setting.contender
+    scene, contender = setting.scene(cv), setting.contender
     cluster = scene.cluster(contender.sliders, rate, round(rate * seconds), seed)
     policy = replace(contender.policy, overload=mode)
     scheduler = scene.scheduler(contender.sliders, policy, cluster.capacities)
@@ -154,18 +156,18 @@ def simulated(task: Task) -> Figures:
 
 def kept(task: Task) -> float:
     """The share of good requests of one run, or whatever bound decides whether it is at least 90 %."""
-    name, mode, rate, seconds, seed = task
+    name, mode, rate, seconds, seed, cv = task
     setting = SETTINGS[name]
     policy = replace(setting.contender.policy, overload=mode)
     contender = replace(setting.contender, policy=policy)
-    return attain(setting.scene, contender, rate, round(rate * seconds), seed).attainment
+    return attain(setting.scene(cv), contender, rate, round(rate * seconds), seed).attainment
 
 
 def goodput(pool: Any, name: str, mode: str, guess: float, args: argparse.Namespace) -> float:
     """The highest rate (requests/s) at which 90 % are good, on average over the seeds."""
     bracket = Bracket(guess, TOLERANCE, step=1.04)
     while (rate := bracket.next()) is not None:
-        tasks = [(name, mode, rate, args.seconds, seed) for seed in args.seeds]
+        tasks = [(name, mode, rate, args.seconds, seed, args.cv) for seed in args.seeds]
         shares = pool.map(kept, tasks, chunksize=1)
         bracket = bracket.after(rate, fmean(shares) >= TARGET)
     return bracket.low
@@ -211,6 +213,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=OVERLOAD, action="append")
     parser.add_argument("--load", type=float, nargs="+", default=list(LOADS), metavar="X")
     parser.add_argument("--own", type=float, metavar="R", help="own goodput, where it is known")
+    parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals; 1: Poisson")
     parser.add_argument("--goodputs", action="store_true", help="search that of every mode")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -227,7 +230,7 @@ def main() -> None:
                     print(f"goodput of {mode}: {goodput(pool, name, mode, own, args):.3g}", flush=True)
                 peak = 0.0
                 for load in args.load:
-                    tasks = [(name, mode, load * own, args.seconds, seed) for seed in args.seeds]
+                    tasks = [(name, mode, load * own, args.seconds, seed, args.cv) for seed in args.seeds]
                     runs = pool.map(simulated, tasks, chunksize=1)
                     print(row(mode, load, runs, peak), flush=True)
                     peak = max(peak, fmean(one.good for one in runs))

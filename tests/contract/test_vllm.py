@@ -1278,6 +1278,23 @@ def test_requests_of_all_front_ends_are_bounded_by_counters_that_they_share() ->
     assert counters[SharedAdmissionStats.COUNTERS_PER_SLOT] == one.get_num_requests() == 3
 
 
+def test_who_is_one_too_many_is_refused_before_an_answer_begins_and_again_when_it_is_tokenized() -> None:
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.exceptions import GracefulHTTPError, MaxQueuedTokensError, QueueOverflowError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert names(AsyncLLM.check_admission) == ["n", "request_id"]
+    assert mentions(GenerateBaseServing._preflight, "self.engine_client.check_admission(n)") == []
+    assert mentions(AsyncLLM._add_request, "self.check_admission(") == []
+    all_choices_at_once = "self.check_admission(parent_params.n"
+    assert mentions(AsyncLLM.add_request, all_choices_at_once) == []
+    raised = inspect.getsource(AsyncLLM.check_admission)
+    for refusal in (QueueOverflowError, MaxQueuedTokensError):
+        assert f"raise {refusal.__name__}()" in raised
+        assert issubclass(refusal, GracefulHTTPError)
+        assert (refusal().http_status, bool(refusal().message)) == (503, True)
+
+
 def test_what_an_engine_finds_out_about_its_cache_is_what_front_ends_are_told() -> None:
     from vllm.v1.engine import EngineCoreReadyResponse
     from vllm.v1.engine.core_client import MPClient

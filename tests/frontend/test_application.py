@@ -19,6 +19,8 @@ from starlette.routing import BaseRoute, Mount, WebSocketRoute
 from vllm.config import ModelConfig
 
 from taichi_serve.frontend import parsed
+from taichi_serve.frontend.anthropic_form import kind as kind_of
+from taichi_serve.frontend.body import MAX_BODY
 from taichi_serve.frontend.elsewhere import NOT_HERE
 
 # A finished answer is given back to be put into words; no engine sees it.
@@ -114,7 +116,11 @@ async def test_no_route_takes_an_internal_parameter_wherever_its_model_has_it(
                 words = {"json": inner}
             answer = await client.post(path, headers=headers, **words)
             assert answer.status_code == 400, (path, field, answer.text)
-            assert answer.json()["error"]["param"] in ("taichi", field[-1]), (path, field)
+            error = answer.json()["error"]
+            if path.startswith("/v1/messages"):  # Anthropic's form has no parameter
+                assert field[-1] in error["message"] or "taichi" in error["message"], (path, field)
+            else:
+                assert error["param"] in ("taichi", field[-1]), (path, field)
 
 
 async def test_only_json_is_read_as_json(app: FastAPI, client: httpx.AsyncClient) -> None:
@@ -127,7 +133,38 @@ async def test_only_json_is_read_as_json(app: FastAPI, client: httpx.AsyncClient
                 headers = {"Authorization": f"Bearer {KEY}", "Content-Type": kind}
                 answer = await client.post(path, content=body, headers=headers)
                 assert 400 <= answer.status_code < 500, (path, kind, answer.text)
-                assert answer.json()["error"]["code"] == answer.status_code
+                error = answer.json()["error"]
+                if path.startswith("/v1/messages"):
+                    assert error["type"] == kind_of(answer.status_code)
+                else:
+                    assert error["code"] == answer.status_code
+
+
+async def test_whatever_is_wrong_on_anthropics_routes_is_said_in_anthropics_form(
+    client: httpx.AsyncClient,
+) -> None:
+    key = {"Authorization": f"Bearer {KEY}"}
+    good = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+    cases: list[tuple[int, str, str, dict[str, Any]]] = [
+        (401, "authentication_error", "POST", {"json": good}),  # at the door
+        (431, "invalid_request_error", "POST", {"headers": key | {f"x-{n}": "y" for n in range(300)}}),
+        (413, "request_too_large", "POST", {"headers": key, "content": b" " * (MAX_BODY + 1)}),
+        (400, "invalid_request_error", "POST", {"headers": key, "json": good | {"kv_transfer_params": {}}}),
+        (400, "invalid_request_error", "POST", {"headers": key, "json": {"model": "tiny"}}),  # vLLM's words
+        (405, "invalid_request_error", "DELETE", {"headers": key}),  # the router
+    ]
+    with parsed.looked_at():
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            for status, kind, method, words in cases:
+                answer = await client.request(method, path, **words)
+                said = answer.json()
+                assert answer.status_code == status, (path, said)
+                assert (said.keys(), said["type"]) == ({"type", "error"}, "error")
+                assert (said["error"].keys(), said["error"]["type"]) == ({"type", "message"}, kind)
+                assert said["error"]["message"]
+                assert answer.headers["content-length"] == str(len(answer.content))
+        gone = await client.get("/v1/messages/batches", headers=key)
+        assert (gone.status_code, gone.json()["error"]["type"]) == (404, "not_found_error")
 
 
 async def test_errors_of_the_framework_have_openais_form_too(client: httpx.AsyncClient) -> None:

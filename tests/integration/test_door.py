@@ -46,10 +46,13 @@ async def client(door: Server) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def check(answer: httpx.Response, status: int) -> str:
-    """OpenAI's form of an error; returns its message."""
+    """OpenAI's form of an error, Anthropic's on its routes; returns its message."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert error["code"] == status
+    if answer.url.path.startswith("/v1/messages"):
+        assert (answer.json()["type"], error.keys()) == ("error", {"type", "message"})
+    else:
+        assert error["code"] == status
     message: str = error["message"]
     return message
 
@@ -123,7 +126,7 @@ DEEP = b"[" * 500 + b"]" * 500
 
 
 @pytest.mark.parametrize("path", POSTS)
-async def test_hostile_bodies_get_4xx_in_openais_form(path: str, client: httpx.AsyncClient) -> None:
+async def test_hostile_bodies_get_4xx_in_the_form_of_their_api(path: str, client: httpx.AsyncClient) -> None:
     good = json.dumps(POSTS[path]).encode()
     internal = json.dumps(POSTS[path] | {"kv_transfer_params": {"do_remote_prefill": True}})
     bad: list[bytes] = [

@@ -1,16 +1,22 @@
 """More requests than can be in time, on real engines: some are best effort, the rest are turned away at the
-door and told when to come back, and what was accepted is answered in full and token for token."""
+door and told when to come back, and what was accepted is answered in full and token for token. The clients of
+OpenAI and of Anthropic come back as they are told."""
 
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
-from load import PATH, Wish, streamed, view, wishes
+from load import PATH, Wish, streamed, text_of, view, wishes
 from servers import Server
 
 # A prompt takes about a tenth of a second on an instance, and the SLO is one second.
@@ -121,3 +127,138 @@ def test_the_reason_is_in_the_record(crowded: Server) -> None:
         entries = [entry for log in logs for entry in log]
         late = [e for e in entries if e.get("best_effort") or e["type"] == "Demote"]
         assert late
+
+
+def test_the_live_page_sees_its_first_update_at_once(crowded: Server) -> None:
+    """The beginning of an answer is kept back where it may be turned away, and only there."""
+
+    async def first() -> bytes:
+        async with crowded.client() as client, client.stream("GET", "/taichi/events") as answer:
+            async with asyncio.timeout(10):
+                return await anext(answer.aiter_bytes())
+
+    assert asyncio.run(first()).startswith(b"data: ")
+
+
+# ------------------------------------------------------------------------------ clients that retry themselves
+
+CLIENTS = 30
+RETRIES = 100  # a client waits as long as it is told, a second at least
+
+
+def texts(seed: int) -> list[str]:
+    """Prompts as long as the others."""
+    chance = random.Random(seed)
+    return [text_of(1350, chance) for _ in range(CLIENTS)]
+
+
+Came = tuple[int, float, str | None]  # retries, seconds until it was answered, why the answer ended
+
+
+async def by_openais_client(url: str) -> list[Came]:
+    """All at once."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=RETRIES) as client:
+
+        async def one(text: str) -> Came:
+            began = time.monotonic()
+            said: Any = [{"role": "user", "content": text}]
+            create = client.chat.completions.with_raw_response.create
+            raw = await create(model="tiny", messages=said, max_tokens=4)
+            return raw.retries_taken, time.monotonic() - began, raw.parse().choices[0].finish_reason
+
+        return await asyncio.gather(*map(one, texts(21)))
+
+
+async def by_anthropics_client(url: str) -> list[Came]:
+    """All at once."""
+    async with anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=RETRIES) as client:
+
+        async def one(text: str) -> Came:
+            began = time.monotonic()
+            said: Any = [{"role": "user", "content": text}]
+            create = client.messages.with_raw_response.create
+            raw = await create(model="tiny", messages=said, max_tokens=4)
+            return raw.retries_taken, time.monotonic() - began, (await raw.parse()).stop_reason
+
+        return await asyncio.gather(*map(one, texts(22)))
+
+
+@pytest.mark.parametrize("by_client", [by_openais_client, by_anthropics_client])
+def test_a_client_that_retries_waits_as_it_is_told_and_gets_in(crowded: Server, by_client: Any) -> None:
+    answers: list[Came] = asyncio.run(by_client(crowded.url))
+    assert all(end is not None for _, _, end in answers)
+    assert max(retries for retries, _, _ in answers) > 0
+    # Of itself a client would come back after half a second; Retry-After is one at least.
+    assert all(seconds >= retries for retries, seconds, _ in answers)
+
+
+def test_a_client_that_does_not_retry_sees_an_error_of_its_own_api(crowded: Server) -> None:
+    async def refused(client: Any, create: Any, kind: type[Exception]) -> list[Any]:
+        async with client:
+            calls = (create(model="tiny", messages=[{"role": "user", "content": t}]) for t in texts(23))
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        wrong = [answer for answer in answers if isinstance(answer, Exception)]
+        assert wrong
+        assert all(isinstance(one, kind) for one in wrong)
+        return wrong
+
+    ours = openai.AsyncOpenAI(base_url=f"{crowded.url}/v1", api_key="none", max_retries=0)
+    for one in asyncio.run(refused(ours, ours.chat.completions.create, openai.InternalServerError)):
+        assert (one.status_code, one.type) == (503, "overloaded_error")
+    theirs = anthropic.AsyncAnthropic(base_url=crowded.url, api_key="none", max_retries=0)
+    message = partial(theirs.messages.create, max_tokens=4)
+    for one in asyncio.run(refused(theirs, message, anthropic.APIStatusError)):
+        assert (one.status_code, one.body["type"]) == (503, "error")
+        assert one.body["error"]["type"] == "overloaded_error"
+        assert int(one.response.headers["retry-after"]) >= 1
+
+
+# ------------------------------------------------------------------------------------ the bound that vLLM has
+
+BOUND = 4
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that serves all in order, but no more than so many at a time."""
+    server = Server(
+        tmp_path_factory.mktemp("bounded"),
+        *("--d-heavy", "1", "--overload", "serve", "--max-num-queued-reqs", str(BOUND)),
+    )
+    try:
+        yield server.wait_ready()
+        server.stop()
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+def test_of_more_than_vllms_bound_allows_the_rest_gets_503_before_the_first_byte(
+    bounded: Server, streaming: bool
+) -> None:
+    answers = at_once(bounded, streaming)
+    accepted = [answer for answer in answers if answer.status_code == 200]
+    away = [answer for answer in answers if answer.status_code == 503]
+    assert len(accepted) + len(away) == len(WISHES)
+    assert accepted
+    assert away
+    for answer in away:
+        assert int(answer.headers["retry-after"]) >= 1
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("overloaded_error", 503)
+        assert "busy" in error["message"]
+    for answer in accepted:
+        assert '"error"' not in answer.text
+        assert '"finish_reason":"length"' in answer.text
+    assert bounded.quiet(10.0)["requests"]["failed"] == 0
+
+
+def test_who_comes_when_there_is_room_again_gets_in(bounded: Server) -> None:
+    assert bounded.quiet(10.0)
+    few = WISHES[:BOUND]
+
+    async def run() -> list[httpx.Response]:
+        async with bounded.client() as client:
+            return await asyncio.gather(*(asked(client, wish, streaming=True) for wish in few))
+
+    assert [answer.status_code for answer in asyncio.run(run())] == [200] * BOUND

@@ -41,7 +41,8 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
         app.state.taichi = system
         promises = Promises(system.classes, lambda: system.scheduler.slo, args.slo_response_headers)
         closing, retry_after = lambda: system.front.closing, system.attendance.retry_after
-        furnish(app, args, closing, retry_after, promises, tracing=system.tracing)
+        tracing, drained = system.tracing, system.drained
+        furnish(app, args, closing, retry_after, promises, tracing=tracing, drained=drained)
 
     with finished_by(finish), exported(system):
         yield
@@ -73,10 +74,12 @@ def furnish(
     promises: Promises | None = None,
     routers: Sequence[APIRouter] = (router, page, probes),
     tracing: Traces | None = None,
+    drained: Callable[[], float] = lambda: 0.0,
 ) -> None:
     """Our routes, and the door around everything that vLLM, or its operator, has put around them. While no
     instance lives `retry_after` says in how many seconds one is expected back. `promises` are what requests
-    may ask for, and `tracing` is told of them where there are traces."""
+    may ask for, and `tracing` is told of them where there are traces. `drained` is in how many seconds the
+    first instance is through with what is queued there."""
     for ours in routers:
         app.include_router(ours)
     app.exception_handler(parsed.Refusal)(parsed.answer)
@@ -92,11 +95,17 @@ def furnish(
     )
     traced = [] if tracing is None else [Middleware(Traced, tracing=tracing)]
     # Within the door: no answer begins before it is known whether its request is turned away.
-    within = [] if args.overload == SERVE else [Middleware(TurnedAway)]
+    within = [Middleware(TurnedAway, drained=drained)] if _turns_away(args) else []
     # vLLM has built the stack already, so it is built anew.
     _count_on(app)
     app.user_middleware[:0] = [door, *traced, *within]
     app.middleware_stack = app.build_middleware_stack()
+
+
+def _turns_away(args: argparse.Namespace) -> bool:
+    """Whether a request may be turned away that a route has begun to answer."""
+    bounds = args.max_num_queued_reqs, args.max_num_queued_tokens
+    return args.overload != SERVE or any(bound is not None for bound in bounds)
 
 
 def _count_on(app: FastAPI) -> None:

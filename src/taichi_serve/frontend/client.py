@@ -28,7 +28,7 @@ from taichi_serve.frontend.attendance import Attendance
 from taichi_serve.frontend.attendance import Cluster as Attended
 from taichi_serve.frontend.errors import SHUTTING_DOWN
 from taichi_serve.frontend.everywhere import Everywhere, everywhere
-from taichi_serve.frontend.names import Asked, Names
+from taichi_serve.frontend.names import Asked, Names, not_taken
 from taichi_serve.frontend.terms import noted
 from taichi_serve.frontend.traced import Traces, set_defaults
 from taichi_serve.frontend.trouble import Trouble
@@ -144,6 +144,15 @@ class ClusterLLM(async_llm.AsyncLLM):
         if kwargs.get("data_parallel_rank") is not None:
             raise VLLMValidationError("a data-parallel rank cannot be chosen by a client")
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """As vLLM's own, which asks before an answer begins, and again once the prompt is tokenized: who is
+        refused only then gets its 503, too (turned_away.py)."""
+        try:
+            super().check_admission(n, request_id)
+        except GracefulHTTPError as full:
+            not_taken(full.message)
+            raise
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         """As vLLM's own, which notes the request before it waits here: one whose client leaves meanwhile is

@@ -1,4 +1,5 @@
-"""Errors in the form of the OpenAI API, wherever they are found."""
+"""Errors in the form of the OpenAI API, wherever they are found. On Anthropic's routes the door rewords them
+(anthropic_form.py)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from taichi_serve.frontend import names
+from taichi_serve.frontend import anthropic_form, names
 from taichi_serve.frontend.body import Intake, replay
 from taichi_serve.frontend.elsewhere import NOT_HERE
 from taichi_serve.frontend.errors import RETRY_AFTER, SHUTTING_DOWN, unread
@@ -55,6 +55,7 @@ class Guard:
             await self._websocket(scope, receive, send)
         elif scope["type"] == "http":
             names.asking.set(scope.setdefault("state", {}))
+            send = anthropic_form.sending(send) if anthropic_form.spoken(scope) else send
             await self._http(scope, receive, self._telling(self._with_retry_after(send)))
         else:
             await self.app(scope, receive, send)

@@ -22,6 +22,7 @@ KEEP = 10_000
 # What vLLM's routes know of the HTTP request in whose context we are (`request.state`).
 asking: ContextVar[dict[str, Any] | None] = ContextVar("asking", default=None)
 _OURS = "taichi_asked"
+_NOT_TAKEN = "taichi_not_taken"
 
 
 @dataclass
@@ -89,6 +90,19 @@ def asked_in(scope: Scope) -> Asked | None:
     """What is known of this HTTP request; None before an engine request is made of it."""
     found: Asked | None = scope.get("state", {}).get(_OURS)
     return found
+
+
+def not_taken(why: str) -> None:
+    """The HTTP request in whose context we are is turned away before an engine request is made of it."""
+    state = asking.get()
+    if state is not None:
+        state[_NOT_TAKEN] = why
+
+
+def not_taken_in(scope: Scope) -> str | None:
+    """Why this HTTP request was turned away before an engine request was made of it; None: it was not."""
+    why: str | None = scope.get("state", {}).get(_NOT_TAKEN)
+    return why
 
 
 def find(request_id: str, engine_ids: Iterable[str]) -> list[str]:

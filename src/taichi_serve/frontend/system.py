@@ -40,6 +40,8 @@ from taichi_serve.frontend.voice import Voice
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Decline
 from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.scheduling.standing import able
+from taichi_serve.scheduling.triage import drained
 from taichi_serve.sliders import OFF, ON
 from taichi_serve.slo import SLO
 from taichi_serve.tuning.rehearsal import Limits
@@ -108,6 +110,10 @@ class System:
     def unready(self) -> str | None:
         """Why a new request would not be taken now; None where it would."""
         return SHUTTING_DOWN if self.front.closing else self.attendance.unready()
+
+    def drained(self) -> float:
+        """Seconds until the first instance is predicted to be through with all prompts queued there now."""
+        return drained(able(self.scheduler.instances.values()), self.scheduler.predictor)
 
     def fail(self, why: str) -> None:
         """End the server because it cannot go on."""

@@ -37,7 +37,7 @@ from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
 from taichi_serve.scheduling.residency import NONE, Prefixes
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.standing import able, decoders, of_kind, serving
-from taichi_serve.scheduling.triage import Triage
+from taichi_serve.scheduling.triage import Triage, drained
 from taichi_serve.sliders import Kind, Sliders
 
 NOBODY: Mapping[str, Behind] = {}  # comes after a prompt where all are served in order of arrival
@@ -155,7 +155,7 @@ class Dispatcher:
         self.counters.ended(Outcome.REFUSED, 0)
         self.counters.judge(request, Outcome.REFUSED, now)
         self.ledger.forget(request)
-        return Decline(request.id, self.triage.drained(able), why, placed.forecasts)
+        return Decline(request.id, drained(able, self.predictor), why, placed.forecasts)
 
     def enqueue(self, request: Request, placed: Placement, known: Known, now: float) -> Prefill:
         """Book it there, and say so."""

@@ -235,10 +235,6 @@ class Triage:
         alone = not queued and len(victims) == 1
         return alone or queued + sum(one.work for one in victims) <= seconds
 
-    def drained(self, able: Sequence[Instance]) -> float:
-        """Seconds until the first of these instances is through with all that is queued there now."""
-        return min(self.predictor.ttft(instance, 0) for instance in able)
-
     def hopeless(self, instance: Instance, now: float) -> list[tuple[Request, float, Request]]:
         """Who of the queue is to be best effort, each for the sake of a prompt that would be late: seconds
         until its first token, and that prompt."""
@@ -269,3 +265,8 @@ class Triage:
         if self.precedence.demotable:
             return movable
         return [other for other in movable if self.precedence.rights(other).demote]
+
+
+def drained(instances: Iterable[Instance], predictor: Predictor) -> float:
+    """Seconds until the first of these is predicted to be through with all prompts queued there now."""
+    return min((predictor.ttft(instance, 0) for instance in instances), default=0.0)

@@ -194,6 +194,16 @@ async def test_how_instances_stand_is_told_when_it_changes() -> None:
         assert client.cluster.standing.slo == SLO(1.0, 0.05)
 
 
+async def test_when_what_is_queued_will_be_done_is_told_with_each_ping() -> None:
+    async with switchboard() as here:
+        client = await here.connect(0)
+        assert client.cluster.drained == 0.0
+        here.hub.drained = lambda: 2.5
+        here.hub.ping()
+        await heard(client)
+        assert client.cluster.drained == 2.5
+
+
 async def answer(client: RemoteClient, asking: asyncio.Future[object]) -> object:
     listening = asyncio.create_task(client.listen())
     try:

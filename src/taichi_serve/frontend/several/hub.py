@@ -76,6 +76,7 @@ class FrontEnds:
         self.heard_at = [0.0] * count  # by `clock`
         self.clock: Callable[[], float] = time.monotonic
         self.serving: Callable[[int], None] = lambda index: None
+        self.drained: Callable[[], float] = lambda: 0.0  # as System.drained
         self._slo: Callable[[], Any] = lambda: None
         self._told: Standing | None = None
         self._listening: dict[int, asyncio.Task[None]] = {}
@@ -192,8 +193,9 @@ class FrontEnds:
 
     def ping(self) -> None:
         """Ask everybody for a word."""
+        word = Ping(self.drained())
         for index in range(self.count):
-            self._to(index, Ping())
+            self._to(index, word)
 
     # ---------------------------------------------------------------------------- one comes, one goes
 

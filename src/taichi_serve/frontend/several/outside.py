@@ -64,9 +64,14 @@ class Outside:
         promises = Promises(
             flags.classes(self.args), lambda: self.cluster.standing.slo, self.args.slo_response_headers
         )
-        routers = (relayed.router(self.inside), probes.router)
         furnish(
-            app, self.args, lambda: self.llm.closing, self.attendance.retry_after, promises, routers=routers
+            app,
+            self.args,
+            lambda: self.llm.closing,
+            self.attendance.retry_after,
+            promises,
+            routers=(relayed.router(self.inside), probes.router),
+            drained=lambda: self.cluster.drained,
         )
 
 

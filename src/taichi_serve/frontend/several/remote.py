@@ -43,6 +43,7 @@ class RemoteCluster:
 
     def __init__(self, line: Line, standing: Standing, hasher: Hasher | None) -> None:
         self.standing = standing
+        self.drained = 0.0  # seconds, as of the last Ping
         self.hasher = hasher
         self.journeys: dict[str, None] = {}  # requests that are open, in order
         self.supervisor = self
@@ -130,7 +131,8 @@ class RemoteClient(ClusterClient):
                 self.cluster.standing = word
             case Answer():
                 self._answered(word)
-            case Ping():
+            case Ping(drained=drained):
+                self.cluster.drained = drained
                 self._line.send(Pong())
 
     def _outputs(self, outputs: EngineCoreOutputs) -> None:

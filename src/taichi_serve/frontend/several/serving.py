@@ -27,6 +27,7 @@ async def serve_several(
     """Serve until a signal. Raises StartError where the front ends do not start."""
     args = flags.parse(argv)
     fronts.promise(lambda: system.scheduler.slo)
+    fronts.drained = system.drained
     system.recorder.observers.append(system.trouble.guarded("front end", fronts.observe))
     supervisor = Supervisor([names(index) for index in range(fronts.count)], args.restarts)
     keeper = fronts.keeper = FrontEndKeeper(fronts, argv, (address, sock), supervisor, say)

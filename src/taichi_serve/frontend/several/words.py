@@ -96,7 +96,9 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Say that you run."""
+    """Say that you run. In `drained` seconds the first instance is through with what is queued there now."""
+
+    drained: float = 0.0
 
 
 # ------------------------------------------------------------------------------------- front end to server
