@@ -21,6 +21,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # Distributions that are called otherwise than their module.
 CALLED = {
+    "httpx_aiohttp": "httpx-aiohttp",
     "huggingface_hub": "huggingface-hub",
     "opentelemetry": "opentelemetry-api",
     "prometheus_client": "prometheus-client",

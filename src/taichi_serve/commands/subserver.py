@@ -32,7 +32,7 @@ class Subserver:
     Its process group is its own: Ctrl-C in a terminal reaches its owner, which decides when it stops.
     """
 
-    module = ("taichi_serve.cli", "serve")
+    module: tuple[str, ...] = ("taichi_serve.cli", "serve")
 
     def __init__(self, words: list[str], env: Mapping[str, str] | None = None) -> None:
         """Start it with these words, a MODEL first, and this in its environment; host and port are chosen
