@@ -45,7 +45,7 @@ Body = dict[str, Any]
 class ProxiedServers(StockServer):
     """All of them and the proxy, as a child process: it answers /health when all are ready."""
 
-    module = ("taichi_serve.commands.proxied", "--model")
+    module: tuple[str, ...] = ("taichi_serve.commands.proxied", "--model")
 
 
 def prefill_body(body: Body) -> Body:

@@ -24,7 +24,7 @@ KV_SPACE, BINDING = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"
 class StockServer(Subserver):
     """It says nothing of its own about being ready: its /health is asked."""
 
-    module = (ENTRY,)
+    module: tuple[str, ...] = (ENTRY,)
 
     async def sayings(self) -> AsyncIterator[str]:
         """That it is awaited, until it answers. Raises ServerError."""

@@ -133,8 +133,8 @@ class Climb:
 
     def race(self, first: Setting, others: Iterable[Setting]) -> None:
         """Find the best: of many others a few go on from short rehearsals to whole ones, and those that hold
-        the load go on at a higher one. Beyond what anybody holds nothing is compared: there a setting that fails
-        some requests at any load looks better than one that holds, and then fails all."""
+        the load go on at a higher one. Beyond what anybody holds nothing is compared: there a setting that
+        fails some requests at any load looks better than one that holds, and then fails all."""
         field_ = [one for one in dict.fromkeys(others) if one != first]
         field_.sort(key=lambda one: self.at(one, FIRST_HEAT).key, reverse=True)
         field_ = self._ranked([first, *field_[:KEPT]])
