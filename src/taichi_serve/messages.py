@@ -207,6 +207,26 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """One more instance of this kind, with a name that none had before: empty and warm, with a KV cache of
+    `kv_capacity` tokens. `chunk` is that of its kind where it is the first of it; None leaves it open."""
+
+    at: float
+    instance: str
+    kind: Kind
+    kv_capacity: int
+    chunk: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """An instance left for good. What is still on it waits for another place, as after a Lost."""
+
+    at: float
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hopeless:
     """No lost instance will come back: who waits for one waits in vain."""
 
@@ -283,6 +303,8 @@ Event = (
     | Silent
     | Lost
     | Joined
+    | Added
+    | Removed
     | Hopeless
     | Cancelled
     | Asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 # Whether the sliders set themselves, or it is only said how they would be set, or neither: --autotune.
@@ -53,6 +53,32 @@ class Sliders:
         """The kind of every instance, P-heavy ones first."""
         return (Kind.P_HEAVY,) * self.p_heavy + (Kind.D_HEAVY,) * self.d_heavy
 
+    def count(self, kind: Kind) -> int:
+        """How many instances are of this kind."""
+        return self.p_heavy if kind is Kind.P_HEAVY else self.d_heavy
+
     def chunk(self, kind: Kind) -> int:
         """Prompt tokens that an instance of this kind may take into one step."""
         return self.p_chunk if kind is Kind.P_HEAVY else self.d_chunk
+
+    def more(self, kind: Kind, chunk: int | None = None) -> Sliders:
+        """With one more of this kind. The chunk belongs to the kind: the first of a kind may bring one, and
+        takes the other kind's where it brings none and its own would not do. Raises ValueError where the
+        chunk is another than that of the kind, or does not fit the other kind's."""
+        if self.count(kind):
+            if chunk not in (None, self.chunk(kind)):
+                raise ValueError(f"the chunk of {kind.value} instances is {self.chunk(kind)}, not {chunk}")
+            return self._with(kind, self.count(kind) + 1)
+        if kind is Kind.D_HEAVY:
+            d_chunk = min(self.d_chunk, self.p_chunk) if chunk is None else chunk
+            return replace(self, d_heavy=1, d_chunk=d_chunk)
+        p_chunk = max(self.p_chunk, self.d_chunk) if chunk is None else chunk
+        return replace(self, p_heavy=1, p_chunk=p_chunk)
+
+    def less(self, kind: Kind) -> Sliders:
+        """With one less of this kind. Raises ValueError where nobody would be left, or nobody who could
+        prefill."""
+        return self._with(kind, self.count(kind) - 1)
+
+    def _with(self, kind: Kind, count: int) -> Sliders:
+        return replace(self, p_heavy=count) if kind is Kind.P_HEAVY else replace(self, d_heavy=count)

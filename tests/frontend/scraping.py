@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from taichi_serve.cluster.vllm.server.elastic import Change
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.frontend.metrics import TaichiCollector
 from taichi_serve.frontend.record import Recorder
@@ -41,7 +42,15 @@ def system() -> Any:
     recorder = Recorder(scheduler, 2048)
     keeper = SimpleNamespace(silent=set(), supervisor=Supervisor(("i0", "i1"), restarts=1))
     front = SimpleNamespace(processes=list)
-    parts = {"cluster": cluster, "keeper": keeper, "front": front, "tuner": None, "classes": {}}
+    elastic = SimpleNamespace(counts=dict.fromkeys(Change, 0))
+    parts = {
+        "cluster": cluster,
+        "keeper": keeper,
+        "elastic": elastic,
+        "front": front,
+        "tuner": None,
+        "classes": {},
+    }
     return SimpleNamespace(scheduler=scheduler, recorder=recorder, **parts)
 
 

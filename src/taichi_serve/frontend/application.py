@@ -24,6 +24,7 @@ from taichi_serve.frontend.metrics import exported
 from taichi_serve.frontend.page import router as page
 from taichi_serve.frontend.probes import router as probes
 from taichi_serve.frontend.routes import router
+from taichi_serve.frontend.scaling import router as scaling
 from taichi_serve.frontend.terms import Promises
 from taichi_serve.frontend.traced import Traced, Traces
 from taichi_serve.frontend.turned_away import TurnedAway
@@ -72,7 +73,7 @@ def furnish(
     closing: Callable[[], bool],
     retry_after: Callable[[], int | None] = lambda: None,
     promises: Promises | None = None,
-    routers: Sequence[APIRouter] = (router, page, probes),
+    routers: Sequence[APIRouter] = (router, scaling, page, probes),
     tracing: Traces | None = None,
     drained: Callable[[], float] = lambda: 0.0,
 ) -> None:

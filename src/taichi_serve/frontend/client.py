@@ -29,6 +29,7 @@ from taichi_serve.frontend.attendance import Cluster as Attended
 from taichi_serve.frontend.errors import SHUTTING_DOWN
 from taichi_serve.frontend.everywhere import Everywhere, everywhere
 from taichi_serve.frontend.names import Asked, Names, not_taken
+from taichi_serve.frontend.series import one_more
 from taichi_serve.frontend.terms import noted
 from taichi_serve.frontend.traced import Traces, set_defaults
 from taichi_serve.frontend.trouble import Trouble
@@ -183,6 +184,10 @@ class ClusterLLM(async_llm.AsyncLLM):
         """See Names.behind."""
         core: ClusterClient = self.engine_core
         return core.names.behind(request_id)
+
+    def added(self, index: int) -> None:
+        """An instance of this number takes part: vLLM's statistics are to know it."""
+        one_more(self.logger_manager, index)
 
     def processes(self) -> list[dict[str, Any]]:
         """It is in the server's own process."""

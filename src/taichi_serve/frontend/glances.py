@@ -27,7 +27,7 @@ def glances(system: System) -> list[Glance]:
     """All instances, in order. It walks no requests: it is asked four times a second."""
     now, recorder, supervisor = time.monotonic(), system.recorder, system.keeper.supervisor
     found = []
-    for engine in system.cluster.engines:
+    for engine in system.engines:
         ledger, place = system.scheduler.instances[engine.name], supervisor.places[engine.name]
         found.append(
             Glance(

@@ -59,6 +59,11 @@ class TaichiCollector(Collector):
         yield troubles
 
 
+def number(name: str) -> str:
+    """vLLM's label of an instance."""
+    return name.removeprefix("i")
+
+
 def _requests(recorder: Recorder) -> Iterator[Metric]:
     yield CounterMetricFamily("taichi_requests_accepted", "Requests accepted", recorder.accepted)
     ended = CounterMetricFamily("taichi_requests_ended", "Requests over", labels=["outcome"])
@@ -86,10 +91,10 @@ def _instances(scheduler: GlobalScheduler) -> Iterator[Metric]:
     queued = GaugeMetricFamily("taichi_queued_prefill_tokens", "Prompt tokens queued", labels=["engine"])
     chunk = GaugeMetricFamily("taichi_chunk", "Prompt tokens per step", labels=["engine", "kind"])
     alive = GaugeMetricFamily("taichi_alive", "1 while the instance lives", labels=["engine"])
-    for number, instance in enumerate(scheduler.instances.values()):
-        queued.add_metric([str(number)], instance.queued_prefill_tokens)
-        chunk.add_metric([str(number), instance.kind.value], instance.chunk)
-        alive.add_metric([str(number)], float(instance.alive))
+    for instance in scheduler.instances.values():
+        queued.add_metric([number(instance.name)], instance.queued_prefill_tokens)
+        chunk.add_metric([number(instance.name), instance.kind.value], instance.chunk)
+        alive.add_metric([number(instance.name)], float(instance.alive))
     yield from (queued, chunk, alive)
 
 
@@ -101,12 +106,18 @@ def _supervised(system: System) -> Iterator[Metric]:
     )
     restarts = CounterMetricFamily("taichi_restarts", "Restarts that succeeded", labels=["engine"])
     for engine in system.cluster.engines:
-        number, place = str(engine.index), system.keeper.supervisor.places[engine.name]
-        silent.add_metric([number], float(engine in system.keeper.silent))
+        label, place = number(engine.name), system.keeper.supervisor.places[engine.name]
+        silent.add_metric([label], float(engine in system.keeper.silent))
         for name in Standing:
-            standing.add_metric([number, name.value], float(name is place.standing))
-        restarts.add_metric([number], place.restarts)
+            standing.add_metric([label, name.value], float(name is place.standing))
+        restarts.add_metric([label], place.restarts)
     yield from (silent, standing, restarts)
+    changes = CounterMetricFamily(
+        "taichi_instance_changes", "Instances added, removed, or not started", labels=["change"]
+    )
+    for change, count in system.elastic.counts.items():
+        changes.add_metric([change.value], count)
+    yield changes
 
 
 def _predictions(accuracy: Mapping[str, Accuracy]) -> Iterator[Metric]:
@@ -118,12 +129,12 @@ def _predictions(accuracy: Mapping[str, Accuracy]) -> Iterator[Metric]:
     error = CounterMetricFamily(
         "taichi_prediction_error_seconds", "Sum of |actual - predicted|", labels=labels
     )
-    for number, instance in enumerate(accuracy.values()):
+    for name, instance in accuracy.items():
         for of, drift in (("ttft", instance.ttft), ("tpot", instance.tpot)):
-            compared.add_metric([str(number), of], drift.count)
-            predicted.add_metric([str(number), of], drift.predicted)
-            actual.add_metric([str(number), of], drift.actual)
-            error.add_metric([str(number), of], drift.error)
+            compared.add_metric([number(name), of], drift.count)
+            predicted.add_metric([number(name), of], drift.predicted)
+            actual.add_metric([number(name), of], drift.actual)
+            error.add_metric([number(name), of], drift.error)
     yield from (compared, predicted, actual, error)
 
 
@@ -155,10 +166,10 @@ def _prefixes(scheduler: GlobalScheduler) -> Iterator[Metric]:
     found = CounterMetricFamily(
         "taichi_prefix_tokens", "Prompt tokens found in prefix caches", labels=["engine", "of"]
     )
-    for number, name in enumerate(scheduler.instances):
+    for name in scheduler.instances:
         tokens = scheduler.counters.prefixes.get(name, PrefixTokens())
-        found.add_metric([str(number), "predicted"], tokens.predicted)
-        found.add_metric([str(number), "actual"], tokens.actual)
+        found.add_metric([number(name), "predicted"], tokens.predicted)
+        found.add_metric([number(name), "actual"], tokens.actual)
     yield found
 
 
@@ -229,9 +240,9 @@ def _headroom(recorder: Recorder) -> Iterator[Metric]:
     found = predicted(instances, scheduler.predictor, scheduler.slo, typical(recorder.prompts))
     told = [("predicted", best(instances, found)), ("measured", recorder.attainment.headroom(now, MINUTE))]
     for of in ("ttft", "tpot"):
-        for number, name in enumerate(scheduler.instances):
+        for name in scheduler.instances:
             if (share := getattr(found[name], of)) is not None:
-                each.add_metric([str(number), of], share)
+                each.add_metric([number(name), of], share)
         for seen, headroom in told:
             if (share := getattr(headroom, of)) is not None:
                 whole.add_metric([of, seen], share)

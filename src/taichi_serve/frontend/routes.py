@@ -25,24 +25,29 @@ router = APIRouter(prefix="/taichi")
 YAML = "application/yaml"
 
 
-def _system(request: Request) -> System:
+def system_of(request: Request) -> System:
+    """The running system."""
     system: System = request.app.state.taichi
     return system
 
 
-def _bad(message: str, parameter: str | None = None) -> JSONResponse:
+def bad(message: str, parameter: str | None = None) -> JSONResponse:
+    """A request that cannot be understood."""
     return error(400, "invalid_request_error", message, parameter)
 
 
-def _missing(message: str) -> JSONResponse:
+def missing(message: str) -> JSONResponse:
+    """There is no such thing."""
     return error(404, "not_found_error", message)
 
 
-def _conflict(message: str) -> JSONResponse:
+def conflict(message: str) -> JSONResponse:
+    """It cannot be done now."""
     return error(409, "conflict_error", message)
 
 
-async def _object(request: Request) -> dict[str, Any] | None:
+async def object_of(request: Request) -> dict[str, Any] | None:
+    """The body as an object, empty where there is none; None where it is no object."""
     try:
         data = await request.json() if await request.body() else {}
     except ValueError:
@@ -53,13 +58,13 @@ async def _object(request: Request) -> dict[str, Any] | None:
 @router.get("/state")
 async def get_state(request: Request) -> JSONResponse:
     """Sliders, instances and counters, now."""
-    return JSONResponse(state(_system(request)))
+    return JSONResponse(state(system_of(request)))
 
 
 @router.get("/config", response_class=Response, responses={200: {"content": {YAML: {}}}})
 async def get_config(request: Request) -> Response:
     """The settings that the server has now, in YAML: a file for `taichi serve --config`. Keys are masked."""
-    return Response(text(settings(_system(request))), media_type=YAML)
+    return Response(text(settings(system_of(request))), media_type=YAML)
 
 
 def _behind(system: System, request_id: str) -> list[str]:
@@ -77,10 +82,10 @@ def _behind(system: System, request_id: str) -> list[str]:
 async def get_request(request_id: str, request: Request) -> JSONResponse:
     """The legs and decisions of a request, by its id in the OpenAI response; its `story` is the same in
     words: seconds since its arrival, what happened, and why."""
-    system = _system(request)
+    system = system_of(request)
     found = _behind(system, request_id)
     if not found:
-        return _missing(f"no request {request_id!r} among the last ones")
+        return missing(f"no request {request_id!r} among the last ones")
     views = [system.recorder.view(name) for name in found]
     told = [{**view, "story": list(lines(view))} for view in views]
     return JSONResponse({"id": request_id, "requests": told})
@@ -89,22 +94,22 @@ async def get_request(request_id: str, request: Request) -> JSONResponse:
 @router.post("/requests/{request_id:path}/flow")
 async def post_flow(request_id: str, request: Request) -> JSONResponse:
     """Move a running request to the instance named in {"to": ...}."""
-    system = _system(request)
-    data = await _object(request)
+    system = system_of(request)
+    data = await object_of(request)
     if data is None or not isinstance(data.get("to"), str) or set(data) != {"to"}:
-        return _bad('the body must be {"to": "<instance>"}', "to")
+        return bad('the body must be {"to": "<instance>"}', "to")
     target = system.scheduler.instances.get(data["to"])
     if target is None:
-        return _missing(f"no instance {data['to']!r}; there are {', '.join(system.scheduler.instances)}")
+        return missing(f"no instance {data['to']!r}; there are {', '.join(system.scheduler.instances)}")
     if not target.answers:
         why = "does not answer at present" if target.alive else "is not alive"
-        return _conflict(f"instance {target.name} {why}")
+        return conflict(f"instance {target.name} {why}")
     found = _behind(system, request_id)
     if not found:
-        return _missing(f"no request {request_id!r} among the last ones")
+        return missing(f"no request {request_id!r} among the last ones")
     asked = [name for name in found if _can_move(system, name)]
     if not asked:
-        return _conflict(_why_not(system, found))
+        return conflict(_why_not(system, found))
     for name in asked:
         system.cluster.tell(Asked(time.monotonic(), name, target.name))
     return JSONResponse({"id": request_id, "to": target.name, "asked": asked}, status_code=202)
@@ -127,23 +132,23 @@ def _why_not(system: System, found: list[str]) -> str:
 @router.patch("/sliders")
 async def patch_sliders(request: Request) -> JSONResponse:
     """Change chunks, or turn instances from one kind into the other; their number stays."""
-    system = _system(request)
-    data = await _object(request)
+    system = system_of(request)
+    data = await object_of(request)
     names = ("p_heavy", "d_heavy", "p_chunk", "d_chunk")
     if not data:
-        return _bad(f"the body must be an object with some of {', '.join(names)}")
+        return bad(f"the body must be an object with some of {', '.join(names)}")
     if unknown := sorted(set(data) - set(names)):
-        return _bad(f"unknown slider {unknown[0]!r}; there are {', '.join(names)}", unknown[0])
+        return bad(f"unknown slider {unknown[0]!r}; there are {', '.join(names)}", unknown[0])
     now = system.scheduler.sliders
     try:
         sliders = Sliders(**{name: data.get(name, getattr(now, name)) for name in names})
     except ValueError as wrong:
-        return _bad(str(wrong))
+        return bad(str(wrong))
     if sliders.instances != now.instances:
-        return _bad(f"p_heavy + d_heavy must stay {now.instances}: instances are started with the server")
+        return bad(f"p_heavy + d_heavy must stay {now.instances}: POST /taichi/instances adds one")
     for name in ("p_chunk", "d_chunk"):
         if getattr(sliders, name) > system.max_chunk:
-            return _bad(f"{name} must be at most {system.max_chunk} (--max-num-batched-tokens)", name)
+            return bad(f"{name} must be at most {system.max_chunk} (--max-num-batched-tokens)", name)
     system.cluster.tell(Slid(time.monotonic(), sliders))
     return JSONResponse({name: getattr(sliders, name) for name in names})
 
@@ -151,21 +156,21 @@ async def patch_sliders(request: Request) -> JSONResponse:
 @router.patch("/slo")
 async def patch_slo(request: Request) -> JSONResponse:
     """Promise another TTFT or TPOT (seconds) from now on, to those under way too."""
-    system = _system(request)
-    data = await _object(request)
+    system = system_of(request)
+    data = await object_of(request)
     names = ("ttft", "tpot")
     if not data:
-        return _bad(f"the body must be an object with some of {', '.join(names)}")
+        return bad(f"the body must be an object with some of {', '.join(names)}")
     if unknown := sorted(set(data) - set(names)):
-        return _bad(f"unknown SLO {unknown[0]!r}; there are {', '.join(names)}", unknown[0])
+        return bad(f"unknown SLO {unknown[0]!r}; there are {', '.join(names)}", unknown[0])
     now = system.scheduler.slo
     for name, value in data.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return _bad(f"{name} must be a number of seconds, not {value!r}", name)
+            return bad(f"{name} must be a number of seconds, not {value!r}", name)
     try:
         promised = SLO(**{name: float(data.get(name, getattr(now, name))) for name in names})
     except ValueError as wrong:
-        return _bad(str(wrong))
+        return bad(str(wrong))
     system.cluster.tell(Promised(time.monotonic(), promised))
     return JSONResponse({name: getattr(promised, name) for name in names})
 
@@ -173,23 +178,23 @@ async def patch_slo(request: Request) -> JSONResponse:
 @router.post("/instances/{name}/drain")
 async def post_drain(name: str, request: Request) -> JSONResponse:
     """Its running requests flow away, and new ones avoid it."""
-    return _drain(_system(request), name, on=True)
+    return _drain(system_of(request), name, on=True)
 
 
 @router.post("/instances/{name}/resume")
 async def post_resume(name: str, request: Request) -> JSONResponse:
     """It takes new requests again."""
-    return _drain(_system(request), name, on=False)
+    return _drain(system_of(request), name, on=False)
 
 
 def _drain(system: System, name: str, on: bool) -> JSONResponse:
     instance = system.scheduler.instances.get(name)
     if instance is None:
-        return _missing(f"no instance {name!r}; there are {', '.join(system.scheduler.instances)}")
+        return missing(f"no instance {name!r}; there are {', '.join(system.scheduler.instances)}")
     if not instance.alive:
-        return _conflict(f"instance {name} is not alive")
+        return conflict(f"instance {name} is not alive")
     others = [i for i in system.scheduler.instances.values() if i.serving and i is not instance]
     if on and not others:
-        return _conflict(f"instance {name} is the last one that serves")
+        return conflict(f"instance {name} is the last one that serves")
     system.cluster.tell(Drained(time.monotonic(), name, on))
     return JSONResponse({"instance": name, "draining": on}, status_code=202)

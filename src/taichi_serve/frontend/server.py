@@ -60,7 +60,7 @@ async def running(
         predictor = _predictor(args, config, start)  # first: what cannot be used is said at once
         deliver, make = _front(args, here)
         async with fleet(args, argv, config, here, deliver, say, say.waiting) as instances:
-            await measure(instances.cluster)
+            await measure(instances.cluster, instances.cluster.engines)
             slo = await promised(args, start, instances.cluster, say)
             for engine in instances.cluster.engines:
                 engine.client.tell(Call.SETTLE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from taichi_serve.classes import SLOClass
 from taichi_serve.cluster.vllm.server.passage import Passing
+from taichi_serve.cluster.vllm.server.supervisor import Standing
 from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.dashboard.attainment import MINUTE, WINDOWS
 from taichi_serve.messages import Move, Outcome
@@ -44,7 +45,8 @@ def state(system: System) -> dict[str, Any]:
         "attainment": attainment(system.recorder.attainment, time.monotonic()),
         "headroom": headroom(recorder, time.monotonic()),
         "prefixes": _prefixes(system),
-        "instances": [_instance(system, engine, places) for engine in system.cluster.engines],
+        "instances": [_instance(system, engine, places) for engine in system.engines],
+        "elastic": _elastic(system),
         "requests": {
             "accepted": recorder.accepted,
             "live": recorder.accepted - recorder.outcomes.total(),
@@ -123,6 +125,31 @@ def _autotune(system: System) -> dict[str, Any]:
     }
 
 
+def _elastic(system: System) -> dict[str, Any]:
+    """Instances that are started beside those that serve, those that leave, and those that did not start. One
+    that leaves is among the instances, too, until its process is ended."""
+    elastic, now = system.elastic, time.monotonic()
+    return {
+        "starting": [
+            {
+                "name": one.name,
+                "kind": one.kind.value,
+                "standing": Standing.STARTING.value,
+                "devices": elastic.devices.of(one.index),
+                "seconds": now - one.began,
+            }
+            for one in elastic.coming.values()
+        ],
+        "leaving": [
+            {"name": one.name, "seconds_left": max(0.0, one.until - now)} for one in elastic.leaving.values()
+        ],
+        "failed": [
+            {"name": one.name, "kind": one.kind.value, "why": one.why, "seconds_ago": now - one.at}
+            for one in elastic.failures
+        ],
+    }
+
+
 def _prefixes(system: System) -> str:
     """What is done about prefix caches; less than was asked for where instances cannot tell, or KV cannot
     move."""
@@ -171,6 +198,8 @@ def _instance(system: System, engine: Engine, places: Counter[tuple[str, str]]) 
         else {"why": place.why, "seconds_ago": now - place.lost_at},
         "back_in": system.keeper.supervisor.returns(engine.name, now),
         "draining": ledger.draining,
+        "leaving": engine.name in system.elastic.leaving,
+        "devices": system.elastic.devices.of(engine.index),
         "stages": {stage.value: places[engine.name, stage.value] for stage in HERE},
         "kv_leaving": places[engine.name, "kv_leaving"],
         "kv_coming": places[engine.name, "kv_coming"],

@@ -22,6 +22,8 @@ from taichi_serve.cluster.base import drive
 from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.identity import bytes_per_token
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
+from taichi_serve.cluster.vllm.server.elastic import Elastic
+from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.fleet import Fleet
 from taichi_serve.cluster.vllm.server.gate import Gate
 from taichi_serve.cluster.vllm.server.keeper import Keeper
@@ -65,6 +67,10 @@ class Front(Protocol):
         """The engine requests of each HTTP request that was answered with this id, the newest first."""
         ...
 
+    def added(self, index: int) -> None:
+        """An instance of this number takes part."""
+        ...
+
     def processes(self) -> list[dict[str, Any]]:
         """How its processes stand, where it has any of its own."""
         ...
@@ -87,6 +93,7 @@ class System:
     recorder: Recorder
     front: Front
     keeper: Keeper
+    elastic: Elastic
     attendance: Attendance
     max_chunk: int
     settings: dict[str, Any]  # those it was started with
@@ -102,6 +109,12 @@ class System:
 
     def __post_init__(self) -> None:
         self.viewers = Viewers(self.recorder, partial(feed_of, self), self.emptied)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The instances that the scheduler knows, too: one that was just added or removed it may hear of in a
+        moment."""
+        return [engine for engine in self.cluster.engines if engine.name in self.scheduler.instances]
 
     def emptied(self) -> bool:
         """Whether the server ends, and nothing is open any more: who only looks is to leave, too."""
@@ -141,7 +154,8 @@ def assemble(
     recorder = Recorder(scheduler, bytes_per_token(config), written.write if written else None, trouble)
     front = make(instances, attendance, trouble)
     largest = config.scheduler_config.max_num_batched_tokens
-    looked_at = (cluster, scheduler, recorder, front, keeper, attendance)
+    elastic = Elastic(cluster, keeper, instances.launcher.devices, scheduler, front.added)
+    looked_at = (cluster, scheduler, recorder, front, keeper, elastic, attendance)
     system = System(*looked_at, largest, args.settings, flags.classes(args), [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = front.fail, system.fail
     if args.autotune != OFF:

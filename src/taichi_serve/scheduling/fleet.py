@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.columns import Columns, Floats, Mask, Wide, row
@@ -38,6 +39,8 @@ class Fleet:
         self.columns = Columns(0)
         self.instances: list[Instance] = []  # of each row
         self.rows: dict[str, int] = {}
+        self._bits: npt.NDArray[np.intp] = np.zeros(0, np.intp)  # of each row, in masks of the residency
+        self._changes = -1  # of the ledger, when the columns were made
         self._statuses: list[Status] = []
         self._standing: Standing | None = None
         self._masks: dict[int, Mask] = {}  # of each list of the standing
@@ -63,7 +66,7 @@ class Fleet:
         """The columns, as the books are now."""
         ledger, asked = self.ledger, self.asked
         assert asked is not None
-        if len(self.instances) != len(ledger.instances):
+        if self._changes != ledger.changes:
             self._rebuild()
         if ledger.touched:
             changed = list(ledger.touched)
@@ -81,6 +84,8 @@ class Fleet:
         self.instances = list(self.ledger.instances.values())
         self.rows = {one.name: number for number, one in enumerate(self.instances)}
         self.columns = Columns(len(self.instances))
+        self._bits = np.array([self.ledger.residency.bit[one.name] for one in self.instances], np.intp)
+        self._changes = self.ledger.changes
         self._statuses, self._standing = [()] * len(self.instances), None
         self.ledger.touched = set(self.instances)
 
@@ -102,13 +107,14 @@ class Fleet:
         """What the instances have of a request, as Ledger.prefixes says."""
         if not self.many:
             return self.ledger.prefixes(request)
-        residency, count = self.ledger.residency, len(self.ledger.instances)
+        residency = self.ledger.residency
         held, claimed = residency.runs(request.blocks, request.prompt_tokens + (request.first_at is not None))
         if not (held or claimed):
             return NOTHING
         self.fresh()
-        caches, piece = lengths(held, 2 * count) * residency.block_size, residency.piece
-        return Matched(self.rows, caches[:count], caches[count:], lengths(claimed, count) * piece)
+        caches, here = lengths(held, 2 * residency.bits) * residency.block_size, self._bits
+        claims = lengths(claimed, residency.bits)[here] * residency.piece
+        return Matched(self.rows, caches[here], caches[here + residency.bits], claims)
 
     def column(self, prefixes: Prefixes, of: str) -> Floats | int:
         """How many tokens of a prompt each row has, `of` one sort (a field of Prefix); 0 where none has."""

@@ -7,6 +7,7 @@ changed in the same line as the state of the request. They decide nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.model import prompt_attention
@@ -40,9 +41,11 @@ class Ledger:
             if capacities.get(name, 0) < 1:
                 raise ValueError(f"the KV capacity of {name} is missing or not positive")
             self.instances[name] = Instance(name, kind, sliders.chunk(kind), capacities[name])
+        self.changes = 0  # how often an instance was added or removed
+        self.fresh = partial(Residents, alpha, max_degrades)  # nobody, on one more instance
         self.queues = {name: Queue() for name in self.instances}
         self.best_effort: dict[str, None] = {}  # ids of the queued prompts that are: an ordered set
-        self.residents = {name: Residents(alpha, max_degrades) for name in self.instances}
+        self.residents = {name: self.fresh() for name in self.instances}
         self.residency = Residency(list(self.instances), block_size)
         self.strictest = Strictest()
         self.touched = set(self.instances.values())  # of which something changed since somebody last looked
@@ -193,8 +196,7 @@ class Ledger:
         return [request for request in self.requests.values() if request.state is State.WAITING]
 
     def revive(self, instance: Instance, kv_capacity: int) -> None:
-        """The instance is back and holds nothing; its tick clock goes on. Raises ValueError where
-        `kv_capacity` is not positive."""
+        """The instance is back and holds nothing; its tick clock goes on. Raises ValueError without KV."""
         if kv_capacity < 1:
             raise ValueError(f"{instance.name} came back with a KV capacity of {kv_capacity} tokens")
         self.touch(instance)
@@ -203,8 +205,7 @@ class Ledger:
 
     def lift(self, request: Request) -> None:
         """The request is resident no more; its output so far stays in `base`."""
-        instance = self.home(request)
-        self.touch(instance)
+        self.touch(instance := self.home(request))
         if request.movable:
             self.residents[instance.name].remove(request)
         instance.decodes -= 1

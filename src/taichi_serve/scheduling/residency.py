@@ -44,7 +44,9 @@ NOTHING: Prefixes = {}
 class Residency:
     """Block hash to the instances that have it, and the longest prefix that each of them has of a prompt.
 
-    For every block one integer: bit n for the device of instance n, and as many bits further for its host.
+    For every block one integer, in which each instance has a bit for its device, and `bits` further one for
+    its host. Some bits are nobody's: who comes later takes one, and only where none is left all integers are
+    made anew.
     """
 
     def __init__(self, names: Sequence[str], block_size: int, most: int = MOST) -> None:
@@ -56,19 +58,53 @@ class Residency:
         self.most = most
         self._stride = max(1, CLAIMED // block_size) if block_size else 1  # blocks
         self.unknown = 0  # blocks told of when there were `most` already
-        self.names = list(names)
-        self._bit = {
-            (name, tier): 1 << (number + len(names) * (tier is Tier.HOST))
-            for number, name in enumerate(names)
-            for tier in Tier
-        }
+        self.bits = len(names) + spare(len(names))
+        self.bit: dict[str, int] = {}  # of each instance, its number
+        self._bit: dict[tuple[str, Tier], int] = {}
         self._where: dict[int, int] = {}
-        self._claims: dict[str, dict[int, int]] = {name: {} for name in names}
+        self._claims: dict[str, dict[int, int]] = {}
         self._claimed: dict[int, int] = {}  # who has such a claim: a bit for each instance
+        for name in names:
+            self.add(name)
 
     def __len__(self) -> int:
         """Blocks that some cache is known to hold."""
         return len(self._where)
+
+    # ------------------------------------------------------------------------------------ who there is
+
+    def add(self, name: str) -> None:
+        """One more instance, of which nothing is known yet. Raises ValueError where there is one already."""
+        if name in self.bit:
+            raise ValueError(f"there is an instance {name} already")
+        if len(self.bit) == self.bits:
+            self._widen()
+        taken = set(self.bit.values())
+        self.bit[name] = next(number for number in range(self.bits) if number not in taken)
+        self._name(name)
+        self._claims[name] = {}
+
+    def remove(self, name: str) -> None:
+        """An instance leaves. Raises ValueError where a request claims something there."""
+        if self._claims[name]:
+            raise ValueError(f"requests on {name} still claim blocks")
+        self.lose(name)
+        del self.bit[name], self._claims[name]
+        for tier in Tier:
+            del self._bit[name, tier]
+
+    def _name(self, name: str) -> None:
+        for tier in Tier:
+            self._bit[name, tier] = 1 << (self.bit[name] + self.bits * (tier is Tier.HOST))
+
+    def _widen(self) -> None:
+        before, self.bits = self.bits, self.bits + spare(self.bits)
+        device = (1 << before) - 1
+        self._where = {
+            block: mask & device | mask >> before << self.bits for block, mask in self._where.items()
+        }
+        for name in self.bit:
+            self._name(name)
 
     # -------------------------------------------------------------------------------------------- facts
 
@@ -128,16 +164,16 @@ class Residency:
     def match(self, blocks: Sequence[int], tokens: int) -> Prefixes:
         """What every instance has of a request that comes with so many tokens, whose first have these
         hashes. The last token is always computed: a prompt that is cached as a whole lacks its last block."""
-        size, count = self.block_size, len(self.names)
+        size, bits = self.block_size, self.bits
         found: dict[str, Prefix] = {}
         held, claimed = self.runs(blocks, tokens)
         if not (held or claimed):
             return NOTHING
-        caches, piece = _spread(held, 2 * count), self._stride * size
-        claims = _spread(claimed, count)
-        for name, device, host, mine in zip(self.names, caches, caches[count:], claims, strict=False):
-            if host or mine:
-                found[name] = Prefix(device * size, host * size, mine * piece)
+        caches, piece = _spread(held, 2 * bits), self._stride * size
+        claims = _spread(claimed, bits)
+        for name, n in self.bit.items():
+            if (host := caches[n + bits]) or claims[n]:
+                found[name] = Prefix(caches[n] * size, host * size, claims[n] * piece)
         return found
 
     def runs(self, blocks: Sequence[int], tokens: int) -> tuple[Runs, Runs]:
@@ -148,7 +184,7 @@ class Residency:
             blocks = blocks[: (tokens - 1) // size]
         if not (size and blocks):
             return [], []
-        held = _runs(self._where, blocks, len(self.names))
+        held = _runs(self._where, blocks, self.bits)
         return held, _runs(self._claimed, self._pieces(blocks), 0)
 
     @property
@@ -164,6 +200,11 @@ class Residency:
     def claims(self, name: str) -> Mapping[int, int]:
         """How many requests on this instance have each of their pieces, by the hash of its last block."""
         return self._claims[name]
+
+
+def spare(count: int) -> int:
+    """How many bits there are for those who come later, beside so many instances."""
+    return max(8, count // 8)
 
 
 def _put(where: dict[int, int], block: int, mask: int) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.accuracy import Accuracy
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
     Abort,
+    Added,
     Arrived,
     Asked,
     Cached,
@@ -33,6 +35,7 @@ from taichi_serve.messages import (
     Prefilled,
     Promised,
     Refused,
+    Removed,
     Silent,
     Slid,
     Stepped,
@@ -43,6 +46,7 @@ from taichi_serve.scheduling.behind import sort
 from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import Search, choose_backflow, choose_degrade
 from taichi_serve.scheduling.dispatch import Dispatcher
+from taichi_serve.scheduling.elastic import add, remove
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.operations import ask, close, drain, empty, slide
 from taichi_serve.scheduling.policy import Policy
@@ -89,13 +93,15 @@ class GlobalScheduler:
             Flowed: self._flowed,
             Finished: self._finished,
             Refused: self._refused,
-            Silent: self._silent,
-            Lost: self._lost,
+            Silent: lambda event: silence(self._dispatcher, event, self.sliders),
+            Lost: lambda event: lose(self._dispatcher, event, self.sliders),
             Joined: self._joined,
+            Added: self._added,
+            Removed: partial(remove, self, self._dispatcher),
             Hopeless: self._hopeless,
             Cancelled: self._cancelled,
-            Asked: self._asked,
-            Drained: self._drained,
+            Asked: partial(ask, self._dispatcher),
+            Drained: partial(drain, self._dispatcher),
             Slid: self._slid,
             Tuned: self._tuned,
             Promised: self._promised,
@@ -204,8 +210,8 @@ class GlobalScheduler:
     # ---------------------------------------------------------------------------------- Algorithm 1, a step
 
     def _stepped(self, event: Stepped) -> list[Command]:
-        instance = self.instances[event.instance]
-        if not instance.alive:
+        instance = self.instances.get(event.instance)
+        if instance is None or not instance.alive:
             return []
         self.predictor.stepped(instance, event)
         self.ledger.step(instance, event)
@@ -217,7 +223,7 @@ class GlobalScheduler:
         return [*ahead, *self._backflow(instance, event.at)]
 
     def _cached(self, event: Cached) -> list[Command]:
-        if self.instances[event.instance].alive:
+        if (instance := self.instances.get(event.instance)) and instance.alive:
             self.ledger.residency.learn(event)
         return []
 
@@ -251,12 +257,6 @@ class GlobalScheduler:
 
     # ------------------------------------------------------------------------ an operator's hand, a bad day
 
-    def _asked(self, event: Asked) -> list[Command]:
-        return ask(self._dispatcher, event)
-
-    def _drained(self, event: Drained) -> list[Command]:
-        return drain(self._dispatcher, event)
-
     def _slid(self, event: Slid) -> list[Command]:
         if event.sliders.instances != len(self.instances):
             return []
@@ -276,15 +276,13 @@ class GlobalScheduler:
         self.ledger.promise(event.slo)
         return []
 
-    def _silent(self, event: Silent) -> list[Command]:
-        return silence(self._dispatcher, event, self.sliders)
-
-    def _lost(self, event: Lost) -> list[Command]:
-        return lose(self._dispatcher, event, self.sliders)
-
     def _joined(self, event: Joined) -> list[Command]:
         self._despaired = None
         return join(self._dispatcher, event, self.sliders)
+
+    def _added(self, event: Added) -> list[Command]:
+        self._despaired = None
+        return add(self, self._dispatcher, event)
 
     def _hopeless(self, event: Hopeless) -> list[Command]:
         self._despaired = event.why

@@ -54,6 +54,8 @@ class Beliefs:
         mixed = {kind: Average() for kind in Kind}
         all_mixed, plain = Average(), Average()
         for name, seen in predictor.seen.items():
+            if name not in kinds:  # it left
+                continue
             for average in (mixed[kinds[name]], all_mixed):
                 average.add(seen.mixed.above, seen.mixed.below, 1.0)
             plain.add(seen.plain.above, seen.plain.below, 1.0)

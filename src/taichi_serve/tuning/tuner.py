@@ -16,12 +16,14 @@ from itertools import islice
 from taichi_serve.cluster.base import Scheduler
 from taichi_serve.latency.predict import Average
 from taichi_serve.messages import (
+    Added,
     Arrived,
     Command,
     Event,
     Finished,
     Prefilled,
     Promised,
+    Removed,
     Slid,
     Stepped,
     Tuned,
@@ -53,6 +55,7 @@ RECENT, RECENT_REQUESTS = 20.0, 30  # seconds and requests by which another sort
 HELPED = 0.97  # of what was used of the short SLO before a nudge is used after it: then it helped
 CALM, KIND_GAIN = 0.95, 0.2  # where so many are good, another R_PD must promise at least so much more
 KEPT = 200  # changes that are remembered
+TOLD = (Slid, Promised, Added, Removed)
 Look = Callable[[float], Tuned | None]
 
 
@@ -110,13 +113,14 @@ class Tuner:
         kind = type(event)
         if kind is Stepped:
             assert isinstance(event, Stepped)
-            instance = self.core.instances[event.instance]
-            self.beliefs.stepped(instance, event)
-            if event.decodes and instance.kind is Kind.D_HEAVY:
+            instance = self.core.instances.get(event.instance)
+            if instance is not None:
+                self.beliefs.stepped(instance, event)
+            if instance is not None and event.decodes and instance.kind is Kind.D_HEAVY:
                 self._paces.add(event.seconds * event.decodes, event.decodes, 1.0)
         elif kind is Arrived or kind is Prefilled or kind is Finished:
             self.watch.on(event)
-        elif kind is Slid or kind is Promised:
+        elif kind in TOLD:
             self._told(event.at)
         commands = self.inner.on(event)
         if event.at < self._look_at:
@@ -126,7 +130,8 @@ class Tuner:
         return commands if tuned is None else [*commands, *self.inner.on(tuned)]
 
     def _told(self, at: float) -> None:
-        """An operator changed something: what was seen before says little, and what was proposed nothing."""
+        """An operator changed something, or there are other instances: what was seen before says little, and
+        what was proposed nothing."""
         self._since, self._target = at, None
         self._ask_anew(at + LOOK)
 

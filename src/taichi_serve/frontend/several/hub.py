@@ -44,7 +44,18 @@ from taichi_serve.frontend.several.words import (
     ToFrontEnd,
     Welcome,
 )
-from taichi_serve.messages import Command, Decline, Event, Finished, Hopeless, Joined, Lost, Promised, Silent
+from taichi_serve.messages import (
+    Command,
+    Decline,
+    Event,
+    Finished,
+    Hopeless,
+    Joined,
+    Lost,
+    Promised,
+    Removed,
+    Silent,
+)
 
 if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.cluster import VllmCluster
@@ -53,7 +64,7 @@ if TYPE_CHECKING:
     from taichi_serve.frontend.several.keeping import FrontEndKeeper
     from taichi_serve.frontend.trouble import Trouble
 
-NEWS = (Lost, Joined, Silent, Hopeless, Promised)  # after which front ends are told how things stand
+NEWS = (Lost, Joined, Removed, Silent, Hopeless, Promised)  # after which front ends are told how things stand
 
 
 class FrontEnds:
@@ -115,6 +126,10 @@ class FrontEnds:
     def behind(self, request_id: str) -> list[list[str]]:
         """See Names.behind."""
         return self.names.behind(request_id)
+
+    def added(self, index: int) -> None:
+        """An instance takes part: front ends are told before its first output comes."""
+        self.tell()
 
     def processes(self) -> list[dict[str, Any]]:
         """How they stand."""

@@ -23,6 +23,7 @@ from taichi_serve.frontend.application import http_error
 from taichi_serve.frontend.metrics import TaichiCollector
 from taichi_serve.frontend.page import router as page
 from taichi_serve.frontend.routes import router
+from taichi_serve.frontend.scaling import router as scaling
 
 if TYPE_CHECKING:
     from taichi_serve.frontend.system import System
@@ -38,6 +39,7 @@ def application(system: System) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.taichi = system
     app.include_router(router)
+    app.include_router(scaling)
     app.include_router(page)
     app.exception_handler(HTTPException)(http_error)
 

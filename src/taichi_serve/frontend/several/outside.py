@@ -50,6 +50,7 @@ class Outside:
         self.llm: ClusterLLM = cluster_llm(config, self.client, args, **several)
         self.llm.attendance = self.attendance = Attendance(self.cluster, self.cluster)
         self.client.failed, self.client.declined = self.llm.fail, self.llm.decline
+        self.client.came = self.llm.added
         guard_statistics(self.llm, RemoteTrouble(line))
 
     def unready(self) -> str | None:

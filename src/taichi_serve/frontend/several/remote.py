@@ -96,6 +96,7 @@ class RemoteClient(ClusterClient):
 
     def __init__(self, cluster: RemoteCluster, line: Line) -> None:
         super().__init__(cluster, asyncio.Queue())
+        self.came: Callable[[int], None] = lambda index: None
         self.failed: Callable[[str, str], None] = lambda request, why: None
         self.declined: Callable[[Decline], None] = lambda decline: None
         self._line = line
@@ -129,6 +130,8 @@ class RemoteClient(ClusterClient):
                 self.declined(Decline(request, retry_after, ""))
             case Standing():
                 self.cluster.standing = word
+                for instance in word.instances:
+                    self.came(instance.index)
             case Answer():
                 self._answered(word)
             case Ping(drained=drained):

@@ -57,6 +57,9 @@ class Cluster:
         self.hangs: Callable[[Engine, Engine | None], bool] = lambda at, to: False
         self.joined = asyncio.Event()
 
+    def serves(self, engine: Engine) -> bool:
+        return engine in self.engines
+
     def lose(self, engine: Engine, why: str) -> None:
         engine.alive = False
         self.told.append(("lose", engine.process.name, why))

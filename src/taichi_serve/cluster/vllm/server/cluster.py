@@ -13,14 +13,14 @@ from vllm.v1.metrics.stats import PrefillStats
 from taichi_serve.classes import PLAIN, Terms
 from taichi_serve.cluster.vllm.server import facts, figures
 from taichi_serve.cluster.vllm.server.acts import Place, Seat
-from taichi_serve.cluster.vllm.server.blocks import Hasher
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.exact import bound_by
 from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.itinerary import Going, Road
 from taichi_serve.cluster.vllm.server.journey import Journey
+from taichi_serve.cluster.vllm.server.membership import Membership
 from taichi_serve.cluster.vllm.server.prefix import to_fetch
-from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed, Gone, direct
+from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed, direct
 from taichi_serve.messages import (
     Abort,
     Ahead,
@@ -31,20 +31,16 @@ from taichi_serve.messages import (
     Demote,
     Event,
     Flow,
-    Hopeless,
-    Joined,
-    Lost,
     Outcome,
     Prefill,
     SetChunk,
-    Silent,
 )
 from taichi_serve.stage import Stage
 
 STREAMING = (Stage.DECODING, Stage.LEAVING)
 
 
-class VllmCluster:
+class VllmCluster(Membership):
     """Several engine cores behind one port. `deliver` gets the outputs that belong to users.
 
     Everything runs on the event loop of the server: no locks. Times are `time.monotonic()` seconds.
@@ -57,15 +53,12 @@ class VllmCluster:
         move_timeout: float = 10.0,
         later: Callable[..., object] | None = None,
     ) -> None:
-        self.engines = engines
-        self._known = {engine.name: engine for engine in engines}  # as the scheduler knows them by now
-        self._joined = dict(self._known)  # as they will be once the scheduler has heard of it
+        super().__init__(engines)
         self._deliver = deliver
         self._v2 = bool(engines and engines[0].client.vllm_config.use_v2_model_runner)
         self._caching = bool(engines and engines[0].client.vllm_config.cache_config.enable_prefix_caching)
         self._prefilled: list[PrefillStats] = []  # of requests whose first tokens came with these outputs
         self.stays: str | None = None  # why no request of this model can move
-        self.hasher: Hasher | None = None  # None: nobody knows what is cached
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.hands = Hands(self.tell, self._fail, move_timeout, later)
         self.journeys = self.hands.journeys
@@ -76,19 +69,20 @@ class VllmCluster:
     async def events(self) -> AsyncIterator[Event]:
         """Facts as they become known, until `close`."""
         while (event := await self._events.get()) is not None:
-            if isinstance(event, Joined):  # what was decided before this was decided about the one before
-                self._known[event.instance] = self._joined[event.instance]
+            self._learned(event)
             yield event
 
     def send(self, command: Command) -> None:
         """Carry out a decision. What comes too late is dropped; what cannot be done becomes a fact."""
+        known = self._known
         if isinstance(command, SetChunk):
-            self._known[command.instance].set_chunk(command)
+            if (engine := known.get(command.instance)) is not None:
+                engine.set_chunk(command)
             return
-        journey = self.journeys.get(command.request)
-        if journey is None:
+        journey, to = self.journeys.get(command.request), _to(command)
+        if journey is None or (to is not None and to not in known):  # its target left meanwhile
             return
-        take, known = self.hands.take, self._known
+        take = self.hands.take
         match command:
             case Prefill(on=on, leg=leg, hand_over=hand_over):
                 place = Place(command.by, command.best_effort)
@@ -181,12 +175,14 @@ class VllmCluster:
             return
         engine.heard_at = now = time.monotonic()
         if told := facts.told(engine, outputs, now):
-            if self._joined[engine.name] is engine:
+            if self.serves(engine):
                 for fact in told:
                     self.tell(fact)
             self._take_news(engine)
         outputs.outputs = self._of_users(engine, outputs, now)
         outputs.engine_index = engine.index
+        if engine.name not in self._joined:  # nobody knows it yet
+            outputs.scheduler_stats = None
         if outputs.scheduler_stats is not None:
             figures.looked_up(outputs.scheduler_stats, self._prefilled, engine.host_blocks is not None)
             self._prefilled.clear()
@@ -260,38 +256,10 @@ class VllmCluster:
         if prefilled is not None and looked_up and journey.warm is None:
             self._prefilled.append(prefilled)
 
-    # ---------------------------------------------------------------------------------- gone and back
 
-    def lose(self, engine: Engine, why: str) -> None:
-        """An instance is gone: its legs wait for new decisions, moves away from it go on without KV."""
-        if not engine.alive:
-            return
-        engine.alive = False
-        for other in self.engines:
-            if other.alive:
-                other.copiers.send(Gone(engine.engine_id))
-        engine.legs.clear()
-        engine.residents.clear()
-        if self._joined[engine.name] is engine:
-            self.tell(Lost(time.monotonic(), engine.name, why))
-        warm = [journey for journey in self.journeys.values() if journey.warm and journey.meets(engine)]
-        self.hands.lost(engine)
-        for journey in warm:
-            if journey.stage is not Stage.OVER:
-                self.hands.take(journey, journey.end, Outcome.FAILED)
-
-    def join(self, engine: Engine) -> None:
-        """A new incarnation, warm and empty, takes the place of one that was lost."""
-        self.engines[engine.index] = self._joined[engine.name] = engine
-        self.tell(Joined(time.monotonic(), engine.name, engine.kv_capacity))
-        engine.follow(self.hasher)  # what it cached while it was warmed has been told to nobody
-
-    def silence(self, engine: Engine, on: bool) -> None:
-        """An instance does not answer, or answers again."""
-        if engine.alive and self.engines[engine.index] is engine:
-            self.tell(Silent(time.monotonic(), engine.name, on))
-            self.hands.silent(engine, on)
-
-    def hopeless(self, why: str) -> None:
-        """No instance is left, and none will come back."""
-        self.tell(Hopeless(time.monotonic(), why))
+def _to(command: Command) -> str | None:
+    """The instance that a decision sends a request to."""
+    match command:
+        case Prefill(on=name) | Decode(on=name) | Flow(to=name) | Ahead(to=name):
+            return name
+    return None

@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import partial
 
 from vllm.config import VllmConfig
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -18,13 +17,13 @@ from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.server.blocks import agreed
 from taichi_serve.cluster.vllm.server.clock import Patience
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
-from taichi_serve.cluster.vllm.server.devices import environments
+from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import Outputs
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
-from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, close, in_thread, vanish
+from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, stop, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
@@ -32,8 +31,6 @@ from taichi_serve.cluster.vllm.wire import Call, Word
 from taichi_serve.scheduling.policy import BLIND
 
 __all__ = ["Fleet", "Scratch", "fleet", "prepare", "scratch"]
-
-STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
 
 Deliver = Callable[[EngineCoreOutputs], None]
 
@@ -51,6 +48,7 @@ class Fleet:
     keeper: Keeper
     watch: Watch
     patience: Patience
+    launcher: Launcher
 
     def supervise(self) -> list[asyncio.Task[None]]:
         """From here on lost instances come back, and silent ones are noticed; the tasks of it."""
@@ -85,14 +83,14 @@ async def fleet(
         supervisor = Supervisor([engine.name for engine in engines], args.restarts)
         keeper = Keeper(cluster, launcher, supervisor, Quarantine(), Told(say, deliver))
         watch = Watch(lambda: cluster.engines, patience, args.stall_timeout, keeper)
-        all_of_them.append(Fleet(cluster, keeper, watch, patience))
+        all_of_them.append(Fleet(cluster, keeper, watch, patience, launcher))
         try:
             say(f"warming {len(engines) * (len(engines) - 1)} pairs of instances")
             await warm(cluster)
             supervisor.took = time.monotonic() - began
             cluster.open()
             yield all_of_them[0]
-            here.keep = here.keep or keeper.losses > 0 or not all(engine.alive for engine in engines)
+            here.keep = here.keep or keeper.losses > 0 or not all(engine.alive for engine in cluster.engines)
         finally:
             await keeper.stop()
             await _stop(cluster.engines)
@@ -137,13 +135,11 @@ def _launcher(
         else:  # others still load: whoever asks it something will see it
             vanish(engine)
 
-    settings = environments(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
-    return Launcher(config, argv, settings, here.path, receive, hear, exited, patience)
+    devices = Devices(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
+    return Launcher(config, argv, devices, here.path, receive, hear, exited, patience)
 
 
 async def _stop(engines: list[Engine]) -> None:
     for engine in engines:
         engine.alive = False
-    await asyncio.gather(*(in_thread(partial(engine.process.stop, STOP_SECONDS)) for engine in engines))
-    for engine in engines:
-        close(engine)
+    await asyncio.gather(*map(stop, engines))

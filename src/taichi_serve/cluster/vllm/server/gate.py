@@ -20,6 +20,7 @@ from taichi_serve.messages import (
     Lost,
     Outcome,
     Prefilled,
+    Removed,
     Stepped,
 )
 
@@ -65,7 +66,7 @@ class Gate:
             case Stepped(instance=instance, missed=missed):
                 here = [name for name, at in self._at.items() if at == instance and name not in missed]
                 return self._released(here)
-            case Lost(instance=instance):
+            case Lost(instance=instance) | Removed(instance=instance):
                 self._at = {name: at for name, at in self._at.items() if at != instance}
             case Finished(request=request):
                 self._at.pop(request, None)

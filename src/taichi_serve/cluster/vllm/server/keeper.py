@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.stats import SchedulerStats
 
+from taichi_serve.cluster.vllm.server import figures
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.process import StartError, ending
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
@@ -27,6 +28,7 @@ from taichi_serve.cluster.vllm.server.suspects import computed, computed_prompts
 from taichi_serve.cluster.vllm.server.warm import LateError, Pair, meet
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.messages import Abort, Command, Outcome
+from taichi_serve.sliders import Kind
 
 MEET_SECONDS = 60.0  # that a new incarnation may take to move requests to and from everybody else
 
@@ -35,6 +37,10 @@ class Cluster(Protocol):
     """What is needed of the cluster."""
 
     engines: list[Engine]
+
+    def serves(self, engine: Engine) -> bool:
+        """Whether this incarnation is the one that work goes to."""
+        ...
 
     def lose(self, engine: Engine, why: str) -> None:
         """This incarnation is gone."""
@@ -92,7 +98,11 @@ class Keeper:
         self._cluster = cluster
         self._launcher = launcher
         self._open = self._given_up = False
-        self._turns = [1] * len(supervisor.places)
+        self._turns = Counter(
+            range(len(supervisor.places))
+        )  # processes so far, by the number of the instance
+        self._returning: dict[str, asyncio.Task[None]] = {}  # those that are brought back, by name
+        self._leaving: set[str] = set()
         self._unmet: list[Pair] = []  # of which one was silent when the other came
         self._meeting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,7 +146,7 @@ class Keeper:
     def answered(self, engine: Engine) -> None:
         """It answers again: it gets work, when it has met whoever came meanwhile."""
         if any(engine in pair for pair in self._unmet):
-            self._begin(self._meet_late(engine))
+            self.begin(self._meet_late(engine))
         else:
             self._answers(engine)
 
@@ -154,7 +164,7 @@ class Keeper:
         if not engine.alive:
             return
         engine.process.kill()
-        serves = self._open and engine in self._cluster.engines
+        serves = self._open and self._cluster.serves(engine)
         if serves:
             self._blame(engine, why)
         self._cluster.lose(engine, why)
@@ -166,10 +176,10 @@ class Keeper:
         if serves:
             self.losses += 1
             # A dead engine says no more of itself: vLLM's gauges would stay as they were.
-            stats = SchedulerStats()
-            self.told.deliver(EngineCoreOutputs(engine_index=engine.index, scheduler_stats=stats))
+            self.told.deliver(figures.gone(engine.index))
             delay = self.supervisor.lost(engine.name, why, time.monotonic())
-            self._begin(self._replace(engine, delay, why))
+            if engine.name not in self._leaving:
+                self._returning[engine.name] = self.begin(self._replace(engine, delay, why))
 
     def _blame(self, engine: Engine, why: str) -> None:
         """Whoever it died under the second time is ended; the others are looked at from now on."""
@@ -180,10 +190,33 @@ class Keeper:
             self.told.say(f"request {request} is ended: {text}")
             self._cluster.send(Abort(request, Outcome.FAILED, text))
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do this beside all else; it is cancelled by `stop`."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def leaves(self, name: str) -> None:
+        """An instance is to leave: if it is lost, it is not started again."""
+        self._leaving.add(name)
+        if (task := self._returning.pop(name, None)) is not None:
+            task.cancel()
+
+    def stays(self, engine: Engine) -> None:
+        """It is to stay after all."""
+        self._leaving.discard(engine.name)
+        if not engine.alive:
+            self.begin(self._replace(engine, 0.0, "it was lost while it was to leave"))
+
+    def left(self, engine: Engine) -> None:
+        """It is gone for good."""
+        self._leaving.discard(engine.name)
+        self.supervisor.remove(engine.name)
+        self.silent.discard(engine)
+        self._unmet = [pair for pair in self._unmet if engine not in pair]
+        # It says no more of itself: vLLM's gauges would stay as they were.
+        self.told.deliver(figures.gone(engine.index))
 
     # ---------------------------------------------------------------------------------------- coming back
 
@@ -199,7 +232,7 @@ class Keeper:
             await asyncio.sleep(delay)
             self.supervisor.starting(name, time.monotonic())
             try:
-                await self._start(dead)
+                await self.bring(dead.index, dead.kind, dead.chunk, self._cluster.join)
             except Exception as wrong:  # noqa: BLE001  whatever it is, the others serve on
                 why = str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
                 self.told.say(f"instance {name} could not be started again: {why}")
@@ -220,16 +253,18 @@ class Keeper:
             self._cluster.hopeless(text)
             self.told.hopeless(text)
 
-    async def _start(self, dead: Engine) -> None:
-        """Start the next incarnation and let it in. Raises StartError; then only its log is left."""
-        self._turns[dead.index] += 1
-        process = self._launcher.begin(dead.index, self._turns[dead.index])
-        engine = await self._launcher.ready(process, dead.index, dead.kind, dead.chunk)
+    async def bring(self, index: int, kind: Kind, chunk: int, enter: Callable[[Engine], None]) -> Engine:
+        """Start the next process of an instance, have it meet the others, and let it `enter`. Raises
+        StartError; then only its log is left."""
+        self._turns[index] += 1
+        process = self._launcher.begin(index, self._turns[index])
+        engine = await self._launcher.ready(process, index, kind, chunk)
         try:
-            async with self._meeting:  # one after the other, so that two that come back meet each other too
+            async with self._meeting:  # one after the other, so that two that come meet each other too
                 await self._meet(engine)
                 engine.client.tell(Call.SETTLE)
-                self._cluster.join(engine)
+                enter(engine)
+                return engine
         except BaseException:
             vanish(engine)
             await asyncio.shield(in_thread(process.end))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,11 +17,14 @@ from vllm.config import VllmConfig
 
 from taichi_serve.cluster.vllm.server.clock import Patience
 from taichi_serve.cluster.vllm.server.copiers import Copiers
+from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
 from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
 from taichi_serve.cluster.vllm.wire import Call, Word
 from taichi_serve.sliders import Kind
+
+STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
 
 Receive = Callable[[Engine, Outputs], None]
 Hear = Callable[[Word], None]
@@ -31,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launcher:
-    """All that the instances of a server are started with. `environments` has one for each, by index.
+    """All that the instances of a server are started with.
 
     `receive` gets every output of an engine, `hear` every word of a copier, and `exited` an exit status; all
     are called on the event loop.
@@ -39,7 +43,7 @@ class Launcher:
 
     config: VllmConfig  # as the command line says, untouched
     argv: list[str]
-    environments: list[dict[str, str]]
+    devices: Devices
     directory: Path
     receive: Receive
     hear: Hear
@@ -50,7 +54,7 @@ class Launcher:
         """Start the process of instance `index`, for the `turn`th time, and return at once. Each has ids of
         its own: who knew the one before must not take this one for it."""
         name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
-        return EngineProcess(name, self.directory, self.argv, self.environments[index])
+        return EngineProcess(name, self.directory, self.argv, self.devices.environment(index))
 
     async def ready(self, process: EngineProcess, index: int, kind: Kind, chunk: int) -> Engine:
         """Wait until it is up and can be spoken to. Raises StartError when it ends instead, or takes longer
@@ -123,6 +127,17 @@ def vanish(engine: Engine) -> None:
     engine.alive = False
     engine.client.fail()
     engine.running = engine.waiting = engine.kv_tokens = 0
+
+
+async def stop(engine: Engine) -> None:
+    """Have it end by itself, or end it; nothing of it is left then, and no socket to it."""
+    try:
+        await in_thread(partial(engine.process.stop, STOP_SECONDS))
+    except asyncio.CancelledError:
+        await asyncio.shield(in_thread(engine.process.end))
+        raise
+    finally:
+        close(engine)
 
 
 def close(engine: Engine) -> None:

@@ -48,6 +48,14 @@ class Supervisor:
         self.limit = restarts
         self.took = took  # seconds, the last start that succeeded
 
+    def add(self, name: str) -> None:
+        """One more instance, which serves."""
+        self.places[name] = Place()
+
+    def remove(self, name: str) -> None:
+        """An instance left for good."""
+        self.places.pop(name, None)
+
     def lost(self, name: str, why: str, at: float) -> float | None:
         """It died, or its start failed: the seconds until it is to be started, None if it stays out."""
         place = self.places[name]

@@ -111,18 +111,18 @@ async def _settled(waits: Sequence[asyncio.Future[int]], engines: list[Engine], 
             return
 
 
-async def measure(cluster: VllmCluster) -> None:
-    """Prefill two chunks and decode a little on every instance: facts that tell the predictor its speed.
+async def measure(cluster: Rehearsing, engines: Sequence[Engine]) -> None:
+    """Prefill two chunks and decode a little on each of these: facts that tell the predictor its speed.
 
     Without them an instance that no prompt was sent to keeps its default, and if that is worse than what was
     learned about the others, no prompt will ever be sent to it.
     """
     waits = []
-    for engine in cluster.engines:
+    for engine in engines:
         if engine.chunk:
             length = 2 * engine.chunk + 3
             request = _request(engine, engine, MEASURE, length, 8)
-            waits.append(cluster.rehearse(request, engine.index, None))
+            waits.append(cluster.rehearse(request, engine, None))
     if waits:
         await asyncio.wait(waits, timeout=60.0)
 
