@@ -84,6 +84,7 @@ class Miniature:
         self.scheduler = self.scene.scheduler(sliders, Policy(), self.sim.capacities)
         self.recorder = Recorder(self.scheduler, found.kv_bytes_per_token)
         engines = [PretendedEngine(name, self.sim, self.scheduler) for name in self.scheduler.instances]
+        self.engines = engines
         self.cluster = SimpleNamespace(engines=engines, tell=self.tell)
         self.keeper = SimpleNamespace(supervisor=Supervisor(list(self.scheduler.instances), 10))
         self.front = SimpleNamespace(behind=lambda _: [], processes=list)

@@ -123,7 +123,8 @@ def scraped(here: Recorder) -> str:
     registry = CollectorRegistry()
     cluster = SimpleNamespace(engines=[])
     front = SimpleNamespace(processes=list)
-    more: Any = {"cluster": cluster, "front": front, "tuner": None, "classes": {}}
+    elastic = SimpleNamespace(counts={})
+    more: Any = {"cluster": cluster, "elastic": elastic, "front": front, "tuner": None, "classes": {}}
     system: Any = SimpleNamespace(scheduler=here.scheduler, recorder=here, **more)
     registry.register(TaichiCollector(system))
     return generate_latest(registry).decode()

@@ -42,6 +42,7 @@ def system(act: bool = True) -> Any:
         recorder=recorder,
         cluster=cluster,
         front=SimpleNamespace(processes=list),
+        elastic=SimpleNamespace(counts={}),
         tuner=tuner,
         adviser=adviser,
     )

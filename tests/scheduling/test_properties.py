@@ -20,6 +20,7 @@ from taichi_serve.latency.model import prompt_attention
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
     Abort,
+    Added,
     Arrived,
     Asked,
     Cached,
@@ -40,6 +41,7 @@ from taichi_serve.messages import (
     Prefill,
     Prefilled,
     Refused,
+    Removed,
     SetChunk,
     Silent,
     Slid,
@@ -94,6 +96,7 @@ class Model:
     def __post_init__(self) -> None:
         self.chunks = {i.name: i.chunk for i in self.scheduler.instances.values()}
         self.caches = {name: set() for name in self.chunks}
+        self.born = len(self.chunks)
 
     def tell(self, event: Event) -> None:
         self.now += 0.001
@@ -234,6 +237,28 @@ class Model:
         self.chunks[instance] = 0
         self.tell(Joined(self.now, instance, CAPACITY))
 
+    def name(self, number: int) -> str:
+        """One of those that are there."""
+        names = list(self.scheduler.instances)
+        return names[number % len(names)]
+
+    def add(self, kind: Kind) -> None:
+        instance, self.born = f"i{self.born}", self.born + 1
+        self.chunks[instance], self.caches[instance] = 0, set()
+        self.tell(Added(self.now, instance, kind, CAPACITY))
+
+    def remove(self, instance: str) -> None:
+        self.dead.add(instance)
+        for w in self.work.values():
+            if w.on == instance:
+                w.on, w.done, w.held = "", 0, False
+            if w.to == instance:
+                w.to = ""
+        self.silent.discard(instance)
+        self.tell(Removed(self.now, instance))
+        self.dead.remove(instance)
+        del self.chunks[instance], self.caches[instance]
+
     def silence(self, instance: str, on: bool) -> None:
         if on and instance not in self.dead:
             self.silent.add(instance)
@@ -244,6 +269,8 @@ class Model:
     def check(self) -> None:
         """The ledger's sums are the cluster's."""
         assert set(self.scheduler.requests) == set(self.work)
+        assert set(self.scheduler.instances) == set(self.chunks) == set(self.scheduler.accuracy)
+        assert self.scheduler.sliders.instances == len(self.chunks)
         up = set(self.chunks) - self.dead
         assert not (up and any(r.state is State.WAITING for r in self.scheduler.requests.values()))
         assert not (up - self.silent and any(self.scheduler.ledger.queues[name] for name in self.silent))
@@ -335,16 +362,17 @@ def play(m: Model, deed: tuple[object, ...]) -> None:
         case ("arrive", int(prompt), int(output), bool(movable)):
             m.arrive(prompt, output, movable)
         case ("step", int(n), bool(miss), bool(refuse)):
-            m.step(f"i{n}", miss, refuse)
+            m.step(m.name(n), miss, refuse)
         case ("cancel", int(n)):
             m.tell(Cancelled(m.now, f"r{n}"))
         case ("ask", int(n), int(to)):
-            m.tell(Asked(m.now, f"r{n}", f"i{to}"))
+            m.tell(Asked(m.now, f"r{n}", m.name(to)))
         case ("drain", int(n), bool(on)):
-            m.tell(Drained(m.now, f"i{n}", on))
+            m.tell(Drained(m.now, m.name(n), on))
         case ("slide", int(p), int(chunk)):
             chunk = chunk if p else max(chunk, 16)
-            m.tell(Slid(m.now, Sliders(p, 4 - p, 128 if p else 0, chunk)))
+            p = min(p, len(m.chunks))
+            m.tell(Slid(m.now, Sliders(p, len(m.chunks) - p, 128 if p else 0, chunk)))
         case ("stale", int(n)) if n < len(m.stale):
             late = m.stale[n]
             assert not isinstance(late, (Stepped, Lost, Slid))
@@ -355,12 +383,16 @@ def play(m: Model, deed: tuple[object, ...]) -> None:
 
 def supervise(m: Model, deed: tuple[object, ...]) -> None:
     match deed:
-        case ("lose", int(n)) if f"i{n}" not in m.dead:
-            m.lose(f"i{n}")
-        case ("join", int(n)) if f"i{n}" in m.dead:
-            m.join(f"i{n}")
+        case ("lose", int(n)) if m.name(n) not in m.dead:
+            m.lose(m.name(n))
+        case ("join", int(n)) if m.name(n) in m.dead:
+            m.join(m.name(n))
         case ("silence", int(n), bool(on)):
-            m.silence(f"i{n}", on)
+            m.silence(m.name(n), on)
+        case ("add", Kind() as kind):
+            m.add(kind)
+        case ("remove", int(n)) if len(m.chunks) > 1:
+            m.remove(m.name(n))
         case ("despair", _):
             m.tell(Hopeless(m.now, "it failed five times in an hour"))
 
@@ -370,6 +402,43 @@ def supervise(m: Model, deed: tuple[object, ...]) -> None:
 def test_no_request_is_lost_or_doubled_and_ledgers_equal_the_cluster(deeds: list[tuple[object, ...]]) -> None:
     m = model(Sliders(2, 2, 128, 32), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0))
     for deed in deeds:
+        play(m, deed)
+        m.check()
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+
+
+COMERS = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from(Kind)), st.tuples(st.just("remove"), st.integers(0, 7))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    deeds=st.lists(st.one_of(REQUESTS, STEPS, STEPS, OPERATORS, COMERS, COMERS), max_size=80),
+    block_size=st.sampled_from([0, BLOCK]),
+)
+def test_it_holds_while_instances_come_and_leave(deeds: list[tuple[object, ...]], block_size: int) -> None:
+    policy = Policy(watermark=0.5, hysteresis=0.1, dwell=0.0)
+    m = model(Sliders(1, 1, 128, 32), policy, block_size)
+    for deed in deeds:
+        play(m, deed)
+        m.check()
+    m.settle()
+    m.assert_all_served_once_and_nothing_left()
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_it_holds_in_long_stories_of_a_fleet_that_grows_and_shrinks(seed: int) -> None:
+    chance = Random(seed)
+    m = model(Sliders(1, 1, 128, 32), Policy(watermark=0.5, hysteresis=0.1, dwell=0.0), BLOCK)
+    m.scheduler._dispatcher.fleet.least = chance.choice((1, 32))  # by the columns, or by asking everybody
+    for deed in long_story(chance):
+        if chance.random() < 0.1:
+            more = chance.random() < (0.8 if len(m.chunks) < 12 else 0.2)
+            play(m, ("add", chance.choice(list(Kind))) if more else ("remove", chance.randrange(12)))
+            m.check()
         play(m, deed)
         m.check()
     m.settle()

@@ -119,12 +119,13 @@ class Feed:
         standing = None
         if now - self._stand_at >= SLOWLY:
             self._stand_at, standing = now, self._stand(now)
-        instances = []
+        instances, left = [], []
         if now - self._look_at >= FIGURES:
             self._look_at = now
-            instances = [one for one in self._look() if one != self._known.get(one.name)]
-            self._known.update((one.name, one) for one in instances)
-        if not (self._touched or standing or instances or self._notes):
+            there = {one.name: one for one in self._look()}
+            instances = [one for name, one in there.items() if one != self._known.get(name)]
+            left, self._known = [name for name in self._known if name not in there], there
+        if not (self._touched or standing or instances or left or self._notes):
             return None
         requests, touched, hops, notes = self._scheduler.requests, self._touched, self._hops, self._notes
         # Whatever goes wrong below, what was noted does not gather.
@@ -133,6 +134,7 @@ class Feed:
             at=now,
             standing=standing,
             instances=instances,
+            left=left,
             requests=[live(requests[name]) for name in touched if name in requests],
             gone=[name for name in touched if name not in requests],
             hops=hops,

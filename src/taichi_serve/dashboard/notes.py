@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taichi_serve.dashboard.rows import Note
-from taichi_serve.messages import Drained, Event, Joined, Lost, Promised, Silent, Slid, Tuned
+from taichi_serve.messages import Added, Drained, Event, Joined, Lost, Promised, Removed, Silent, Slid, Tuned
 from taichi_serve.sliders import Sliders
 
 BAD, GOOD, PLAIN = "bad", "good", "plain"
@@ -11,7 +11,7 @@ BAD, GOOD, PLAIN = "bad", "good", "plain"
 
 def note(event: Event) -> Note | None:
     """The note of a fact; None where it is no such fact."""
-    found = _of_instance(event) or _of_setting(event)
+    found = _of_instance(event) or _of_fleet(event) or _of_setting(event)
     return None if found is None else Note(event.at, *found)
 
 
@@ -25,6 +25,15 @@ def _of_instance(event: Event) -> tuple[str, str] | None:
             return (f"{name} does not answer", BAD) if on else (f"{name} answers again", GOOD)
         case Drained(instance=name, on=on):
             return f"{name} is drained" if on else f"{name} takes requests again", PLAIN
+    return None
+
+
+def _of_fleet(event: Event) -> tuple[str, str] | None:
+    match event:
+        case Added(instance=name, kind=kind):
+            return f"{name} was added, {kind.value}", GOOD
+        case Removed(instance=name):
+            return f"{name} left", PLAIN
     return None
 
 

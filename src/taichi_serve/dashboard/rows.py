@@ -105,6 +105,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     whole: bool = False
     standing: Standing | None = None
     instances: list[Glance] = []
+    left: list[str] = []  # instances that are there no more
     requests: list[Live] = []
     gone: list[str] = []
     hops: list[Hop] = []

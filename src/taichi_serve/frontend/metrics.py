@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from taichi_serve.cluster.vllm.server.supervisor import Standing
 from taichi_serve.dashboard.attainment import MINUTE, TEN_MINUTES
+from taichi_serve.frontend.scale import scale
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import UNCLASSED, Attained, PrefixTokens
 from taichi_serve.scheduling.headroom import best, predicted, typical
@@ -48,6 +49,7 @@ class TaichiCollector(Collector):
             (_sliders, scheduler),
             (_attainment, recorder),
             (_headroom, recorder),
+            (_scale, recorder),
             (_front_ends, self._system),
         )
         trouble = recorder.trouble
@@ -247,6 +249,18 @@ def _headroom(recorder: Recorder) -> Iterator[Metric]:
             if (share := getattr(headroom, of)) is not None:
                 whole.add_metric([of, seen], share)
     yield from (each, whole)
+
+
+def _scale(recorder: Recorder) -> Iterator[Metric]:
+    """How many instances the last minutes asked for: what an autoscaler needs."""
+    wanted = GaugeMetricFamily(
+        "taichi_scale_wanted_instances",
+        "Instances that the load of the last minutes asks for",
+        labels=["kind"],
+    )
+    for kind, one in scale(recorder, time.monotonic()).items():
+        wanted.add_metric([kind.value], one.wanted)
+    yield wanted
 
 
 def _front_ends(system: System) -> Iterator[Metric]:

@@ -15,6 +15,7 @@ import msgspec
 from taichi_serve.dashboard.attainment import Attainment
 from taichi_serve.frontend.trouble import Trouble
 from taichi_serve.messages import (
+    Added,
     Arrived,
     Cached,
     Command,
@@ -31,6 +32,7 @@ from taichi_serve.messages import (
     Prefilled,
     Promised,
     Refused,
+    Removed,
     SetChunk,
     Silent,
     Slid,
@@ -38,6 +40,7 @@ from taichi_serve.messages import (
     Tuned,
 )
 from taichi_serve.scheduling.scheduler import GlobalScheduler
+from taichi_serve.tuning.scale import Load
 
 KEEP = 10_000
 KEEP_TUNED = 1000
@@ -80,6 +83,7 @@ class Recorder:
         self.happened: deque[Event] = deque(maxlen=KEEP_HAPPENED)  # to instances, and by operators
         self.prompts: deque[int] = deque(maxlen=KEEP_PROMPTS)  # lengths of the last ones, in tokens
         self.attainment = Attainment(lambda: scheduler.slo)
+        self.load = Load()  # by which it is said how many instances are wanted
         # Who is told facts with their decisions while somebody looks; they may not raise.
         self.observers: list[Observe] = []
         self._why: dict[str, Move] = {}
@@ -103,6 +107,9 @@ class Recorder:
             self.steps[event.instance] += 1
             self.prefill_tokens[event.instance] += event.prefill_tokens
             self.output_tokens[event.instance] += event.decodes
+            if (instance := self.scheduler.instances.get(event.instance)) is not None:
+                tpot, watermark = self.scheduler.slo.tpot, self.scheduler.policy.watermark
+                self.load.stepped(instance, event, tpot, watermark)
             if not commands:
                 return
         else:
@@ -137,6 +144,9 @@ class Recorder:
                 self.fetches += fetched > 0
             case Tuned():
                 self.tuned.append(event)
+                self.happened.append(event)
+            case Added() | Removed():
+                self.load.begin(event.at)
                 self.happened.append(event)
             case Lost() | Joined() | Silent() | Drained() | Slid() | Promised():
                 self.happened.append(event)

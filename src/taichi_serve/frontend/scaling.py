@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from taichi_serve.cluster.vllm.server.elastic import WITHIN, RefusedError, UnknownError
 from taichi_serve.frontend.routes import bad, conflict, missing, object_of, system_of
+from taichi_serve.frontend.scale import told
 from taichi_serve.sliders import Kind
 
 router = APIRouter(prefix="/taichi")
@@ -34,6 +36,12 @@ async def post_instance(request: Request) -> JSONResponse:
     except ValueError as wrong:
         return bad(str(wrong))
     return JSONResponse({"name": name, "kind": kind.value, "standing": "starting"}, status_code=202)
+
+
+@router.get("/scale")
+async def get_scale(request: Request) -> JSONResponse:
+    """How many instances of which kind the last minutes asked for, and why."""
+    return JSONResponse(told(system_of(request).recorder, time.monotonic()))
 
 
 def _wrong(data: dict[str, Any], most: int) -> tuple[str, str | None] | None:

@@ -78,8 +78,7 @@ class GlobalScheduler:
         self.policy = policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
         self.ledger.strictest.bound(slo, policy.classes)
-        self.requests = self.ledger.requests
-        self.instances = self.ledger.instances
+        self.requests, self.instances = self.ledger.requests, self.ledger.instances
         self.counters = Counters()
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}

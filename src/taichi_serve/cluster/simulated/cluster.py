@@ -19,6 +19,7 @@ from taichi_serve.cluster.simulated.link import Link
 from taichi_serve.cluster.simulated.orders import Orders
 from taichi_serve.cluster.simulated.step import Ends, EngineShape, Step, Truth
 from taichi_serve.messages import (
+    Added,
     Arrived,
     Command,
     Event,
@@ -27,6 +28,7 @@ from taichi_serve.messages import (
     Joined,
     Lost,
     Prefilled,
+    Removed,
     Silent,
     Stepped,
 )
@@ -212,3 +214,9 @@ class SimulatedCluster:
         elif isinstance(event, Joined) and not (before := self.engines[event.instance]).alive:
             shape = replace(self.shape, kv_capacity=event.kv_capacity)
             self.engines[before.name] = Engine(before.name, before.chunk, shape, before.truth)
+        elif isinstance(event, Added) and event.instance not in self.engines:
+            first = next(iter(self.engines.values()))  # what a new one takes for a step, they take
+            shape = replace(self.shape, kv_capacity=event.kv_capacity)
+            self.engines[event.instance] = Engine(event.instance, 0, shape, first.truth)
+        elif isinstance(event, Removed) and event.instance in self.engines:
+            self.orders.lose(self.engines[event.instance])

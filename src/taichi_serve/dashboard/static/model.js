@@ -45,6 +45,7 @@ export class Model {
     change.hops = (update.hops ?? []).map(hop);
     change.points = update.points ?? [];
     change.notes = update.notes ?? [];
+    for (const name of update.left ?? []) this.instances.delete(name);
     for (const instance of change.instances) this.instances.set(instance.name, instance);
     for (const one of change.requests) this.requests.set(one.id, one);
     for (const id of change.gone) this.requests.delete(id);

@@ -211,11 +211,10 @@ class Keeper:
 
     def left(self, engine: Engine) -> None:
         """It is gone for good."""
-        self._leaving.discard(engine.name)
         self.supervisor.remove(engine.name)
+        self._leaving.discard(engine.name)
         self.silent.discard(engine)
         self._unmet = [pair for pair in self._unmet if engine not in pair]
-        # It says no more of itself: vLLM's gauges would stay as they were.
         self.told.deliver(figures.gone(engine.index))
 
     # ---------------------------------------------------------------------------------------- coming back
@@ -254,8 +253,7 @@ class Keeper:
             self.told.hopeless(text)
 
     async def bring(self, index: int, kind: Kind, chunk: int, enter: Callable[[Engine], None]) -> Engine:
-        """Start the next process of an instance, have it meet the others, and let it `enter`. Raises
-        StartError; then only its log is left."""
+        """Start its next process, which meets the others and may then `enter`. Raises StartError."""
         self._turns[index] += 1
         process = self._launcher.begin(index, self._turns[index])
         engine = await self._launcher.ready(process, index, kind, chunk)
