@@ -15,11 +15,12 @@ from promql import Known, parsed
 from scraping import system
 from sources import ALERTS
 
+from taichi_serve.cluster.vllm.server.elastic import Change
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import Attained, Kept
 
 FIRST, LAST = 5.0, 600.0  # seconds; every window reaches back to the first scrape
-Change = Callable[[Any, History], None]
+Happens = Callable[[Any, History], None]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def kv(history: History, usage: float, preemptions: float) -> None:
     history.add(LAST, "vllm:num_preemptions_total", preemptions, labels)
 
 
-def firing(change: Change | None, known: dict[str, Known]) -> dict[str, list[dict[str, str]]]:
+def firing(change: Happens | None, known: dict[str, Known]) -> dict[str, list[dict[str, str]]]:
     """The alarms after ten minutes in which this happened besides, with the labels of each."""
     here, history = system(), History()
     served(here, 0)
@@ -123,6 +124,10 @@ def restarts(here: Any, history: History) -> None:
     here.keeper.supervisor.places["i1"].restarts += 3
 
 
+def not_added(here: Any, history: History) -> None:
+    here.elastic.counts[Change.FAILED] += 1
+
+
 def front_ends(here: Any, serves: bool, restarts: int) -> None:
     one = {"name": "f1", "serves": serves, "requests": 0, "restarts": restarts}
     here.front.processes = lambda: [one]
@@ -159,7 +164,7 @@ def preempted(here: Any, history: History) -> None:
     kv(history, usage=0.96, preemptions=100)
 
 
-HAPPENED: dict[str, tuple[Change, set[str]]] = {
+HAPPENED: dict[str, tuple[Happens, set[str]]] = {
     "TaichiServerDown": (down, set()),
     "TaichiTrouble": (trouble, set()),
     "TaichiRequestsFail": (failed, set()),
@@ -171,6 +176,7 @@ HAPPENED: dict[str, tuple[Change, set[str]]] = {
     "TaichiInstanceOut": (out, {"TaichiInstanceLost"}),
     "TaichiInstanceSilent": (silent, set()),
     "TaichiInstanceRestarts": (restarts, set()),
+    "TaichiInstanceNotAdded": (not_added, set()),
     "TaichiFrontEndDown": (front_end_down, set()),
     "TaichiFrontEndRestarts": (front_end_restarts, set()),
     "TaichiMovesRecomputed": (recomputed, set()),
