@@ -64,6 +64,9 @@ class Process:
         self.ended = True
         return True
 
+    def stop(self, timeout: float) -> None:
+        self.ended = True
+
     def cause(self) -> str:
         return "it wrote nothing"
 
