@@ -1304,3 +1304,19 @@ def test_what_an_engine_finds_out_about_its_cache_is_what_front_ends_are_told() 
     assert set(CACHE) | {"max_model_len"} <= {field.name for field in fields(EngineCoreReadyResponse)}
     written = inspect.getsource(MPClient._apply_ready_response)
     assert all(name in written for name in CACHE)
+
+
+# ----------------------------------------------------------------------------- instances that come and leave
+
+
+def test_statistics_of_engines_are_in_tables_that_one_more_can_be_put_into() -> None:
+    from vllm.v1.metrics import loggers
+
+    assert not mentions(loggers.StatLoggerManager.__init__, "self.engine_indexes = ", "self.stat_loggers")
+    assert not mentions(loggers.PerEngineStatLoggerAdapter.__init__, "self.per_engine_stat_loggers = {}")
+    assert not mentions(loggers.AggregatedLoggingStatLogger.__init__, "self.last_scheduler_stats_dict")
+    init = inspect.getsource(loggers.PrometheusStatLogger.__init__)
+    assert 'labelnames = ["model_name", "engine"]' in init  # in this order; others come after these
+    assert "idx: [model_name, str(idx)] for idx in engine_indexes" in init
+    # A table that is made later than at the start would not be extended.
+    assert "create_metric_per_engine" not in inspect.getsource(loggers.PrometheusStatLogger.record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from taichi_serve.dashboard.attainment import Attainment
@@ -58,6 +59,25 @@ class World:
         found = self.feed.update(now)
         assert found is not None
         return found
+
+
+def test_who_left_is_told_once() -> None:
+    world, there = World(), ["i0", "i1"]
+
+    def glance(name: str) -> Any:
+        return SimpleNamespace(name=name)
+
+    known = {name: glance(name) for name in there}
+    look: Any = lambda: [known[name] for name in there]  # noqa: E731
+    feed = Feed(world.scheduler, world.attainment, look, lambda now: None, [])  # type: ignore[arg-type]
+    first = feed.update(0.0)
+    assert first is not None
+    assert ([one.name for one in first.instances], first.left) == (["i0", "i1"], [])
+    there.remove("i0")
+    second = feed.update(1.0)
+    assert second is not None
+    assert (second.instances, second.left) == ([], ["i0"])
+    assert feed.update(2.0) is None
 
 
 BORN = (

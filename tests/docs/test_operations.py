@@ -59,10 +59,11 @@ def test_every_route_is_in_the_table() -> None:
     from taichi_serve.frontend.page import router as page
     from taichi_serve.frontend.probes import router as probes
     from taichi_serve.frontend.routes import router
+    from taichi_serve.frontend.scaling import router as scaling
 
     made = {
         f"{method} {route.path}".replace("request_id:path", "id")
-        for route in (*router.routes, *page.routes, *probes.routes)
+        for route in (*router.routes, *scaling.routes, *page.routes, *probes.routes)
         for method in route.methods
     }
     assert set(table("Routes")) == made

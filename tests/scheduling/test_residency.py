@@ -191,3 +191,33 @@ def check(
             in_use = run(chain[15::16], set(blocks)) * 16
             here = Prefix(run(chain, device), run(chain, device, host), in_use)
             assert found.get(name, Prefix()) == here
+
+
+def test_who_comes_later_takes_a_bit_that_is_free_and_more_are_made_when_none_is() -> None:
+    known = residency()
+    known.learn(Cached(1.0, "i1", (1, 2, 3)))
+    known.learn(Cached(1.0, "i2", (1, 2), tier=Tier.HOST))
+    bits = known.bits
+    for number in range(3, bits):
+        known.add(f"i{number}")
+    assert known.bits == bits
+    known.learn(Cached(2.0, f"i{bits - 1}", (1,)))
+    known.add("late")  # all integers are made anew
+    assert known.bits > bits
+    known.learn(Cached(3.0, "late", (1, 2, 3, 4), tier=Tier.HOST))
+    found = known.match((1, 2, 3, 4), 100)
+    held = {name: (one.device, one.held) for name, one in found.items()}
+    assert held == {"i1": (48, 48), "i2": (0, 32), f"i{bits - 1}": (16, 16), "late": (0, 64)}
+    known.remove("i1")
+    known.add("other")
+    assert known.bit["other"] == 1
+    assert "other" not in known.match((1, 2, 3, 4), 100)
+
+
+def test_a_name_is_there_once_and_one_with_requests_on_it_cannot_be_forgotten() -> None:
+    known = residency()
+    with pytest.raises(ValueError, match="there is an instance i1 already"):
+        known.add("i1")
+    known.claim("i1", tuple(range(16)))
+    with pytest.raises(ValueError, match="requests on i1 still claim blocks"):
+        known.remove("i1")

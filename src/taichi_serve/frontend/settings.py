@@ -27,6 +27,10 @@ def settings(system: System) -> dict[str, Any]:
         # Unsaid, it would follow from the chunks that the next start has.
         "max_num_batched_tokens": system.max_chunk,
     }
+    if said.get("devices"):  # in the order of the kinds, as instances may have come and left
+        engines = {engine.name: engine.index for engine in system.engines}
+        groups = [system.elastic.devices.of(engines[name]) for name in scheduler.instances]
+        now["devices"] = ";".join(groups)
     if system.classes:
         now["slo_classes"] = plain(system.classes)
     if not said.get("api_key") and envs.VLLM_API_KEY:

@@ -143,6 +143,8 @@ class Elastic:
         one = Coming(f"i{index}", index, kind, chunk, time.monotonic())
         self.coming[one.name] = one
         one.task = self.keeper.begin(self._come(one, sliders.chunk(kind)))
+        # Not in the task: one that is cancelled before its first step never runs.
+        one.task.add_done_callback(lambda task: self._dropped(one))
         self.keeper.told.say(f"instance {one.name} is started, {kind.value}, on {self._where(index)}")
         return one.name
 
@@ -156,9 +158,6 @@ class Elastic:
             why = str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
             self._failed(one, why)
             return
-        except asyncio.CancelledError:  # nothing of it is left
-            self._dropped(one)
-            raise
         self.keeper.told.say(f"instance {one.name} serves after {time.monotonic() - one.began:.0f} s")
         await measure(self.cluster, [engine])
 
