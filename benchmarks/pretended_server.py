@@ -85,6 +85,7 @@ class Miniature:
         self.recorder = Recorder(self.scheduler, found.kv_bytes_per_token)
         engines = [PretendedEngine(name, self.sim, self.scheduler) for name in self.scheduler.instances]
         self.engines = engines
+        self.elastic = SimpleNamespace(leaving={})
         self.cluster = SimpleNamespace(engines=engines, tell=self.tell)
         self.keeper = SimpleNamespace(supervisor=Supervisor(list(self.scheduler.instances), 10))
         self.front = SimpleNamespace(behind=lambda _: [], processes=list)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -177,3 +178,25 @@ async def test_who_is_needed_stays_and_names_are_never_used_again(server: Server
         assert answer.status_code == 409
         assert "i2 is the last one" in answer.json()["error"]["message"]
         assert (await stream(client, PATH, WISHES[0].body())).ok
+
+
+async def test_several_front_ends_know_who_comes_and_who_leaves(tmp_path: Path) -> None:
+    server = Server(tmp_path / "several", "--d-heavy", "1", "--api-server-count", "2")
+    try:
+        server.wait_ready()
+        async with server.client() as client:
+            known = await asyncio.gather(*under_load(client))
+            streams = under_load(client)
+            name = await added(server, client, kind="d-heavy")
+            await same(streams, known)
+            await same(under_load(client), known)
+            assert server.instance(name)["output_tokens"] > 0
+            await left(server, client, "i0")
+            await same(under_load(client), known)
+            metrics = (await client.get("/metrics")).text
+            assert 'taichi_trouble_total{what="statistics"} 0.0' in metrics
+            made = [x for x in series(metrics, "vllm:generation_tokens_total") if 'engine="1"' in x]
+            assert float(made[0].split()[-1]) > 0
+        server.stop()
+    finally:
+        server.end()

@@ -193,6 +193,8 @@ def _drain(system: System, name: str, on: bool) -> JSONResponse:
         return missing(f"no instance {name!r}; there are {', '.join(system.scheduler.instances)}")
     if not instance.alive:
         return conflict(f"instance {name} is not alive")
+    if name in system.elastic.leaving:
+        return conflict(f"instance {name} leaves")
     others = [i for i in system.scheduler.instances.values() if i.serving and i is not instance]
     if on and not others:
         return conflict(f"instance {name} is the last one that serves")

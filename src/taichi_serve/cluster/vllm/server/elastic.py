@@ -253,7 +253,8 @@ class Elastic:
     def _others_stay(self, name: str) -> bool:
         """Whether somebody serves, or is expected back."""
         places = self.keeper.supervisor.places
-        return any(places[one.name].standing is not Standing.OUT for one in self._staying(name))
+        staying = [places[one.name] for one in self._staying(name) if one.name in places]
+        return any(place.standing is not Standing.OUT for place in staying)
 
     def _keep(self, one: Leaving) -> None:
         """Nobody else is left by now."""
