@@ -154,7 +154,11 @@ async def test_one_that_cannot_start_is_told_and_disturbs_nothing(
         streams = under_load(client)
         answer = await client.post("/taichi/instances", json={"kind": "p-heavy"})
         assert (answer.status_code, answer.json()["name"]) == (202, "i3")
-        (starting,) = [p for p in server.family() if p.cmdline()[-1].endswith("/i3.json")]
+
+        async def begun() -> list[psutil.Process]:
+            return [p for p in server.family() if " ".join(p.cmdline()).endswith("/i3.json")]
+
+        (starting,) = await until(begun, 30, "its process has begun")
         starting.kill()
 
         async def failed() -> list[dict[str, Any]]:
