@@ -39,6 +39,7 @@ HOST = ("--kv-offloading-size", "0.125" if REHEARSAL else "8")
 LIMIT = 1024 if REHEARSAL else 10240
 PATH = "/v1/completions"
 TWO = ("--d-heavy", "2", "--d-chunk", "1024", "--ttft-slo", "60", "--tpot-slo", "1")
+TWO += () if REHEARSAL else ("--devices", "0;0")
 Rows = dict[str, Any]
 EAGER = ("--enforce-eager", "--block-size", "32") if REHEARSAL else ()
 
