@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # Wall-clock limits in seconds, far above what a run takes: they end a run that hangs.
-CHECK_LIMIT := 600
+CHECK_LIMIT := 900
 ENGINE_LIMIT := 4200
 ENGINE_TEST_LIMIT := 600
 

@@ -11,7 +11,7 @@ if [ -n "$share" ]; then
   if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
     export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps
     mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
-    PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d
+    PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d || true # one runs there already
   fi
   export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((100 / share))}"
 fi

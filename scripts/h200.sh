@@ -15,7 +15,7 @@ export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STAT
 if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
   export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps
   mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
-  PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d
+  PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d || true # one runs there already
 fi
 # A quarter of the streaming multiprocessors for each of four instances.
 export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-25}"
