@@ -8,11 +8,7 @@ check="${1:?which check? versus}"; shift
 export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
 share="$(printf '%s\n' "$@" | grep -A1 -x -- --share | tail -n 1 || true)"
 if [ -n "$share" ]; then
-  if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
-    export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps
-    mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
-    PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d || true # one runs there already
-  fi
+  . scripts/gpu/mps.sh
   export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((100 / share))}"
 fi
 exec "${PYTHON:-python3}" "scripts/gpu/$check.py" "$@"

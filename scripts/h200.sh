@@ -12,11 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 check="${1:?which check? smoke, move, measure, structured, prefix, host or goodput}"; shift
 export PYTHONPATH="$PWD/src:${PYTHONPATH:-}" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
-if [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
-  export CUDA_MPS_PIPE_DIRECTORY=/tmp/taichi-mps CUDA_MPS_LOG_DIRECTORY=/tmp/taichi-mps
-  mkdir -p "$CUDA_MPS_PIPE_DIRECTORY"
-  PATH="$PATH:/usr/local/nvidia/bin" nvidia-cuda-mps-control -d || true # one runs there already
-fi
+. scripts/gpu/mps.sh
 # A quarter of the streaming multiprocessors for each of four instances.
 export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-25}"
 exec python3 "scripts/gpu/$check.py" "$@"

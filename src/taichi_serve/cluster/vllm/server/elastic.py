@@ -19,7 +19,7 @@ from typing import Protocol
 from taichi_serve.cluster.vllm.server.devices import Devices, NoDeviceError
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.keeper import Keeper
-from taichi_serve.cluster.vllm.server.process import StartError
+from taichi_serve.cluster.vllm.server.process import reason
 from taichi_serve.cluster.vllm.server.start import stop
 from taichi_serve.cluster.vllm.server.supervisor import Standing
 from taichi_serve.cluster.vllm.server.warm import Rehearsing, measure
@@ -155,8 +155,7 @@ class Elastic:
         try:
             engine = await self.keeper.bring(one.index, one.kind, chunk, partial(self._enter, one))
         except Exception as wrong:  # noqa: BLE001  whatever it is, the others serve on
-            why = str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
-            self._failed(one, why)
+            self._failed(one, reason(wrong))
             return
         self.keeper.told.say(f"instance {one.name} serves after {time.monotonic() - one.began:.0f} s")
         await measure(self.cluster, [engine])

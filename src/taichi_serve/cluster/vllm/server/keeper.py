@@ -18,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from taichi_serve.cluster.vllm.server import figures
 from taichi_serve.cluster.vllm.server.engine import Engine
-from taichi_serve.cluster.vllm.server.process import StartError, ending
+from taichi_serve.cluster.vllm.server.process import StartError, ending, reason
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.remains import forget_logs
 from taichi_serve.cluster.vllm.server.scratch import Say
@@ -233,7 +233,7 @@ class Keeper:
             try:
                 await self.bring(dead.index, dead.kind, dead.chunk, self._cluster.join)
             except Exception as wrong:  # noqa: BLE001  whatever it is, the others serve on
-                why = str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
+                why = reason(wrong)
                 self.told.say(f"instance {name} could not be started again: {why}")
                 delay = self.supervisor.lost(name, why, time.monotonic())
                 continue

@@ -37,6 +37,11 @@ class StartError(RuntimeError):
     """An instance did not start. The message names it, the likely cause and its log."""
 
 
+def reason(wrong: Exception) -> str:
+    """Why a start failed, in words: a StartError has them, and of others the kind is needed too."""
+    return str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
+
+
 class EngineProcess:
     """One process of an instance and the process group it leads: the next one has another name and id.
 
