@@ -85,9 +85,18 @@ async def test_the_same_where_one_instance_prefills_and_the_other_decodes(
 
 
 async def test_what_is_not_streamed_is_the_same_text(hybrid: Server, reference: list[Answer]) -> None:
+    moved = 0
     async with hybrid.client() as client:
-        results = await asyncio.gather(
-            *(completed_and_moved(client, w.body(), f"cmpl-whole-{i}", TIMES) for i, w in enumerate(WISHES))
-        )
-    assert [i for i, (whole, _) in enumerate(results) if not same(whole, reference[i])] == []
-    assert sum(moves(legs) for _, legs in results) >= len(WISHES)
+        # How often one lets itself be moved before it is over is a matter of speed: a few rounds.
+        for number in range(ROUNDS):
+            results = await asyncio.gather(
+                *(
+                    completed_and_moved(client, wish.body(), f"cmpl-whole-{number}-{i}", TIMES)
+                    for i, wish in enumerate(WISHES)
+                )
+            )
+            assert [i for i, (whole, _) in enumerate(results) if not same(whole, reference[i])] == []
+            moved += sum(moves(legs) for _, legs in results)
+            if moved >= len(WISHES):
+                break
+    assert moved >= len(WISHES)
