@@ -10,8 +10,15 @@ from vllm.platforms import current_platform
 from taichi_serve.cluster.vllm.server.process import StartError
 
 # Environment of every CPU instance. UCX, under NIXL, else hooks into each mapping of memory, which costs a
-# step of the model 3 %; without its hooks it registers memory when told to, which is all that KV needs.
-ON_CPU = {"UCX_MEM_EVENTS": "n"}
+# step of the model 3 %; without its hooks it registers memory when told to, which is all that KV needs. And
+# glibc else gives the memory of temporaries back to the kernel and has it zeroed again: up to 50,000 page
+# faults in 100 steps of a tiny model, by luck, and 2,000 so, which is 5 to 10 % of a step.
+ON_CPU = {
+    "UCX_MEM_EVENTS": "n",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # bytes; glibc takes no more
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+}
 # What may stand in a group: it becomes a value of the environment.
 GROUP = re.compile(r"[\w.:/|,-]{1,500}")
 
