@@ -144,8 +144,8 @@ def jobs_of(
             raise ValueError(f"{args.target}: no model: it has no config.json")
     if asked:
         return contenders.field(args, flags, trial.slo)
-    slos = ("--ttft-slo", str(trial.slo.ttft), "--tpot-slo", str(trial.slo.tpot))
-    return {"server": contenders.Contender("server", "ours", (*slos, *flags))}
+    words = (*contenders.judged_by(trial.slo), *flags)
+    return {"server": contenders.Contender("server", "ours", words)}
 
 
 def result(
