@@ -208,8 +208,8 @@ def test_tuned_settings_bring_the_instances_they_were_found_for_and_the_user_may
     args = asked(f"{model} {BASE} --compare hybrid --tuned {tmp_path}")
     words = bench.jobs_of(args, ("--tensor-parallel-size", "2"), bench.trial_of(args))["hybrid"].flags
     assert " ".join(words).startswith(
-        "--ttft-slo 4.0 --tpot-slo 0.07 --overload serve --tensor-parallel-size 4 --profile p.json "
-        "--enforce-eager --tensor-parallel-size 2 --p-heavy 1"
+        "--ttft-slo 4.0 --tpot-slo 0.07 --overload serve --overload demote --tensor-parallel-size 4 "
+        "--profile p.json --enforce-eager --tensor-parallel-size 2 --p-heavy 1"
     )
 
 
