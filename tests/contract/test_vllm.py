@@ -1318,5 +1318,7 @@ def test_statistics_of_engines_are_in_tables_that_one_more_can_be_put_into() -> 
     init = inspect.getsource(loggers.PrometheusStatLogger.__init__)
     assert 'labelnames = ["model_name", "engine"]' in init  # in this order; others come after these
     assert "idx: [model_name, str(idx)] for idx in engine_indexes" in init
+    words = ["self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]
+    assert list(inspect.signature(loggers.StatLoggerManager.record).parameters) == words
     # A table that is made later than at the start would not be extended.
     assert "create_metric_per_engine" not in inspect.getsource(loggers.PrometheusStatLogger.record)

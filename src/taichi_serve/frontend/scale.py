@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def scale(recorder: Recorder, now: float) -> dict[Kind, Wanted]:
-    """For each kind how many are there, and how many are wanted. Who is lost or being drained is not there."""
+    """For each kind how many are there, and how many are wanted. Who is lost or drained is not there."""
     scheduler = recorder.scheduler
     instances = scheduler.instances.values()
     there = Counter(one.kind for one in instances if working(one))

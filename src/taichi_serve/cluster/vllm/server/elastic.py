@@ -112,14 +112,15 @@ class Failure:
 
 @dataclass(slots=True)
 class Elastic:
-    """Adds and removes the instances of one server. `entered` is told the number of each that takes part,
-    and may not raise."""
+    """Adds and removes the instances of one server. `entered` and `departed` are told the numbers of those
+    that take part, and no longer do; they may not raise."""
 
     cluster: Cluster
     keeper: Keeper
     devices: Devices
     scheduler: Scheduler
     entered: Callable[[int], None] = lambda index: None
+    departed: Callable[[int], None] = lambda index: None
     coming: dict[str, Coming] = field(default_factory=dict)
     leaving: dict[str, Leaving] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)  # names of those that left, or never came
@@ -241,6 +242,7 @@ class Elastic:
         self._give_up_on_silent(one.name)
         engine = self.cluster.remove(one.name)
         self.keeper.left(engine)
+        self.departed(engine.index)
         try:
             await stop(engine)
             await self.keeper.settled(one.name)
