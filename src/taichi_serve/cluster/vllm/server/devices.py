@@ -68,7 +68,7 @@ class Devices:
     def _named(self, named: str) -> str:
         group = named.strip()
         if not GROUP.fullmatch(group):
-            raise ValueError(f"{named!r} is no group of devices")
+            raise ValueError(f"{named[:80]!r} is no group of devices")
         if not current_platform.is_cpu() and len(group.split(",")) != self.per_instance:
             raise ValueError(
                 f"{named!r} names {len(group.split(','))} devices, and each instance takes "
