@@ -203,6 +203,7 @@ async def test_several_front_ends_know_who_comes_and_who_leaves(
             assert 'taichi_trouble_total{what="statistics"} 0.0' in metrics
             made = [x for x in series(metrics, "vllm:generation_tokens_total") if 'engine="1"' in x]
             assert float(made[0].split()[-1]) > 0
+            assert not [line for line in series(metrics, "vllm:") if 'engine="0"' in line]
         server.stop()
     finally:
         server.end()
