@@ -37,6 +37,7 @@ from taichi_serve.frontend.client import (
 from taichi_serve.frontend.connection import Connection
 from taichi_serve.frontend.ending import STOP_SECONDS, no_longer_than
 from taichi_serve.frontend.precheck import precheck
+from taichi_serve.frontend.series import Left
 from taichi_serve.frontend.several.hub import FrontEnds
 from taichi_serve.frontend.several.serving import serve_several
 from taichi_serve.frontend.starting import begun, promised
@@ -72,13 +73,13 @@ def _front(args: argparse.Namespace, here: Scratch) -> tuple[Callable[[EngineCor
     if (count := flags.front_ends(args)) > 1:
         fronts = FrontEnds(count, here.path)
         return fronts.deliver, fronts.open
-    outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+    outputs: asyncio.Queue[EngineCoreOutputs | Left] = asyncio.Queue()
     return outputs.put_nowait, partial(_one_front, args, outputs)
 
 
 def _one_front(
     args: argparse.Namespace,
-    outputs: asyncio.Queue[EngineCoreOutputs],
+    outputs: asyncio.Queue[EngineCoreOutputs | Left],
     instances: Fleet,
     attendance: Attendance,
     trouble: Trouble,
