@@ -24,7 +24,6 @@ from setproctitle import getproctitle, setproctitle
 
 from taichi_serve.cluster.vllm.core.main import die_with_parent, read, run
 from taichi_serve.cluster.vllm.forking import LARGEST, Begun, Ended, Failed, Wanted
-from taichi_serve.cluster.vllm.worker.forked import fork_workers
 
 PROGRAM = "taichi_serve.cluster.vllm.core.main"  # what a core is called, forked or not
 # What a core of the CPU and its workers import sooner or later, the models aside.
@@ -40,15 +39,18 @@ MODULES = (
     "taichi_serve.cluster.vllm.core.calls",
     "taichi_serve.cluster.vllm.core.ending",
     "taichi_serve.cluster.vllm.worker.connector",
+    "taichi_serve.cluster.vllm.worker.forked",
 )
 
 
-class ForkServer:
-    """Forks what `line` asks for. `env` is what every child has in its environment beside what is asked."""
+# From what is asked to differ to what a child has.
+Environment = Callable[[Mapping[bytes, bytes | None]], dict[bytes, bytes]]
 
-    def __init__(
-        self, line: socket.socket, env: Callable[[Mapping[bytes, bytes | None]], dict[bytes, bytes]]
-    ):
+
+class ForkServer:
+    """Forks what `line` asks for."""
+
+    def __init__(self, line: socket.socket, env: Environment) -> None:
         self._line = line
         self._env = env
         self._this = os.getpid()
@@ -128,7 +130,8 @@ class ForkServer:
         resource.setrlimit(resource.RLIMIT_NOFILE, wanted.files)
         sys.argv = [PROGRAM, wanted.spec]
         setproctitle(f"{sys.executable} -m {PROGRAM} {wanted.spec}")
-        sys.modules["numpy"].random.seed()  # Python's own does so by itself
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed()  # Python's own generator does so by itself
 
 
 def preload() -> None:
@@ -159,9 +162,7 @@ def main(line: int, server: int) -> None:
         return {name: value for name, value in whole.items() if value is not None}
 
     wanted = ForkServer(socket.socket(fileno=line), env).serve()
-    spec = read(wanted.spec)
-    fork_workers(spec.argv)
-    run(wanted.spec, spec)
+    run(wanted.spec, read(wanted.spec), forked=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(path: str) -> None:
     run(path, spec)
 
 
-def run(path: str, spec: Spec) -> None:
+def run(path: str, spec: Spec, forked: bool = False) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
     watch(spec.parent, Path(path).parent)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
@@ -64,6 +64,10 @@ def run(path: str, spec: Spec) -> None:
 
     if not current_platform.is_cpu():  # there the model runs in a process of its own
         sys.setswitchinterval(SWITCH_INTERVAL)
+    if forked:
+        from taichi_serve.cluster.vllm.worker.forked import fork_workers
+
+        fork_workers(spec.argv)
 
     install()
     end_at_once()

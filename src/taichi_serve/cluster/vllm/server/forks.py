@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from taichi_serve.cluster.vllm.forking import LARGEST, Begun, Ended, Failed, Wanted
+from taichi_serve.cluster.vllm.server.remains import ending
 
 CORE = "taichi_serve.cluster.vllm.core.main"
 FORK_SERVER = "taichi_serve.cluster.vllm.core.forks"
@@ -201,12 +202,14 @@ class ForkServer:
         os.close(self._said)
         self._line.close()
         for core in left:
-            if not core.pid:
-                core.ended(code or 1, said)
-            elif ended(core.sentinel, END_SECONDS):  # the kernel has killed it
+            if core.pid:
+                ended(core.sentinel, END_SECONDS)  # the kernel kills it
                 core.ended(
-                    -signal.SIGKILL, f"ForkServerError: its fork server ended first ({code})\n".encode()
+                    -signal.SIGKILL,
+                    f"ForkServerError: its fork server ended first, {ending(code)}\n".encode(),
                 )
+            else:
+                core.ended(code or 1, said)
 
     def _next(self) -> tuple[Begun | Ended | Failed, list[int]] | None:
         """What it says next, with the descriptors that come along; None where it is gone."""
@@ -227,14 +230,17 @@ class Forks:
     def __init__(self) -> None:
         self.server: ForkServer | None = None
 
+    def preload(self) -> ForkServer:
+        """Have one import, if none is there. Only from the main thread, as a fork server ends with the thread
+        that started it."""
+        self.server = self.server or ForkServer()
+        return self.server
+
     def begin(self, spec: Path, log: Path, env: Mapping[str, str]) -> Forked:
-        """A core with this spec, log and environment. Only from the main thread: what it forks ends with the
-        thread that started it."""
-        while True:
-            self.server = self.server or ForkServer()
-            if (core := self.server.fork(spec, log, env)) is not None:
-                return core
+        """A core with this spec, log and environment. From the main thread, too."""
+        while (core := self.preload().fork(spec, log, env)) is None:
             self.server = None
+        return core
 
     def close(self) -> None:
         """End it; the cores have ended before."""

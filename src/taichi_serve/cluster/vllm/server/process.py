@@ -25,7 +25,7 @@ from vllm.v1.engine.utils import (
 )
 
 from taichi_serve.cluster.vllm.server.forks import Forked, Forks, Spawned
-from taichi_serve.cluster.vllm.server.remains import remove_files, shared_memory, wait_gone
+from taichi_serve.cluster.vllm.server.remains import ending, remove_files, shared_memory, wait_gone
 from taichi_serve.cluster.vllm.wire import Spec
 from taichi_serve.ports import LOOPBACK, port_of, reserve
 
@@ -194,13 +194,3 @@ def _error(lines: list[str]) -> str:
         if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
             return head.removeprefix("ERROR ").strip()
     return ""
-
-
-def ending(code: int | None) -> str:
-    """How a process ended, in words."""
-    if code is None:
-        return "it still runs"
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
