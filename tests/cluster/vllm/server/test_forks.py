@@ -273,6 +273,18 @@ def test_what_is_not_wanted_any_more_ends_as_soon_as_it_is_there(cores: Cores) -
     assert wanted.poll() is None
 
 
+def test_nobody_waits_for_a_fork_server_that_stands_still(cores: Cores) -> None:
+    wanted = cores.running()
+    assert cores.forks.server is not None
+    os.kill(cores.forks.server.pid, signal.SIGSTOP)
+    late = cores.begin(STAY)
+    late.kill_group()
+    assert not late.known()
+    os.kill(cores.forks.server.pid, signal.SIGCONT)
+    assert late.wait(SECONDS) == -signal.SIGKILL
+    assert wanted.poll() is None
+
+
 def test_a_program_of_its_own_is_asked_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forks, "CORE", "runpy")
     spec, log = tmp_path / "spec", tmp_path / "log"

@@ -73,7 +73,7 @@ class Forked:
         self.unwanted = False
 
     def known(self) -> bool:
-        """Wait until it is there; False where it never will be."""
+        """Wait until it is there; False where it never will be, or nobody wants it any more."""
         self._settled.wait()
         return bool(self.pid)
 
@@ -102,6 +102,7 @@ class Forked:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
             else:
+                self._settled.set()  # a fork server that hangs never answers
                 self._server.not_needed()
 
     def close(self) -> None:
