@@ -202,12 +202,15 @@ class ForkServer:
         said = os.pread(self._said, SAID, 0)
         os.close(self._said)
         self._line.close()
-        running = [core for core in left if core.pid]
-        for core in running:
-            ended(core.sentinel, END_SECONDS)  # the kernel kills it
-        why = f"ForkServerError: its fork server ended first, {ending(code)}\n".encode()
         for core in left:
-            core.ended(-signal.SIGKILL if core in running else code or 1, why if core in running else said)
+            if core.pid:
+                ended(core.sentinel, END_SECONDS)  # the kernel kills it
+        why = f"ForkServerError: its fork server ended first, {ending(code)}\n"
+        for core in left:
+            if core.pid:
+                core.ended(-signal.SIGKILL, why.encode())
+            else:
+                core.ended(code or 1, said)
 
     def _next(self) -> tuple[Begun | Ended | Failed, list[int]] | None:
         """What it says next, with the descriptors that come along; None where it is gone."""
