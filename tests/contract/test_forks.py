@@ -15,8 +15,10 @@ vllm = pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform  # noqa: E402
 
-# What differs from core to core of one server.
+# What differs from core to core of one server, or between a server and its cores.
 OF_A_CORE = (
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "UCX_MEM_EVENTS",
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_NIXL_SIDE_CHANNEL_HOST",
     "VLLM_NIXL_SIDE_CHANNEL_PORT",

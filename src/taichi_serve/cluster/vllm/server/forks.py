@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -171,8 +172,15 @@ class ForkServer:
             if self._gone:
                 return None
             self._cores[number] = core
-        with contextlib.suppress(OSError):  # it is gone: the thread that hears it says so to all
-            self._line.send(msgspec.msgpack.encode(wanted))
+        packet = msgspec.msgpack.encode(wanted)
+        try:
+            if len(packet) > LARGEST:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+            self._line.send(packet)
+        except ConnectionError:
+            pass  # it is gone, and the thread that hears it says so to all
+        except OSError as wrong:  # an environment that is too large for a packet
+            self._drop(number).ended(1, f"OSError: {wrong}\n".encode())
         return core
 
     def not_needed(self) -> None:
