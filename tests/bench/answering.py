@@ -68,6 +68,8 @@ class Answering:
         count = body["max_tokens"]
         for number in range(count):
             await asyncio.sleep(self.pause)
+            if writer.is_closing():
+                return
             finish = "length" if number + 1 == count else None
             ids = {"token_ids": [5000 + number]} if self.ids else {}
             _event(writer, {"id": "a", "choices": [{"text": "x", "finish_reason": finish, **ids}]})

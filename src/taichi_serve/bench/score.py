@@ -236,7 +236,7 @@ class Score:
     def begin(self, key: Key, live: Live, now: float) -> None:
         """A request is sent."""
         self.sent += 1
-        self.late.append(now - live.due)
+        self.late.append(max(0.0, now - live.due))  # a timer may be early by less than its clock can tell
         self.live[key] = live
 
     def end(self, key: Key, answer: Answer) -> None:
@@ -269,5 +269,5 @@ class Score:
     def run(self, rate: float, seconds: float) -> Run:
         """What it came to."""
         counts = self.total, self.sent, self.good, self.bad
-        lag, lateness = max(0.0, self.lag), Lateness.of(self.late, self.busy)
+        lag, lateness = self.lag, Lateness.of(self.late, self.busy)
         return Run(rate, *counts, bool(self.kept), seconds, lag, tuple(self.samples), lateness=lateness)

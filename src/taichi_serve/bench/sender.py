@@ -7,11 +7,14 @@ owner ends, however.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterable
 from math import inf
+
+import httpx
 
 from taichi_serve.bench.client import Answer
 from taichi_serve.bench.endpoint import Endpoint, EndpointError, client_of
@@ -76,6 +79,9 @@ class Sender:
         async with client_of(load.url, load.authorization) as client:
             prompts, share = Prompts(load.salt, load.block_size, load.part), Share(load.seed, load.slo)
             sending = Sending(Endpoint(client, load.model, load.limit, ""), prompts, share)
+            # What is slow once, connecting and all that is imported for it, is not to make requests late.
+            with contextlib.suppress(httpx.HTTPError):
+                await client.get("/version")
             await self._say(Ready())
             go = await told(self._reader)
             assert isinstance(go, Go)

@@ -122,11 +122,15 @@ class Process:
         return cls(f"sender {number} (process {process.pid})", process)
 
     async def tell(self, message: Told) -> None:
-        """Send it a word; whether it has ended is found out by `hear`."""
+        """Send it a word; whether it has ended is found out by `hear`. Raises SenderError where it does not
+        listen."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(frame(message))
-            await self._process.stdin.drain()
+            async with asyncio.timeout(START_SECONDS):
+                await self._process.stdin.drain()
+        except TimeoutError:
+            raise SenderError(f"{self._name} of the load has taken nothing for {START_SECONDS:g} s") from None
         except (BrokenPipeError, ConnectionResetError):
             return
 
@@ -160,9 +164,12 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
 
-    async def end(self) -> None:
-        """Nothing is left of it."""
+    async def end(self, patience: float) -> None:
+        """Nothing is left of it; it has so many seconds to end by itself."""
         self.enough()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._process.wait()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -200,8 +207,8 @@ class Senders:
             for task in listening:
                 task.cancel()
             await asyncio.gather(*listening, return_exceptions=True)
-            for process in self._processes:
-                await process.end()
+            patience = END_SECONDS if self._merged is None else 0.0  # after an error nobody has any
+            await asyncio.gather(*(process.end(patience) for process in self._processes))
 
     async def _last_words(self, listening: list[asyncio.Task[float]]) -> None:
         """What each used of its core. What becomes of its requests now was not known when it was decided."""
