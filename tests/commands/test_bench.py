@@ -9,6 +9,7 @@ import pytest
 
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.client import Answer
+from taichi_serve.bench.lateness import Lateness
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
 from taichi_serve.bench.score import Live, Run, Sample, Score
 from taichi_serve.bench.trial import Goodput, Trial
@@ -343,6 +344,11 @@ def test_a_rate_that_ended_early_says_what_is_known_of_it():
     assert line("hybrid", THERE) == "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s"
     told = replace(THERE, samples=tuple(replace(s, cached_tokens=15) for s in SAMPLES))
     assert "10 sent, 75.0% of the prompt tokens cached, 6 s" in line("hybrid", told)
+    late = replace(THERE, lateness=Lateness(0.2, (0.97,)))
+    assert line("hybrid", late) == (
+        "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s, 1 sender at 97% of a core, "
+        "200 ms late (p99), the load generator was 0.2 s late (p99)"
+    )
     assert line("hybrid", replace(THERE, span=5.0, lost=("i1",))) == (
         "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s, lost i1, too short: 5 s of traffic"
     )

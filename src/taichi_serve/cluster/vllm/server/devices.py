@@ -8,17 +8,8 @@ import re
 from vllm.platforms import current_platform
 
 from taichi_serve.cluster.vllm.server.process import StartError
+from taichi_serve.cluster.vllm.server.surroundings import on_cpu
 
-# Environment of every CPU instance. UCX, under NIXL, else hooks into each mapping of memory, which costs a
-# step of the model 3 %; without its hooks it registers memory when told to, which is all that KV needs. And
-# glibc else gives the memory of temporaries back to the kernel and has it zeroed again: up to 50,000 page
-# faults in 100 steps of a tiny model, by luck, and 2,000 so, which is 5 to 10 % of a step.
-ON_CPU = {
-    "UCX_MEM_EVENTS": "n",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # bytes; glibc takes no more
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "MALLOC_TOP_PAD_": str(16 << 20),
-}
 # What may stand in a group: it becomes a value of the environment.
 GROUP = re.compile(r"[\w.:/|,-]{1,500}", re.ASCII)
 RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)  # a core, or several
@@ -49,10 +40,9 @@ class Devices:
 
     def environment(self, index: int) -> dict[str, str]:
         """What its environment has beside the server's own."""
-        on_cpu, group = current_platform.is_cpu(), self._taken[index]
-        variable = "VLLM_CPU_OMP_THREADS_BIND" if on_cpu else "CUDA_VISIBLE_DEVICES"
-        common = {k: v for k, v in ON_CPU.items() if k not in os.environ} if on_cpu else {}
-        return common | ({variable: group} if group else {})
+        cores, group = current_platform.is_cpu(), self._taken[index]
+        variable = "VLLM_CPU_OMP_THREADS_BIND" if cores else "CUDA_VISIBLE_DEVICES"
+        return (on_cpu() if cores else {}) | ({variable: group} if group else {})
 
     def take(self, index: int, named: str | None = None) -> None:
         """A group for one more instance: the one that is `named`, else one of ours that nobody has, else

@@ -20,6 +20,7 @@ from taichi_serve.cluster.vllm.server.copiers import Copiers
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
+from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
 from taichi_serve.cluster.vllm.wire import Call, Word
 from taichi_serve.sliders import Kind
@@ -49,12 +50,13 @@ class Launcher:
     hear: Hear
     exited: Exited
     patience: Patience
+    forks: Forks | None  # of a CPU
 
     def begin(self, index: int, turn: int = 1) -> EngineProcess:
         """Start the process of instance `index`, for the `turn`th time, and return at once. Each has ids of
         its own: who knew the one before must not take this one for it."""
         name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
-        return EngineProcess(name, self.directory, self.argv, self.devices.environment(index))
+        return EngineProcess(name, self.directory, self.argv, self.devices.environment(index), self.forks)
 
     async def ready(self, process: EngineProcess, index: int, kind: Kind, chunk: int) -> Engine:
         """Wait until it is up and can be spoken to. Raises StartError when it ends instead, or takes longer
