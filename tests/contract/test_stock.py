@@ -12,12 +12,12 @@ from vllm import envs
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.entrypoints.cli import serve
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm import stock
 from taichi_serve.cluster.vllm.args import make_parser
+from taichi_serve.cluster.vllm.moved import make_arg_parser
 from taichi_serve.commands.compare import CALM
 from taichi_serve.commands.proxied import SIDE_HOST, SIDE_PORT, TRANSFER, prefill_body
 from taichi_serve.commands.stock import BINDING, ENTRY, KV_SPACE, OURS, SWITCHES, stock_flags

@@ -10,10 +10,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import vllm
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from taichi_serve.frontend.anthropic_stream import worded
 
+NEXT = vllm.__version_tuple__[:2] >= (0, 33)
 CHUNK = {
     "id": "chatcmpl-1",
     "object": "chat.completion.chunk",
@@ -29,12 +33,21 @@ def failed(code: int, kind: str, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
+def item(said: Any) -> Any:
+    """It as vLLM hands it to what makes Anthropic's events: a line, or since 0.33 an object."""
+    if not NEXT:
+        return f"data: {said if isinstance(said, str) else json.dumps(said)}\n\n"
+    kind = ErrorResponse if "error" in said else ChatCompletionStreamResponse
+    return kind.model_validate(said)
+
+
 async def events(*said: Any) -> list[tuple[str, Any]]:
     """What becomes of a stream of OpenAI's route."""
 
     async def stream() -> AsyncGenerator[str, None]:
         for one in said:
-            yield f"data: {one if isinstance(one, str) else json.dumps(one)}\n\n"
+            if one != "[DONE]" or isinstance(item(CHUNK), str):  # objects are over when they are over
+                yield item(one)
 
     serving = object.__new__(AnthropicServingMessages)
     found = []
@@ -58,7 +71,13 @@ async def test_a_request_that_fails_in_its_stream_ends_it_with_the_reason(
     code: int, kind: str, expected: str
 ) -> None:
     *before, (name, error) = await events(CHUNK, CHUNK, failed(code, kind, LOST), "[DONE]")
-    assert [event for event, _ in before] == ["message_start", "content_block_start", "content_block_delta"]
+    whole = ["content_block_stop"] if NEXT else []  # since 0.33 the block is ended, too
+    assert [event for event, _ in before][:3] == [
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+    ]
+    assert [event for event, _ in before][3:] == whole
     assert (name, error) == ("error", {"type": "error", "error": {"type": expected, "message": LOST}})
 
 

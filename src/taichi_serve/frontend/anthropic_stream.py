@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any
 
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
+from taichi_serve.cluster.vllm.moved import error_of
 from taichi_serve.frontend.anthropic_form import reworded
 
-BEGINS = 'data: {"error"'  # what vLLM says last in a stream that fails
 FAILED = "event: error\n"
 
 
@@ -24,11 +25,11 @@ def worded() -> Iterator[None]:
     vllms_own = AnthropicServingMessages.message_stream_converter
 
     async def converter(
-        self: AnthropicServingMessages, generator: AsyncGenerator[str, None]
+        self: AnthropicServingMessages, generator: AsyncGenerator[Any, None]
     ) -> AsyncGenerator[str, None]:
         last = _Last()
         async for event in vllms_own(self, last.before(generator)):
-            yield _event(event.partition("data: ")[2]) if event.startswith(FAILED) else event
+            yield _event(last.said(event)) if event.startswith(FAILED) else event
         if last.error is not None:
             yield _event(last.error)
 
@@ -40,18 +41,24 @@ def worded() -> Iterator[None]:
 
 
 class _Last:
-    """The error at the end of a stream, if there is one."""
+    """The error at the end of a stream, if there is one that vLLM has not told the client of."""
 
     error: str | None = None
 
-    async def before(self, generator: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-        """All that comes before it."""
+    async def before(self, generator: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
+        """All that comes before it; and itself where vLLM knows it for what it is."""
         async with contextlib.aclosing(generator):
             async for item in generator:
-                if item.startswith(BEGINS):
-                    self.error = item.removeprefix("data: ")
-                    return
+                if (error := error_of(item)) is not None:  # what vLLM says last in a stream that fails
+                    self.error = error
+                    if isinstance(item, str):
+                        return
                 yield item
+
+    def said(self, event: str) -> str:
+        """What an event of vLLM's says of an error, in the words of the error if there was one."""
+        error, self.error = self.error, None
+        return event.partition("data: ")[2] if error is None else error
 
 
 def _event(said: str) -> str:

@@ -94,6 +94,7 @@ class Everywhere(EngineCoreClient):
 
     # The guard refuses the routes that ask for these (elsewhere.py).
     pause_scheduler_async = resume_scheduler_async = _not_here
+    pause_generation_async = abort_external_elastic_ep = _not_here  # asked for since vLLM 0.33
     sleep_async = wake_up_async = release_kv_cache_memory_async = _not_here
     set_weight_version_async = compute_weight_checksums_async = _not_here
     prepare_elastic_ep = commit_elastic_ep = _not_here

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.moved import says_no
 from taichi_serve.cluster.vllm.refused import HARMLESS, REFUSED
 from taichi_serve.frontend.precheck import precheck
 from taichi_serve.tiny import cached_tiny_model
@@ -79,7 +80,7 @@ def values(action: argparse.Action) -> Iterator[list[str]]:
         chosen = line[1] if len(line) > 1 else None
         harmless = [str(value) for value in (*HARMLESS.get(action.dest, ()), action.default)]
         if chosen is None:
-            value = not line[0].startswith("--no-")
+            value = not says_no(line[0], action)
             if value not in (*HARMLESS.get(action.dest, ()), action.default):
                 yield line
         elif chosen not in harmless and chosen != "":

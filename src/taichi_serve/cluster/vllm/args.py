@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.exceptions import VLLMError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -25,6 +24,7 @@ from taichi_serve.cluster.vllm import unsaid
 from taichi_serve.cluster.vllm.edges import edges
 from taichi_serve.cluster.vllm.front_ends import front_ends
 from taichi_serve.cluster.vllm.misuse import given, one_line_given
+from taichi_serve.cluster.vllm.moved import make_arg_parser, validate_parsed_serve_args
 from taichi_serve.cluster.vllm.options import FLAGS, TITLE, add_options
 from taichi_serve.cluster.vllm.patience import Patience
 from taichi_serve.cluster.vllm.refused import refusal

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from taichi_serve.cluster.vllm.moved import says_no
+
 _INSTANCES = "instances are TaiChi's: use --data-parallel-size, or --p-heavy and --d-heavy"
 _ONE_HOST = "all instances of a server are on its host"
 _CONTEXT = "context parallelism is not supported: KV would be spread over ranks that a move does not know"
@@ -118,7 +120,7 @@ def refusal(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | 
         why = REFUSED.get(action.dest)
         value = getattr(args, action.dest, action.default)
         if why is not None and value != action.default and value not in HARMLESS.get(action.dest, ()):
-            flag = next(name for name in action.option_strings if name.startswith("--"))
-            said = f"--no-{flag[2:]}" if value is False else flag
+            flags = [name for name in action.option_strings if name.startswith("--")]
+            said = next((flag for flag in flags if says_no(flag, action) == (value is False)), flags[0])
             return f"{said} cannot be used with taichi serve: {why}"
     return None

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from taichi_serve.cluster.vllm.moved import says_no
 from taichi_serve.cluster.vllm.yamlfile import read
 
 CONFIG = "--config"
@@ -140,9 +141,9 @@ def _switch(flag: str, value: Any, action: argparse.Action) -> list[str]:
         raise ValueError(f"{flag}: true or false, not {value!r}")
     if value:
         return [flag]
-    negated = flag.startswith("--no-")
+    negated = says_no(flag, action)
     longs = (name for name in action.option_strings if name.startswith("--"))
-    return [name for name in longs if name.startswith("--no-") != negated][:1]
+    return [name for name in longs if says_no(name, action) != negated][:1]
 
 
 def _word_of(flag: str, value: bool, action: argparse.Action) -> list[str]:

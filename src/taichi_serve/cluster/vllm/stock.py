@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from taichi_serve.cluster.vllm.moved import cli_env_setup
 
 
 def main(words: Sequence[str] | None = None) -> None:

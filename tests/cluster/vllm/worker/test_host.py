@@ -28,6 +28,7 @@ class Nixl:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.news: dict[str, list[bytes]] = {}
+        self.prepared: list[tuple[tuple[int, ...], str | None]] = []
 
     def get_reg_descs(self, ranges: Any, kind: str) -> Any:
         return ranges
@@ -44,7 +45,8 @@ class Nixl:
     def get_xfer_descs(self, rows: Any, kind: str) -> Any:
         return rows
 
-    def prep_xfer_dlist(self, agent: str, descs: Any) -> str:
+    def prep_xfer_dlist(self, agent: str, descs: Any, mem_type: str | None = None) -> str:
+        self.prepared.append((np.asarray(descs).shape, mem_type))
         return f"list of {agent}"
 
     def make_prepped_xfer(self, way: str, *lists: Any, notif_msg: bytes = b"") -> str:
@@ -119,6 +121,22 @@ def test_a_peer_of_the_same_server_is_read_directly_and_told_when_the_last_byte_
     assert pair.agent.check_xfer_state(pair.read(b"a:1")) == "DONE"
     assert memory.copied == [([2000], [1007], False)]
     assert pair.nixl.told == [("note", "agent-0", b"a:1")]
+
+
+def test_lists_that_vllm_prepares_from_rows_of_five_columns_are_read_block_by_block(tmp_path: Path) -> None:
+    """As since 0.33, which gives NIXL one row for all blocks of a region: here ten of 64 bytes."""
+    memory = Reachable()
+    pair = Pair(tmp_path, memory)
+    region = np.array([[1000, 64, 0, 64, 10]], dtype=np.uint64)
+    pair.mine = pair.agent.prep_xfer_dlist("NIXL_INIT_AGENT", region, mem_type="DRAM")
+    far = np.array([[9000, 64, 0, 64, 10]], dtype=np.uint64)
+    pair.theirs = pair.agent.prep_xfer_dlist("agent-0", far, mem_type="DRAM")
+    assert pair.nixl.prepared[-2:] == [((1, 5), "DRAM"), ((1, 5), "DRAM")]
+    handle = pair.agent.make_prepped_xfer("READ", pair.mine, [1, 9], pair.theirs, [0, 3])
+    pair.agent.transfer(handle)
+    assert memory.copied == [([1064, 1576], [9007, 9199], False)]
+    assert pair.agent.check_xfer_state(handle) == "DONE"
+    assert pair.agent.get_xfer_telemetry(handle).totalBytes == 128
 
 
 def test_what_is_only_copied_ahead_is_no_word_to_the_source(tmp_path: Path) -> None:

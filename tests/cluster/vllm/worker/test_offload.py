@@ -40,7 +40,7 @@ def test_blocks_come_back_into_others_and_the_rest_is_left_alone() -> None:
     worker = HostWorker(kv, 3)
     before = [one.tensor.clone() for one in kv.tensors]
     assert worker.submit_store(7, device([5, 1]), CPULoadStoreSpec([2, 0]))
-    assert worker.submit_load(8, CPULoadStoreSpec([0, 2]), device([3, 4]))
+    assert worker.submit_load(8, CPULoadStoreSpec([0, 2]), device([3, 4]), expedited=True)
     for one, was in zip(kv.tensors, before, strict=True):
         assert one.tensor[3].tolist() == was[1].tolist()
         assert one.tensor[4].tolist() == was[5].tolist()

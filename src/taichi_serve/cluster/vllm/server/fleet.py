@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.moved import cli_env_setup
 from taichi_serve.cluster.vllm.server.blocks import agreed
 from taichi_serve.cluster.vllm.server.clock import Patience
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster

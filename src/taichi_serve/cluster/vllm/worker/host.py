@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from taichi_serve.cluster.vllm.moved import block_rows
 from taichi_serve.cluster.vllm.wire import direct_marker, offer_file
 from taichi_serve.cluster.vllm.worker.life import Life, born
 from taichi_serve.cluster.vllm.worker.locked import Locked
@@ -201,13 +202,16 @@ class HostAgent:
         """Keep the rows beside NIXL's form of them."""
         return Descriptors(np.asarray(rows, dtype=np.uint64), self._nixl.get_xfer_descs(rows, mem_type))
 
-    def prep_xfer_dlist(self, agent: str, descs: Descriptors) -> Prepared:
-        """Prepare a list; a peer's memory is reached here, once."""
-        prepared = Prepared(agent, descs.rows, self._nixl.prep_xfer_dlist(agent, descs.nixl))
+    def prep_xfer_dlist(self, agent: str, descs: Any, **options: Any) -> Prepared:
+        """Prepare a list, of descriptors or of rows (moved.block_rows); a peer's memory is reached here,
+        once."""
+        described = isinstance(descs, Descriptors)
+        rows, given = (descs.rows, descs.nixl) if described else (block_rows(descs), descs)
+        prepared = Prepared(agent, rows, self._nixl.prep_xfer_dlist(agent, given, **options))
         peer = self._peers.get(agent)
         if peer is not None and self._memory is not None:
             try:
-                prepared.addresses = self._memory.reach(peer, descs.rows)
+                prepared.addresses = self._memory.reach(peer, rows)
                 self._marker(peer).touch()
                 log.info("KV of %s is read directly", peer["engine_id"])
             except OSError as refused:

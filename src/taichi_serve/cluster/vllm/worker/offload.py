@@ -30,8 +30,10 @@ class HostWorker(OffloadingWorker):
         """Copy blocks to the host tier."""
         return self._copy(job_id, self._device, self._host, src_spec, dst_spec, src_spec)
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
-        """Copy them back."""
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """Copy them back; none waits for another, so `expedited` (vLLM 0.33) says nothing new."""
         return self._copy(job_id, self._host, self._device, src_spec, dst_spec, dst_spec)
 
     def get_finished(self) -> list[TransferResult]:
