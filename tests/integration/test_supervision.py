@@ -16,7 +16,7 @@ import psutil
 import pytest
 from documents import documents
 from load import PATH, Wish, completed, streamed, wishes, wrong
-from servers import SOURCE, STOP_SECONDS, Server, processes, until
+from servers import SOURCE, STOP_SECONDS, Server, processes, until, workers
 
 from taichi_serve.bench.client import Answer, stream
 
@@ -107,8 +107,9 @@ async def test_an_idle_instance_that_hangs_is_known_within_ten_seconds_and_used_
 ) -> None:
     three.quiet(40)
     pid = three.instance("i2")["pid"]
-    worker = processes(three, "i2")[-1]  # the core alone would look alive
-    worker.suspend()
+    hanging = workers(processes(three, "i2")[0])  # the core alone would look alive
+    for worker in hanging:
+        worker.suspend()
     try:
 
         async def silent() -> bool:
@@ -120,7 +121,8 @@ async def test_an_idle_instance_that_hangs_is_known_within_ten_seconds_and_used_
             assert (await client.get("/health")).status_code == 200
         assert wrong([first], reference[:1]) == []
     finally:
-        worker.resume()
+        for worker in hanging:
+            worker.resume()
     await until(lambda: is_up(three, "i2", 0), KNOWN_SECONDS, "i2 is in use again")
     assert three.instance("i2")["pid"] == pid
     assert any("i2 was silent" in line for line in three.lines())
