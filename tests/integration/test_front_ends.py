@@ -19,6 +19,7 @@ from servers import Server, eventually, until
 from taichi_serve.bench.client import Answer, stream
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+ROUNDS = 6
 FLAGS = ("--p-heavy", "1", "--d-heavy", "1", "--p-chunk", "256", "--d-chunk", "64")
 
 
@@ -75,14 +76,24 @@ async def test_the_same_prompts_get_the_same_tokens_from_every_front_end_while_t
                         await push(client, name)
 
     moving = asyncio.create_task(operator())
-    answers = await asyncio.gather(*(each.ask(wish, note) for wish in [*asked[:6], *asked[:6], *asked[6:]]))
-    moving.cancel()
-    await asyncio.gather(moving, return_exceptions=True)
-    assert [answer.error for answer in answers if not answer.ok] == []
-    assert [a.tokens for a in answers[:6]] == [a.tokens for a in alone]
-    assert [a.tokens for a in answers[6:12]] == [a.tokens for a in alone]
-    state = server.quiet(10)
-    assert sum(state["moves"][name] for name in ("hand-over", "operator")) > 0
+    try:
+        # How many moves come about before all are over is a matter of speed: a few rounds.
+        for _ in range(ROUNDS):
+            answers = await asyncio.gather(
+                *(each.ask(wish, note) for wish in [*asked[:6], *asked[:6], *asked[6:]])
+            )
+            assert [answer.error for answer in answers if not answer.ok] == []
+            assert [a.tokens for a in answers[:6]] == [a.tokens for a in alone]
+            assert [a.tokens for a in answers[6:12]] == [a.tokens for a in alone]
+            running.clear()
+            moves = server.quiet(10)["moves"]
+            if moves["hand-over"] + moves["operator"]:
+                break
+        else:
+            raise AssertionError(f"nothing was moved in {ROUNDS} rounds")
+    finally:
+        moving.cancel()
+        await asyncio.gather(moving, return_exceptions=True)
 
 
 async def test_requests_are_spread_and_figures_add_up(server: Server) -> None:
