@@ -7,7 +7,7 @@ import os
 # UCX, under NIXL, else hooks into each mapping of memory, which costs a step of the model 3 %; without its
 # hooks it registers memory when told to, which is all that KV needs. And glibc, which reads its settings when
 # a program begins, else gives the memory of temporaries back to the kernel and has it zeroed again: up to
-# 50,000 page faults in 100 steps of a tiny model, by luck, and 2,000 so, which is 5 to 10 % of a step.
+# 50,000 page faults in 100 steps of a tiny model, by luck, and 1,000 to 4,500 so.
 _ON_CPU = {
     "UCX_MEM_EVENTS": "n",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # bytes; glibc takes no more
