@@ -53,6 +53,12 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         None,
         "classes of requests with SLOs of their own: a YAML or JSON file, or a JSON object",
     ),
+    (
+        "cluster-host",
+        str,
+        None,
+        "IPv4 address of this host that engines are spoken to at: over TCP, encrypted, instead of over files",
+    ),
     ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     (
         "profile",

@@ -23,6 +23,7 @@ from taichi_serve.cluster.vllm.core.groups import stays
 from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.reads import Reads
 from taichi_serve.cluster.vllm.nothing import NOTHING, is_nothing
+from taichi_serve.cluster.vllm.sockets import dress_peers
 from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self.stays = stays(kv_cache_config, vllm_config)  # why no request of this engine moves
         directory = self.vllm_config.kv_transfer_config.get_from_extra_config("taichi_directory", "")
         self.directory = Path(directory) if directory else None
+        if self.directory is not None:
+            dress_peers(self.directory, engine_id)
         # Requests about to be read for: tokens that are here already, and whether the step reads the others.
         self._known: dict[str, tuple[int, bool]] = {}
         self._direct: set[str] = set()  # engines whose memory every rank here reads directly

@@ -50,12 +50,14 @@ def main(path: str) -> None:
     from taichi_serve.cluster.vllm.args import engine_config
     from taichi_serve.cluster.vllm.core.calls import install
     from taichi_serve.cluster.vllm.core.ending import end_at_once
+    from taichi_serve.cluster.vllm.sockets import dress_core
 
     if not current_platform.is_cpu():  # there the model runs in a process of its own
         sys.setswitchinterval(SWITCH_INTERVAL)
 
     install()
     end_at_once()
+    dress_core(Path(path).parent, spec.engine_id)
     config = engine_config(spec.argv, spec.engine_id, str(Path(path).parent))
     EngineCoreProc.run_engine_core(
         vllm_config=config,

@@ -13,12 +13,15 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
+from taichi_serve.cluster.vllm.curve import through
+from taichi_serve.cluster.vllm.server.line import DRESSES
 from taichi_serve.cluster.vllm.server.process import EngineProcess
 
 Outputs: TypeAlias = EngineCoreOutputs | Exception
 
 # Seconds that an engine core which is up may take to reach its client. vLLM's own is that of a whole start.
 core_client.VLLM_ENGINE_READY_TIMEOUT_S = 60
+through(core_client, DRESSES.get)
 
 
 class Inbox:

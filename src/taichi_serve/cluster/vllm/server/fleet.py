@@ -21,6 +21,8 @@ from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import Outputs
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
+from taichi_serve.cluster.vllm.server.line import MakeLine, Wires, over_files
+from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
 from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, stop, vanish
@@ -136,7 +138,16 @@ def _launcher(
             vanish(engine)
 
     devices = Devices(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
-    return Launcher(config, argv, devices, here.path, receive, hear, exited, patience)
+    heard = receive, hear, exited
+    return Launcher(config, argv, devices, here.path, *heard, patience, _lines(args.cluster_host))
+
+
+def _lines(host: str | None) -> MakeLine:
+    """What instances are spoken to on. Raises StartError where this host does not have the address."""
+    try:
+        return over_files if host is None else Wires(host)
+    except OSError as wrong:
+        raise StartError(f"--cluster-host {host}: {wrong.strerror}") from wrong
 
 
 async def _stop(engines: list[Engine]) -> None:

@@ -22,9 +22,12 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
+from taichi_serve.cluster.vllm.curve import write_keys, write_private
+from taichi_serve.cluster.vllm.interface import only
+from taichi_serve.cluster.vllm.server.line import MakeLine, over_files
 from taichi_serve.cluster.vllm.server.remains import remove_files, shared_memory, wait_gone
 from taichi_serve.cluster.vllm.wire import Spec
-from taichi_serve.ports import LOOPBACK, port_of, reserve
+from taichi_serve.ports import port_of, reserve
 
 END_SECONDS = 60.0  # that the kernel may take to end a group: memory of a GPU is given back in it
 TAIL = 1 << 16  # bytes of a log in which its last error is looked for
@@ -48,22 +51,31 @@ class EngineProcess:
     `sentinel`, `name` and `exitcode` are what vLLM's start-up handshake watches.
     """
 
-    def __init__(self, name: str, directory: Path, argv: list[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        argv: list[str],
+        env: Mapping[str, str],
+        make_line: MakeLine = over_files,
+        ranks: int = 1,
+    ) -> None:
         self.name = name
         self.directory = directory
         self.log = directory / f"{name}.log"
-        self.handshake = f"ipc://{directory}/{name}.start"
-        self.addresses = EngineZmqAddresses(
-            inputs=[f"ipc://{directory}/{name}.in"], outputs=[f"ipc://{directory}/{name}.out"]
-        )
         self.engine_id = f"{directory.name}-{name}"
+        self.line = line = make_line(directory, name, self.engine_id, ranks)
+        self.addresses = EngineZmqAddresses(inputs=[line.inputs], outputs=[line.outputs])
         path = directory / f"{name}.json"
-        path.write_bytes(msgspec.json.encode(Spec(argv, self.engine_id, self.handshake, os.getpid())))
+        write_private(path, msgspec.json.encode(Spec(argv, self.engine_id, line.handshake, os.getpid())))
+        if line.keys is not None:
+            write_keys(directory, self.engine_id, line.keys)
         # The engine listens on it half a minute after it is chosen: time enough for it to be given away.
-        self._side_channel = reserve()
+        self._side_channel = reserve(line.host)
         side_channel = {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": line.host,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port_of(self._side_channel)),
+            **(only(line.host) if line.keys is not None else {}),
         }
         (directory / name).mkdir()  # for what it makes by itself and may leave behind (core/main.py)
         with self.log.open("wb") as log:
@@ -94,9 +106,7 @@ class EngineProcess:
         """Block until the engine core is up (vLLM's handshake). Raises StartError when it ends instead."""
         context = zmq.Context()
         try:
-            with context.socket(zmq.ROUTER) as socket:
-                socket.linger = 0
-                socket.bind(self.handshake)
+            with self.line.listen(context, zmq.ROUTER, self.line.handshake) as socket:
                 launch = CoreEngineLaunch(None, None, self.addresses, None)
                 launch.watched_frontend_processes = [self]
                 engines = [CoreEngine(index=0, local=True)]
@@ -165,6 +175,7 @@ class EngineProcess:
             for path in self._shared:  # whoever made it had no time to take it away
                 path.unlink(missing_ok=True)
             self._side_channel.close()
+            self.line.close()
             with contextlib.suppress(OSError):
                 os.close(self.sentinel)
             remove_files(self.directory, self.name, self.engine_id)

@@ -20,6 +20,7 @@ from taichi_serve.cluster.vllm.server.copiers import Copiers
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
+from taichi_serve.cluster.vllm.server.line import MakeLine, over_files
 from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
 from taichi_serve.cluster.vllm.wire import Call, Word
 from taichi_serve.sliders import Kind
@@ -49,12 +50,14 @@ class Launcher:
     hear: Hear
     exited: Exited
     patience: Patience
+    make_line: MakeLine = over_files
 
     def begin(self, index: int, turn: int = 1) -> EngineProcess:
         """Start the process of instance `index`, for the `turn`th time, and return at once. Each has ids of
         its own: who knew the one before must not take this one for it."""
         name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
-        return EngineProcess(name, self.directory, self.argv, self.devices.environment(index))
+        made = self.devices.environment(index), self.make_line, self.config.parallel_config.world_size
+        return EngineProcess(name, self.directory, self.argv, *made)
 
     async def ready(self, process: EngineProcess, index: int, kind: Kind, chunk: int) -> Engine:
         """Wait until it is up and can be spoken to. Raises StartError when it ends instead, or takes longer
@@ -81,8 +84,7 @@ class Launcher:
             raise
         finally:
             late.cancel()
-        ranks = config.parallel_config.world_size
-        copiers = Copiers(process.directory, process.engine_id, ranks, self.hear)
+        copiers = Copiers(process.line, self.hear)
         engine = Engine(index, f"i{index}", process, client, copiers, kind, chunk)
         holder.append(engine)
         client.listen()
