@@ -16,7 +16,8 @@ from typing import Any
 from prometheus_client import multiprocess
 from zmq import ZMQError
 
-from taichi_serve.cluster.vllm.server.process import StartError, ending
+from taichi_serve.cluster.vllm.server.process import StartError
+from taichi_serve.cluster.vllm.server.remains import ending
 from taichi_serve.cluster.vllm.server.start import in_thread
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.frontend.several.hub import FrontEnds

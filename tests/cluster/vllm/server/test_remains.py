@@ -14,8 +14,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from taichi_serve.cluster.vllm.server.process import ending
-from taichi_serve.cluster.vllm.server.remains import forget_logs, members, remove_files, wait_gone
+from taichi_serve.cluster.vllm.server.remains import ending, forget_logs, members, remove_files, wait_gone
 from taichi_serve.cluster.vllm.wire import copier_endpoint, direct_marker, flight_file, offer_file
 
 

@@ -3,8 +3,8 @@
 The kernel ends a core with its server and workers with their core, but nobody then takes away what they made:
 shared memory, sockets, the server's directory. The janitor waits for the core's end, ends what is left of its
 process group, and removes its shared memory; where the server is gone too it removes the server's directory.
-A server that lives sees to all of it itself, the janitor included (process.py). It is forked before anything
-large is imported, and uses the standard library alone.
+A server that lives sees to all of it itself, the janitor included (process.py). It is forked before the core
+does anything, and uses the standard library alone, but for its title.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import shutil
 import signal
 import time
 from pathlib import Path
+
+from setproctitle import getproctitle, setproctitle
 
 # In /proc/PID/maps: see process.py, which looks for the same.
 SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
@@ -39,6 +41,7 @@ def watch(server: int, directory: Path) -> None:
         return
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        setproctitle(f"{getproctitle()} (janitor)")  # else it looks as if there were two cores
         _run(core_fd, server_fd, os.getpgrp(), directory)
     finally:
         os._exit(0)

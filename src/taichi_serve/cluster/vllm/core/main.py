@@ -1,7 +1,8 @@
 """The program of one engine process: `python -m taichi_serve.cluster.vllm.core.main SPEC.json`.
 
-The spec is written by process.py into a directory that only its user can read. It holds vLLM's own command
-line and what differs from instance to instance; nothing in it is pickled.
+On a CPU it is forked instead (forks.py), and from `run` on it is the same. The spec is written by process.py
+into a directory that only its user can read. It holds vLLM's own command line and what differs from instance
+to instance; nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -32,17 +33,27 @@ def die_with_parent(parent: int) -> None:
         sys.exit(1)
 
 
+def read(path: str) -> Spec:
+    """The spec in this file."""
+    return msgspec.json.decode(Path(path).read_bytes(), type=Spec)
+
+
 def main(path: str) -> None:
-    """Build vLLM's configuration from the spec and run its engine core until told to stop."""
-    spec = msgspec.json.decode(Path(path).read_bytes(), type=Spec)
+    """An engine core that is a program of its own, and a child of the server."""
+    spec = read(path)
     die_with_parent(spec.parent)
+    run(path, spec)
+
+
+def run(path: str, spec: Spec, forked: bool = False) -> None:
+    """Build vLLM's configuration from the spec and run its engine core until told to stop."""
     watch(spec.parent, Path(path).parent)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in this directory it goes with the others.
     tempfile.tempdir = str(Path(path).with_suffix(""))
 
-    # Only now what takes seconds to import: the server may be killed meanwhile.
+    # Only now what takes seconds to import: the server may be killed meanwhile. In a fork all of it is there.
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor import Executor
@@ -54,6 +65,10 @@ def main(path: str) -> None:
 
     if not current_platform.is_cpu():  # there the model runs in a process of its own
         sys.setswitchinterval(SWITCH_INTERVAL)
+    if forked:
+        from taichi_serve.cluster.vllm.worker.forked import fork_workers
+
+        fork_workers(spec.argv)
 
     install()
     end_at_once()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
@@ -20,6 +21,7 @@ from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import Outputs
+from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
 from taichi_serve.cluster.vllm.server.line import MakeLine, Wires, over_files
 from taichi_serve.cluster.vllm.server.process import StartError
@@ -74,9 +76,10 @@ async def fleet(
     patience = Patience()
     ticking = asyncio.create_task(patience.run(), name="clock")
     all_of_them: list[Fleet] = []
+    forks = Forks() if current_platform.is_cpu() else None  # CUDA and forks do not go together
     began = time.monotonic()
     try:
-        launcher = _launcher(args, argv, config, here, patience, all_of_them)
+        launcher = _launcher(args, argv, config, here, patience, forks, all_of_them)
         sliders = flags.sliders(args)
         engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], waiting)
         cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
@@ -98,6 +101,8 @@ async def fleet(
             await _stop(cluster.engines)
     finally:
         ticking.cancel()
+        if forks is not None:
+            forks.close()
 
 
 async def _stays(engine: Engine, say: Say) -> str | None:
@@ -115,6 +120,7 @@ def _launcher(
     config: VllmConfig,
     here: Scratch,
     patience: Patience,
+    forks: Forks | None,
     fleets: list[Fleet],
 ) -> Launcher:
     """How its instances are started. `fleets` will have the one that they are of."""
@@ -139,7 +145,8 @@ def _launcher(
 
     devices = Devices(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
     heard = receive, hear, exited
-    return Launcher(config, argv, devices, here.path, *heard, patience, _lines(args.cluster_host))
+    made = forks, _lines(args.cluster_host)
+    return Launcher(config, argv, devices, here.path, *heard, patience, *made)
 
 
 def _lines(host: str | None) -> MakeLine:

@@ -18,9 +18,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from taichi_serve.cluster.vllm.server import figures
 from taichi_serve.cluster.vllm.server.engine import Engine
-from taichi_serve.cluster.vllm.server.process import StartError, ending, reason
+from taichi_serve.cluster.vllm.server.process import StartError, reason
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
-from taichi_serve.cluster.vllm.server.remains import forget_logs
+from taichi_serve.cluster.vllm.server.remains import ending, forget_logs
 from taichi_serve.cluster.vllm.server.scratch import Say
 from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor

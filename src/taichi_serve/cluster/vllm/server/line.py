@@ -58,13 +58,18 @@ class Line:
             reserved.close()
 
 
-MakeLine = Callable[[Path, str, str, int], Line]  # of a directory, name, engine id and number of ranks
+MakeLine = Callable[[Path, str, int], Line]  # of a directory, a name, and the number of ranks
 
 
-def over_files(directory: Path, name: str, engine_id: str, ranks: int) -> Line:
+def engine_id(directory: Path, name: str) -> str:
+    """Of this incarnation alone, of all servers."""
+    return f"{directory.name}-{name}"
+
+
+def over_files(directory: Path, name: str, ranks: int = 1) -> Line:
     """In a directory that only the server's user can enter."""
     handshake, inputs, outputs = (f"ipc://{directory}/{name}.{end}" for end in ("start", "in", "out"))
-    copiers = [copier_endpoint(directory, engine_id, rank) for rank in range(ranks)]
+    copiers = [copier_endpoint(directory, engine_id(directory, name), rank) for rank in range(ranks)]
     return Line(handshake, inputs, outputs, copiers)
 
 
@@ -77,7 +82,7 @@ class Wires:
         self.host = host
         self._own, self._mesh = new_pair(), new_pair()
 
-    def __call__(self, directory: Path, name: str, engine_id: str, ranks: int) -> Line:
+    def __call__(self, directory: Path, name: str, ranks: int = 1) -> Line:
         """One that takes nobody but who has the key that is made for it now."""
         reserved = [reserve(self.host) for _ in range(3 + ranks)]
         handshake, inputs, outputs, *copiers = (f"tcp://{self.host}:{port_of(one)}" for one in reserved)

@@ -1,4 +1,7 @@
-"""One engine process: start it with its own devices, wait until it is ready, notice its end, stop it."""
+"""One engine process: start it with its own devices, wait until it is ready, notice its end, stop it.
+
+What kind of process it is, and how it comes about, is in forks.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +26,9 @@ from vllm.v1.engine.utils import (
 
 from taichi_serve.cluster.vllm.curve import write_keys, write_private
 from taichi_serve.cluster.vllm.interface import only
-from taichi_serve.cluster.vllm.server.line import MakeLine, over_files
-from taichi_serve.cluster.vllm.server.remains import remove_files, shared_memory, wait_gone
+from taichi_serve.cluster.vllm.server.forks import Forked, Forks, Spawned
+from taichi_serve.cluster.vllm.server.line import Line, engine_id, over_files
+from taichi_serve.cluster.vllm.server.remains import ending, remove_files, shared_memory, wait_gone
 from taichi_serve.cluster.vllm.wire import Spec
 from taichi_serve.ports import port_of, reserve
 
@@ -57,14 +60,16 @@ class EngineProcess:
         directory: Path,
         argv: list[str],
         env: Mapping[str, str],
-        make_line: MakeLine = over_files,
-        ranks: int = 1,
+        forks: Forks | None,
+        line: Line | None = None,
     ) -> None:
+        """Start it and return at once. `forks` forks it; without, it is a program of its own. It is spoken to
+        on `line`, or over files."""
         self.name = name
         self.directory = directory
         self.log = directory / f"{name}.log"
-        self.engine_id = f"{directory.name}-{name}"
-        self.line = line = make_line(directory, name, self.engine_id, ranks)
+        self.engine_id = engine_id(directory, name)
+        self.line = line = line or over_files(directory, name)
         self.addresses = EngineZmqAddresses(inputs=[line.inputs], outputs=[line.outputs])
         path = directory / f"{name}.json"
         write_private(path, msgspec.json.encode(Spec(argv, self.engine_id, line.handshake, os.getpid())))
@@ -78,24 +83,26 @@ class EngineProcess:
             **(only(line.host) if line.keys is not None else {}),
         }
         (directory / name).mkdir()  # for what it makes by itself and may leave behind (core/main.py)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "taichi_serve.cluster.vllm.core.main", str(path)],
-                # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
-                env={**os.environ, **NO_TRACES, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Its workers can then be ended with it, by group. Not a session: Linux gives each one a
-                # scheduling group of its own, and 6.18 can leave such a group without CPU time for minutes.
-                process_group=0,
-            )
-        self.pid = self._process.pid
-        self.sentinel = os.pidfd_open(self.pid)
+        # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
+        own = {**NO_TRACES, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env}
+        # It leads a process group: its workers can be ended with it. Not a session: Linux gives each one a
+        # scheduling group of its own, and 6.18 can leave such a group without CPU time for minutes.
+        begin = Spawned if forks is None else forks.begin
+        self._process: Spawned | Forked = begin(path, self.log, {**os.environ, **own})
         self.stopping = False
         self._shared: set[Path] = set()
         self._ending = threading.Lock()
         self._over = False  # its number may be somebody else's by now
+
+    @property
+    def pid(self) -> int:
+        """Its number; 0 as long as it is not forked yet."""
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that can be read when it has ended."""
+        return self._process.sentinel
 
     @property
     def exitcode(self) -> int | None:
@@ -106,6 +113,8 @@ class EngineProcess:
         """Block until the engine core is up (vLLM's handshake). Raises StartError when it ends instead."""
         context = zmq.Context()
         try:
+            if not self._process.known():
+                raise RuntimeError("it was never there")
             with self.line.listen(context, zmq.ROUTER, self.line.handshake) as socket:
                 launch = CoreEngineLaunch(None, None, self.addresses, None)
                 launch.watched_frontend_processes = [self]
@@ -148,7 +157,7 @@ class EngineProcess:
     def terminate(self) -> None:
         """Ask the engine core to stop."""
         self.stopping = True
-        if self.exitcode is None:
+        if self.pid and self.exitcode is None:
             self._shared |= shared_memory(self.pid)  # once it has ended nobody can tell
             self._process.send_signal(signal.SIGTERM)
 
@@ -157,9 +166,9 @@ class EngineProcess:
         self.stopping = True
         if self._over:
             return
-        self._shared |= shared_memory(self.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self.pid:
+            self._shared |= shared_memory(self.pid)
+        self._process.kill_group()
 
     def end(self) -> bool:
         """End the whole group now and wait until nothing is left of it but its log; False where the kernel
@@ -170,14 +179,13 @@ class EngineProcess:
             self.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
-            gone = wait_gone(self.pid, END_SECONDS)
+            gone = not self.pid or wait_gone(self.pid, END_SECONDS)
             self._over = True
             for path in self._shared:  # whoever made it had no time to take it away
                 path.unlink(missing_ok=True)
             self._side_channel.close()
             self.line.close()
-            with contextlib.suppress(OSError):
-                os.close(self.sentinel)
+            self._process.close()
             remove_files(self.directory, self.name, self.engine_id)
             return gone
 
@@ -196,13 +204,3 @@ def _error(lines: list[str]) -> str:
         if "Error: " in head and "EngineCore" not in head.split("Error: ")[0]:
             return head.removeprefix("ERROR ").strip()
     return ""
-
-
-def ending(code: int | None) -> str:
-    """How a process ended, in words."""
-    if code is None:
-        return "it still runs"
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"

@@ -1,5 +1,5 @@
 """What an engine process has of the machine beside itself, and may leave behind when it is killed: the other
-processes of its group, shared memory, and files in the directory of its server."""
+processes of its group, shared memory, and files in the directory of its server. And how it ended."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,3 +86,13 @@ def forget_logs(directory: Path, instance: str) -> None:
     logs = [p for p in directory.glob(f"{instance}*.log") if re.fullmatch(rf"{instance}(\.\d+)?", p.stem)]
     for path in sorted(logs, key=number)[1 : -KEPT_LOGS - 1]:
         path.unlink(missing_ok=True)
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None:
+        return "it still runs"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

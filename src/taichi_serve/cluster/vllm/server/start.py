@@ -20,6 +20,7 @@ from taichi_serve.cluster.vllm.server.copiers import Copiers
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
+from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.line import MakeLine, over_files
 from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
 from taichi_serve.cluster.vllm.wire import Call, Word
@@ -50,13 +51,15 @@ class Launcher:
     hear: Hear
     exited: Exited
     patience: Patience
+    forks: Forks | None  # of a CPU
     make_line: MakeLine = over_files
 
     def begin(self, index: int, turn: int = 1) -> EngineProcess:
         """Start the process of instance `index`, for the `turn`th time, and return at once. Each has ids of
         its own: who knew the one before must not take this one for it."""
         name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
-        made = self.devices.environment(index), self.make_line, self.config.parallel_config.world_size
+        line = self.make_line(self.directory, name, self.config.parallel_config.world_size)
+        made = self.devices.environment(index), self.forks, line
         return EngineProcess(name, self.directory, self.argv, *made)
 
     async def ready(self, process: EngineProcess, index: int, kind: Kind, chunk: int) -> Engine:
