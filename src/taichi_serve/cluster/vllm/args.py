@@ -22,7 +22,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.classes import Classes, read_classes
 from taichi_serve.cluster.vllm import unsaid
-from taichi_serve.cluster.vllm.cluster_host import cluster_host
+from taichi_serve.cluster.vllm.cluster_host import cluster_host, on_hosts
 from taichi_serve.cluster.vllm.edges import edges
 from taichi_serve.cluster.vllm.misuse import given, one_line_given
 from taichi_serve.cluster.vllm.options import FLAGS, TITLE, add_options
@@ -97,6 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         classes(args)
         supervision(args)
         cluster_host(args)
+        on_hosts(args)
         host_bytes(args)
         policy(args)
         patience(args)

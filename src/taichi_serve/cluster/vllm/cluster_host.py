@@ -1,4 +1,4 @@
-"""The address that hosts speak to each other at: what may be said of it on a command line."""
+"""Other hosts than the server's: what a command line may say of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import argparse
 import ipaddress
 
 from vllm import envs
+
+from taichi_serve.cluster.vllm.unsaid import bare
+
+
+def on_hosts(args: argparse.Namespace) -> bool:
+    """Whether instances run on the nodes of a cluster of Ray. Raises ValueError where that makes no sense."""
+    if not args.ray:
+        if args.ray_address is not None:
+            raise ValueError("--ray-address needs --ray")
+        return False
+    if args.devices is not None:
+        raise ValueError("--devices cannot be used with --ray: it places instances")
+    if bare(args):
+        raise ValueError("--ray needs sliders (--p-heavy, --d-heavy): what other hosts have is not looked up")
+    return True
 
 
 def cluster_host(args: argparse.Namespace) -> str | None:

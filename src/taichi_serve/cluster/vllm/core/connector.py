@@ -24,7 +24,7 @@ from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.reads import Reads
 from taichi_serve.cluster.vllm.nothing import NOTHING, is_nothing
 from taichi_serve.cluster.vllm.sockets import dress_peers
-from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct
+from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct, direct_sources
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -106,6 +106,12 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         if self.directory is not None and direct(self.directory, *ids, self.transfer_tp_size):
             self._direct.add(engine_id)
         return engine_id in self._direct
+
+    def directly(self) -> list[str]:
+        """Engines whose memory every rank here reads itself, as far as they have met."""
+        if self.directory is None:
+            return []
+        return direct_sources(self.directory, self.engine_id, self.transfer_tp_size)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from taichi_serve.cluster.vllm.core.janitor import watch
-from taichi_serve.cluster.vllm.wire import Spec
+from taichi_serve.cluster.vllm.spec import Spec
 
 PR_SET_PDEATHSIG = 1
 # Seconds after which a thread that waits for the interpreter gets it. Where kernels are launched from Python
@@ -47,7 +47,8 @@ def main(path: str) -> None:
 
 def run(path: str, spec: Spec, forked: bool = False) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
-    watch(spec.parent, Path(path).parent)
+    mine = (Path(path).stem, spec.engine_id) if spec.shared else None
+    watch(spec.parent, Path(path).parent, mine)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in this directory it goes with the others.
