@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from taichi_serve.instance import Instance
+from taichi_serve.latency.links import Links
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
     Abort,
@@ -25,7 +26,7 @@ from taichi_serve.messages import (
 )
 from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
-from taichi_serve.scheduling.decode import choose_start, outlooks
+from taichi_serve.scheduling.decode import Search, choose_start, outlooks
 from taichi_serve.scheduling.door import Door
 from taichi_serve.scheduling.fleet import Fleet
 from taichi_serve.scheduling.ledger import Ledger
@@ -52,6 +53,8 @@ class Dispatcher:
         self.policy = policy
         self.counters = counters
         self.fleet = Fleet(ledger, predictor)
+        self.links = Links()
+        self.search = Search(self.fleet.prefixes, self.fleet.find, self.links)
         self.triage = Triage(ledger, predictor, Precedence(policy))
 
     def serving(self) -> list[Instance]:
@@ -201,7 +204,7 @@ class Dispatcher:
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
         among, prefixes = self._starts(request, here)
-        target, why = choose_start(request, here, among, self.policy, prefixes)
+        target, why = choose_start(request, here, among, self.policy, prefixes, self.links)
         for known in decoders(among):
             # What it takes there is in that instance's own figures already.
             if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
@@ -212,7 +215,7 @@ class Dispatcher:
         """Where the decode of a request that prefilled `here` can begin, and what they have of it."""
         prefixes = self.fleet.prefixes(request)
         if self.fleet.many:
-            return self.fleet.starts(request, here, self.policy, prefixes), prefixes
+            return self.fleet.starts(request, here, self.policy, prefixes, self.links), prefixes
         return self.serving(), prefixes
 
     def copy_ahead(self, here: Instance) -> list[Command]:
@@ -223,7 +226,7 @@ class Dispatcher:
         if not 0 < here.progress_tokens < request.prompt_tokens - request.cached:
             return []
         among, prefixes = self._starts(request, here)
-        target, why = choose_start(request, here, among, self.policy, prefixes)
+        target, why = choose_start(request, here, among, self.policy, prefixes, self.links)
         if target is here:
             return []
         request.ahead = target.name

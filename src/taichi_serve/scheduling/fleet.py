@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.columns import Columns, Floats, Mask, Wide, row
+from taichi_serve.latency.links import EVEN, Links
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.latency.wide import wide
 from taichi_serve.request import Request
@@ -180,7 +181,9 @@ class Fleet:
             instances = self.targets(instances, kv_tokens, [mark], policy, prefixes)
         return choose_target(instances, kv_tokens, mark, policy, prefixes)
 
-    def starts(self, request: Request, here: Instance, policy: Policy, prefixes: Prefixes) -> list[Instance]:
+    def starts(
+        self, request: Request, here: Instance, policy: Policy, prefixes: Prefixes, links: Links = EVEN
+    ) -> list[Instance]:
         """Of those that serve, who `choose_start` can take for a request that prefilled `here`, and where its
         KV may have been copied ahead."""
         standing = self.standing()
@@ -189,7 +192,10 @@ class Fleet:
         marks = policy.full_mark, 1.0
         found: list[Instance] = []
         if standing.low:
-            found = self.targets(standing.low, request.prompt_tokens + 1, marks, policy, prefixes)
+            size = request.prompt_tokens + 1
+            found = self.targets(standing.low, size, marks, policy, prefixes)
+            if (near := links.near(here, standing.low)) is not standing.low:
+                found += self.targets(near, size, marks, policy, prefixes)
         ahead = self.ledger.instances.get(request.ahead or here.name, here)
         mask = self.mask(standing.serving)
         found += [one for one in (here, ahead) if mask[self.rows[one.name]]]

@@ -50,6 +50,7 @@ class Process:
 
     pid = 4711
     direct = None
+    host = ""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.directory = name, directory

@@ -135,7 +135,9 @@ class Two:
         self.clients = Told(), Told()
         self.orders = Orders(), Orders()
         processes = [
-            SimpleNamespace(engine_id=f"e{k}", log=directory / f"i{k}.log", reads=lambda source: False)
+            SimpleNamespace(
+                engine_id=f"e{k}", log=directory / f"i{k}.log", reads=lambda source: False, host=""
+            )
             for k in range(2)
         ]
         self.engines = [

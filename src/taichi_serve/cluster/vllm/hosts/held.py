@@ -139,7 +139,7 @@ class Held:
         except GoneError as gone:
             words = f"HostError: {gone}\n".encode()
         except Exception as wrong:  # noqa: BLE001  whoever waits for it has to hear of it
-            words = f"{type(wrong).__name__}Error: {wrong}\n".encode()
+            words = f"HostError: {type(wrong).__name__}: {wrong}\n".encode()
         with contextlib.suppress(OSError), self._log.open("ab") as log:
             log.write(words)
         self._code = code
@@ -180,8 +180,13 @@ class HeldProcess(Process):
         assert line.keys is not None
         argv, env = words
         order = Order(directory.name, name, self.engine_id, line.handshake, argv, env, line.keys)
-        self._held = self._process = Held(order, directory, place, told)
+        self._told = told
+        self._held = self._process = Held(order, directory, place, self._begun)
         self.direct = set()  # by what it was asked (Engine.look_around)
+
+    def _begun(self, begun: Begun) -> None:
+        self.host = begun.host
+        self._told(begun)
 
     def clear(self) -> bool:
         """On its host, and what was kept of it here but for its log."""

@@ -72,9 +72,9 @@ class Holder:
         self._log = Path()
         self._over = False
 
-    def at(self) -> str:
-        """The node that it is on."""
-        return self._node
+    def at(self) -> tuple[str, str]:
+        """The node that it is on, and its address."""
+        return self._node, self._host
 
     def begin(self, order: bytes) -> bytes:
         """Start what this `Order` says; `Begun`. Raises OSError where this host does not let it."""

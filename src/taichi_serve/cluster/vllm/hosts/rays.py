@@ -53,6 +53,15 @@ class Needs:
         return min(by_cpu, int(resources.get("GPU", 0.0) // self.gpus)) if self.gpus else by_cpu
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where an instance is, or is to be."""
+
+    node: str
+    address: str
+    kind: Kind
+
+
 def connect(address: str | None) -> str:
     """Join the cluster of Ray at this address, or that of this host; the own address there. Raises
     ConnectionError where there is none. Not from the main thread: Ray would take its signals."""
@@ -67,14 +76,14 @@ class Rays:
 
     needs: Needs
     say: Callable[[str], None]
-    _at: dict[str, tuple[str, Kind]] = field(default_factory=dict)  # by the name of a process: node and kind
+    _at: dict[str, Spot] = field(default_factory=dict)  # by the name of a process
     _lock: Lock = field(default_factory=Lock)
 
     def nodes(self) -> list[Node]:
         """All that are alive."""
         count: dict[str, Counter[Kind]] = {}
-        for node, kind in self._at.values():
-            count.setdefault(node, Counter())[kind] += 1
+        for spot in list(self._at.values()):
+            count.setdefault(spot.node, Counter())[spot.kind] += 1
         return [
             Node(
                 one["NodeID"],
@@ -91,7 +100,7 @@ class Rays:
         with self._lock:  # who comes next has to see where this one goes
             chosen = choose(kind, self.nodes())
             if chosen is not None:
-                self._at[name] = chosen.id, kind
+                self._at[name] = Spot(chosen.id, chosen.address, kind)
         group = self._group(chosen, CHOSEN_SECONDS, wanted) if chosen is not None else None
         if group is None and wanted():
             self.say(f"instance {name} waits for a place: {self.needs.bundle} on one node")
@@ -99,8 +108,14 @@ class Rays:
         if group is None:
             self._at.pop(name, None)
             return None
-        holding = RayHolding(self, name, group, self.needs)
-        self._at[name] = holding.node, kind
+        try:
+            holding = RayHolding(self, name, group, self.needs)
+        except GoneError:
+            self.forget(name)
+            remove_placement_group(group)
+            raise
+        node, address = holding.at
+        self._at[name] = Spot(node, address, kind)
         return holding
 
     def _group(self, node: Node | None, seconds: float | None, wanted: Callable[[], bool]) -> Any:
@@ -120,9 +135,8 @@ class Rays:
         self._at.pop(name, None)
 
     def address(self, name: str) -> str:
-        """The host of an instance; "" where it is not known."""
-        node, _ = self._at.get(name, ("", None))
-        return next((one["NodeManagerAddress"] for one in ray.nodes() if one["NodeID"] == node), "")
+        """The host of an instance; "" where it is not known. Never waits."""
+        return spot.address if (spot := self._at.get(name)) is not None else ""
 
 
 class RayHolding:
@@ -136,7 +150,7 @@ class RayHolding:
         options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "scheduling_strategy": strategy}
         self._actor = kind.options(**options, max_restarts=0, max_concurrency=THREADS).remote()
         with self._saying():
-            self.node = ray.get(self._actor.at.remote(), timeout=ACTOR_SECONDS)
+            self.at: tuple[str, str] = ray.get(self._actor.at.remote(), timeout=ACTOR_SECONDS)
 
     def begin(self, order: Order) -> Begun:
         """Start it."""

@@ -103,6 +103,7 @@ class VllmCluster(Membership):
         """From here on facts count; those of the rehearsals before are forgotten."""
         self._events = asyncio.Queue()
         for engine in self.engines:
+            self.locate(engine)
             engine.recomputed_late = 0
             engine.follow(self.hasher)
 

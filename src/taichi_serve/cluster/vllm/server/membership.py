@@ -10,7 +10,7 @@ from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.start import vanish
 from taichi_serve.cluster.vllm.wire import Gone
-from taichi_serve.messages import Added, Event, Hopeless, Joined, Lost, Outcome, Removed, Silent
+from taichi_serve.messages import Added, Event, Hopeless, Joined, Lost, Outcome, Placed, Removed, Silent
 from taichi_serve.stage import Stage
 
 Tell = Callable[[Event], None]
@@ -37,6 +37,11 @@ class Membership:
             self._known[event.instance] = self._joined[event.instance]
         elif isinstance(event, Removed):
             self._known.pop(event.instance, None)
+
+    def locate(self, engine: Engine) -> None:
+        """Say where it runs, if that may be elsewhere than the others do."""
+        if engine.process.host:
+            self.tell(Placed(time.monotonic(), engine.name, engine.process.host))
 
     def serves(self, engine: Engine) -> bool:
         """Whether this incarnation is, or was until it was lost, the one that work goes to."""
@@ -69,6 +74,7 @@ class Membership:
         place = next(n for n, one in enumerate(self.engines) if one.name == engine.name)
         self.engines[place] = self._joined[engine.name] = engine
         self.tell(Joined(time.monotonic(), engine.name, engine.kv_capacity))
+        self.locate(engine)
         engine.follow(self.hasher)  # what it cached while it was warmed has been told to nobody
 
     def add(self, engine: Engine, chunk: int | None) -> None:
@@ -76,6 +82,7 @@ class Membership:
         self.engines.append(engine)
         self._joined[engine.name] = engine
         self.tell(Added(time.monotonic(), engine.name, engine.kind, engine.kv_capacity, chunk))
+        self.locate(engine)
         engine.follow(self.hasher)
 
     def remove(self, name: str) -> Engine:

@@ -95,6 +95,7 @@ class Process:
     """
 
     _process: Child
+    host: str = ""  # an address of the one that it runs on; "" where that is the server's
     direct: set[str] | None = None  # engines whose memory it reads itself, where that is not to be seen here
 
     def __init__(self, name: str, directory: Path, line: Line) -> None:
