@@ -35,9 +35,10 @@ from servers import Server
 
 from taichi_serve.bench.client import stream
 from taichi_serve.bench.endpoint import meet
-from taichi_serve.bench.openloop import PATH, OpenLoop
+from taichi_serve.bench.openloop import OpenLoop
 from taichi_serve.bench.prompts import Prompts
 from taichi_serve.bench.score import Live, Run, Sample
+from taichi_serve.bench.sending import PATH
 from taichi_serve.bench.trial import Trial, climb, measure
 from taichi_serve.bench.workload import Workload, workload
 from taichi_serve.cluster.simulated.job import Call

@@ -105,7 +105,7 @@ def main() -> None:
             f"--{name}={getattr(args, name.replace('-', '_'))}"
             for name in ("p-heavy", "d-heavy", "p-chunk", "d-chunk")
         ]
-        flags += ["--ttft-slo", str(args.slo[0]), "--tpot-slo", str(args.slo[1])]
+        flags += ["--ttft-slo", str(args.slo[0]), "--tpot-slo", str(args.slo[1]), "--overload", "serve"]
         flags += ["--kv-cache-memory-bytes", str(args.kv_bytes), "--block-size", str(args.block_size)]
         server = Server(Path(scratch), *flags, "--event-log", str(log), "--no-enable-prefix-caching")
         try:

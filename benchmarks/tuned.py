@@ -101,7 +101,7 @@ def main() -> int:
     args = parser.parse_args()
     slo = SLO(args.ttft_slo, args.tpot_slo)
     words = ("--p-heavy", "1", "--d-heavy", "1", "--p-chunk", "1024", "--d-chunk", "512")
-    limits = ("--ttft-slo", str(slo.ttft), "--tpot-slo", str(slo.tpot))
+    limits = ("--ttft-slo", str(slo.ttft), "--tpot-slo", str(slo.tpot), "--overload", "serve")
     asked = course(args)
     for mode in args.modes.split(","):
         with tempfile.TemporaryDirectory() as directory:

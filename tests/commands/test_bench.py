@@ -9,6 +9,7 @@ import pytest
 
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.bench.client import Answer
+from taichi_serve.bench.lateness import Lateness
 from taichi_serve.bench.report import HEADS, Result, as_json, conditions, draw, markdown, read, row, write
 from taichi_serve.bench.score import Live, Run, Sample, Score
 from taichi_serve.bench.trial import Goodput, Trial
@@ -124,7 +125,7 @@ def test_the_contenders_are_values_of_the_sliders(model):
     args = asked(f"{model} {BASE} --compare aggregation,disaggregation,hybrid")
     jobs = bench.jobs_of(args, ("--enforce-eager",), bench.trial_of(args))
     # The user's own flags stand between: the SLOs may be others for the server, a contender's sliders not.
-    before = "--ttft-slo 4.0 --tpot-slo 0.07 --enforce-eager"
+    before = "--ttft-slo 4.0 --tpot-slo 0.07 --overload serve --enforce-eager"
     assert {name: " ".join(job.flags) for name, job in jobs.items()} == {
         "aggregation": f"{before} --p-heavy 0 --d-heavy 2 --d-chunk 512",
         "disaggregation": f"{before} --p-heavy 1 --d-heavy 1 --p-chunk 1024 --d-chunk 0 --watermark 1",
@@ -186,6 +187,7 @@ ttft_margin: 0.65
 tpot_margin: 1.0
 watermark: 0.98
 alpha: 0.96
+overload: demote
 """
 
 
@@ -193,8 +195,8 @@ def test_tuned_settings_come_from_the_files_of_a_search(model, tmp_path):
     (tmp_path / "hybrid.yaml").write_text(TUNED)
     args = asked(f"{model} {BASE} --compare hybrid --tuned {tmp_path}")
     found = bench.jobs_of(args, (), bench.trial_of(args))
-    assert {name: " ".join(one.flags[4:]) for name, one in found.items()} == {
-        "hybrid": "--p-heavy 1 --d-heavy 1 --p-chunk 2048 --d-chunk 192 --ttft-margin 0.65 "
+    assert {name: " ".join(one.flags[6:]) for name, one in found.items()} == {
+        "hybrid": "--overload demote --p-heavy 1 --d-heavy 1 --p-chunk 2048 --d-chunk 192 --ttft-margin 0.65 "
         "--tpot-margin 1.0 --watermark 0.98 --alpha 0.96"
     }
 
@@ -207,8 +209,8 @@ def test_tuned_settings_bring_the_instances_they_were_found_for_and_the_user_may
     args = asked(f"{model} {BASE} --compare hybrid --tuned {tmp_path}")
     words = bench.jobs_of(args, ("--tensor-parallel-size", "2"), bench.trial_of(args))["hybrid"].flags
     assert " ".join(words).startswith(
-        "--ttft-slo 4.0 --tpot-slo 0.07 --tensor-parallel-size 4 --profile p.json --enforce-eager "
-        "--tensor-parallel-size 2 --p-heavy 1"
+        "--ttft-slo 4.0 --tpot-slo 0.07 --overload serve --overload demote --tensor-parallel-size 4 "
+        "--profile p.json --enforce-eager --tensor-parallel-size 2 --p-heavy 1"
     )
 
 
@@ -342,6 +344,11 @@ def test_a_rate_that_ended_early_says_what_is_known_of_it():
     assert line("hybrid", THERE) == "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s"
     told = replace(THERE, samples=tuple(replace(s, cached_tokens=15) for s in SAMPLES))
     assert "10 sent, 75.0% of the prompt tokens cached, 6 s" in line("hybrid", told)
+    late = replace(THERE, lateness=Lateness(0.2, (0.97,)))
+    assert line("hybrid", late) == (
+        "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s, 1 sender at 97% of a core, "
+        "200 ms late (p99), the load generator was 0.2 s late (p99)"
+    )
     assert line("hybrid", replace(THERE, span=5.0, lost=("i1",))) == (
         "hybrid  2 requests/s: kept, attainment 90.0% of 10, 10 sent, 6 s, lost i1, too short: 5 s of traffic"
     )

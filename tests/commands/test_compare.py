@@ -85,7 +85,7 @@ def measured(monkeypatch):
         return run(task, others, rate <= 2.4)
 
     monkeypatch.setattr(compare, "measure", measure)
-    monkeypatch.setattr(compare, "OpenLoop", lambda endpoint, salt=None: salt)
+    monkeypatch.setattr(compare, "OpenLoop", lambda endpoint, salt=None, senders=1: salt)
     monkeypatch.setattr(compare, "CALM", 0.0)
     monkeypatch.setattr(compare, "Probe", Probe)
     return asked

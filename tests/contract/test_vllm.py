@@ -1357,5 +1357,20 @@ def test_statistics_of_engines_are_in_tables_that_one_more_can_be_put_into() -> 
     init = inspect.getsource(loggers.PrometheusStatLogger.__init__)
     assert 'labelnames = ["model_name", "engine"]' in init  # in this order; others come after these
     assert "idx: [model_name, str(idx)] for idx in engine_indexes" in init
+    words = ["self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]
+    assert list(inspect.signature(loggers.StatLoggerManager.record).parameters) == words
     # A table that is made later than at the start would not be extended.
     assert "create_metric_per_engine" not in inspect.getsource(loggers.PrometheusStatLogger.record)
+
+
+def test_a_stream_of_anthropics_route_is_made_of_one_of_openais_whose_errors_begin_so() -> None:
+    from vllm.entrypoints.anthropic import serving
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    messages = serving.AnthropicServingMessages
+    assert not mentions(messages.create_messages, "return self.message_stream_converter(generator)")
+    assert list(inspect.signature(messages.message_stream_converter).parameters) == ["self", "generator"]
+    assert serving.wrap_data_with_event("{}", "error") == "event: error\ndata: {}\n\n"
+    assert not mentions(GenerateBaseServing.create_streaming_error_response, "json.dumps(", "model_dump()")
+    assert list(ErrorResponse.model_fields) == ["error"]

@@ -101,3 +101,52 @@ async def test_what_is_no_http_gets_an_error_in_openais_form(words: bytes) -> No
     async with serving() as port:
         status, said = await talk(port, words)
     assert (status, said["error"]["type"]) == (400, "invalid_request_error")
+
+
+LONG = b"X: " + b"x" * (MAX_HEAD + 1)
+CHUNKED = b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "anthropics"),
+    [
+        (b"/v1/messages", True),
+        (b"/v1/messages?beta=true", True),
+        (b"/v1/messages/count_tokens", True),
+        (b"http://here/v1/m%65ssages", True),
+        (b"/v1/messages-of-mine", False),
+        (b"/v1/chat/completions?x=/v1/messages", False),
+        (b"/", False),
+    ],
+)
+async def test_what_is_refused_before_there_is_a_request_has_the_form_of_its_path(
+    target: bytes, anthropics: bool
+) -> None:
+    first = b"POST " + target + b" HTTP/1.1\r\n"
+    async with serving(Hasty) as port:
+        for status, kind, parts in (
+            (431, "invalid_request_error", [first + LONG]),
+            (408, "timeout_error", [first]),
+            (400, "invalid_request_error", [first + b"no header\r\n\r\n"]),
+            (400, "invalid_request_error", [first + CHUNKED]),
+        ):
+            said = await talk(port, *parts)
+            assert said[0] == status
+            if anthropics:
+                assert said[1]["type"] == "error"
+                assert said[1]["error"]["type"] == kind
+                assert set(said[1]["error"]) == {"type", "message"}
+            else:
+                assert said[1]["error"]["code"] == status
+
+
+async def test_a_request_line_that_is_none_has_no_path_and_not_that_of_the_request_before() -> None:
+    async with serving() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v1/messages HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        writer.write(b"\x00\x01 nothing\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        refused = answer[answer.index(b"HTTP/1.1 400") :]
+        assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["code"] == 400

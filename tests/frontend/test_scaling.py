@@ -17,7 +17,19 @@ from taichi_serve.frontend.record import Recorder
 from taichi_serve.frontend.scale import scale, told
 from taichi_serve.frontend.scaling import router
 from taichi_serve.latency.predict import Learned
-from taichi_serve.messages import Added, Arrived, Drained, Finished, Prefilled, Stepped
+from taichi_serve.messages import (
+    Added,
+    Arrived,
+    Drained,
+    Finished,
+    Joined,
+    Lost,
+    Prefilled,
+    Promised,
+    Slid,
+    Stepped,
+    Tuned,
+)
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind, Sliders
@@ -175,6 +187,52 @@ def test_when_the_instance_is_there_counting_begins_anew() -> None:
     busy(here, 100)
     here.on(Added(100.0, "i2", P, 10_000))
     assert [scale(here, 130.0)[kind].wanted for kind in (P, D)] == [2, 1]
+
+
+def test_who_is_lost_is_not_there_and_is_not_to_leave_because_of_it() -> None:
+    here = recorder()
+    busy(here, 100)
+    here.on(Lost(100.0, "i1", "killed by SIGKILL"))
+    found = scale(here, 110.0)[D]
+    assert (found.now, found.wanted, found.why) == (0, 1, "it was counted for 10 s only")
+    for at in range(110, 201):
+        here.on(Stepped(float(at), "i0", 0.9, 512, 0, 0))
+    found = scale(here, 200.0)[D]
+    assert (found.now, found.wanted, found.why) == (0, 0, "none is there")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Lost(100.0, "i1", "killed by SIGKILL"),
+        Drained(100.0, "i1"),
+        Slid(100.0, Sliders(2, 0, 1024, 256)),
+        Tuned(100.0, Sliders(2, 0, 1024, 256), 0.5, 0.8, "", 0.0),
+        Promised(100.0, SLO(1.0, 0.02)),
+    ],
+)
+def test_what_was_asked_of_other_instances_says_nothing_about_these(event: Any) -> None:
+    here = recorder()
+    busy(here, 100)
+    here.on(event)
+    assert here.load.seconds(130.0) == 30.0
+
+
+def test_counting_begins_anew_when_a_lost_one_is_back() -> None:
+    here = recorder()
+    here.on(Lost(0.0, "i1", "killed by SIGKILL"))
+    busy(here, 100)
+    here.on(Joined(100.0, "i1", 10_000))
+    assert here.load.seconds(130.0) == 30.0
+    assert scale(here, 130.0)[D].now == 1
+
+
+def test_a_chunk_that_moves_and_what_changes_nothing_begin_nothing_anew() -> None:
+    here = recorder()
+    busy(here, 100)
+    here.on(Tuned(100.0, Sliders(1, 1, 512, 256), 0.5, 0.8, "", 0.0))
+    here.on(Drained(100.0, "i1", on=False))
+    assert here.load.seconds(130.0) == 130.0
 
 
 def test_who_is_drained_does_not_count() -> None:

@@ -35,6 +35,8 @@ FLAGS = (
     str(TTFT_SLO),
     "--tpot-slo",
     "5",
+    "--overload",
+    "serve",
 )
 CHAT = wishes(30, seed=1, prompt=(8, 24), output=(40, 60))
 SUMMARIES = wishes(400, seed=2, prompt=(1000, 1500), output=(30, 50))

@@ -21,16 +21,22 @@ from taichi_serve.cluster.simulated.job import Call
 from taichi_serve.slo import SLO
 
 
-async def measured(server: Server, slo: SLO, rate: float, early: bool) -> Run:
+async def measured(server: Server, slo: SLO, rate: float, early: bool, senders: int = 1) -> Run:
     trial = Trial("sharegpt", slo, scale=0.1, attainment=0.5, requests=20, warm_up=4, seeds=(0, 1))
     async with meet(server.url, None) as endpoint:
         assert (endpoint.model, endpoint.limit, endpoint.version) == ("tiny", 4096, "0.32.0")
         requests = trial.lengths(endpoint.limit)
-        return await measure(OpenLoop(endpoint), trial, requests, rate, early, lambda score: None)
+        loop = OpenLoop(endpoint, senders=senders)
+        return await measure(loop, trial, requests, rate, early, lambda score: None)
 
 
-async def test_every_request_of_a_whole_run_has_its_lengths_and_its_times(hybrid: Server) -> None:
-    run = await measured(hybrid, SLO(60.0, 10.0), rate=10.0, early=False)
+@pytest.mark.parametrize("senders", [1, 3])
+async def test_every_request_of_a_whole_run_has_its_lengths_and_its_times(
+    senders: int, hybrid: Server
+) -> None:
+    run = await measured(hybrid, SLO(60.0, 10.0), rate=10.0, early=False, senders=senders)
+    assert run.lateness is not None
+    assert len(run.lateness.busy) == senders
     assert (run.sent, run.good, run.failed, run.whole) == (40, 40, 0, True)
     assert {(s.seed, s.number) for s in run.samples} == {(seed, n) for seed in (0, 1) for n in range(4, 24)}
     assert all(s.ttft > 0 for s in run.samples)

@@ -187,6 +187,32 @@ async def test_documents_of_a_killed_instance_are_finished_elsewhere_as_they_wou
     await until(lambda: is_up(three, "i2", restarts + 1), 2 * BACK_SECONDS, "i2 is back")
 
 
+async def test_a_killed_fork_server_takes_all_along_and_all_come_back_from_another(
+    three: Server, reference: list[Answer]
+) -> None:
+    def fork_server() -> psutil.Process:
+        children = psutil.Process(three.process.pid).children()
+        (found,) = [child for child in children if "core.forks" in " ".join(child.cmdline())]
+        return found
+
+    restarts = {name: three.instance(name)["restarts"] for name in NAMES}
+    first = fork_server()
+    async with three.client() as client:
+        waiting = asyncio.create_task(stream(client, PATH, WISHES[0].body()))
+        await until(lambda: decoding_any(three), 60, "it decodes")
+        first.kill()
+        for name in NAMES:
+            again = restarts[name] + 1
+            await until(
+                lambda name=name, again=again: is_up(three, name, again), BACK_SECONDS, f"{name} is back"
+            )
+        assert wrong([await waiting], reference[:1]) == []
+    assert fork_server().pid != first.pid
+    for name in NAMES:
+        why = three.instance(name)["last_loss"]["why"]
+        assert why == "killed by SIGKILL: ForkServerError: its fork server ended first, killed by SIGKILL"
+
+
 async def test_while_none_is_up_clients_are_told_when_and_when_none_comes_back_the_server_fails(
     tmp_path_factory: pytest.TempPathFactory, reference: list[Answer]
 ) -> None:

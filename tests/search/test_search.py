@@ -7,7 +7,7 @@ import pytest
 from taichi_serve.bench.workload import LogNormal, Synthetic, Workload, workload
 from taichi_serve.latency.curve import StepCurve
 from taichi_serve.latency.shipped import Machine, machine
-from taichi_serve.scheduling.policy import Policy
+from taichi_serve.scheduling.policy import DEMOTE, SERVE, Policy
 from taichi_serve.search.balance import LEAST, LEVEL, MOST, alone, balance
 from taichi_serve.search.bound import Mean, bound, least_seconds
 from taichi_serve.search.climb import climb, together
@@ -269,12 +269,19 @@ def test_a_promise_says_on_how_many_seeds_it_stands_and_what_was_cut():
 
 
 SLIDERS = ["p_heavy", "d_heavy", "p_chunk", "d_chunk"]
-POLICY = ["ttft_margin", "tpot_margin", "watermark", "alpha"]
+POLICY = ["ttft_margin", "tpot_margin", "watermark", "alpha", "overload"]
 
 
 def test_the_config_has_the_keys_that_serve_takes():
     keys = ["model", "max_num_seqs", *SLIDERS, "ttft_slo", "tpot_slo", *POLICY]
     assert list(config(SCENE, AGGREGATION)) == keys
+
+
+def test_what_is_searched_under_overload_does_the_same_when_it_is_served():
+    first = search(SCENE, 2, 3, ["hybrid"], replace(QUICK, judging=0), 1, overload=DEMOTE)[0]
+    assert first.contender.policy.overload == DEMOTE
+    assert config(SCENE, first.contender)["overload"] == DEMOTE
+    assert config(SCENE, AGGREGATION)["overload"] == SERVE  # else a server with an SLO demotes
 
 
 def test_a_config_says_what_was_done_about_prefixes_where_the_workload_has_some():

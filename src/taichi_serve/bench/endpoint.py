@@ -98,19 +98,24 @@ def gone(before: Instances, after: Instances) -> tuple[str, ...]:
     )
 
 
+def client_of(url: str, authorization: str | None) -> httpx.AsyncClient:
+    """For any number of requests at once. ValueError or httpx.InvalidURL where it is no URL."""
+    return httpx.AsyncClient(
+        base_url=url,
+        headers={"Authorization": authorization} if authorization else {},
+        timeout=httpx.Timeout(None, connect=30.0),
+        transport=swift(),
+        trust_env=False,
+    )
+
+
 @contextlib.asynccontextmanager
 async def meet(url: str, api_key: str | None) -> AsyncIterator[Endpoint]:
     """Ask a server what it serves. Any number of requests may be open at once."""
     try:
         if (httpx.URL(url).port or 80) > 65535:
             raise ValueError("its port is above 65535")
-        client = httpx.AsyncClient(
-            base_url=url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(None, connect=30.0),
-            transport=swift(),
-            trust_env=False,
-        )
+        client = client_of(url, f"Bearer {api_key}" if api_key else None)
     except (httpx.InvalidURL, ValueError) as wrong:
         raise EndpointError(f"{url}: no URL of a server: {wrong}") from None
     async with client:

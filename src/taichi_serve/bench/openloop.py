@@ -1,7 +1,8 @@
 """Send requests when they are due, whatever has become of the ones before; end when the outcome is certain.
 
 Only the next turn of a conversation waits: for the answer, and then for its user. Prompts are token ids that
-no other run had: the same ones twice would be answered from a prefix cache.
+no other run had: the same ones twice would be answered from a prefix cache. Where one process cannot send so
+much, several do (senders.py).
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from taichi_serve.bench.client import Answer, stream
-from taichi_serve.bench.endpoint import Endpoint, EndpointError, Instances
+from taichi_serve.bench.client import Answer
+from taichi_serve.bench.endpoint import Endpoint, Instances
+from taichi_serve.bench.lateness import Core
 from taichi_serve.bench.prompts import Prompts
-from taichi_serve.bench.score import Live, Score
+from taichi_serve.bench.score import Key, Live, Score
+from taichi_serve.bench.senders import Senders
+from taichi_serve.bench.sending import First, Sending, Which
 from taichi_serve.bench.sharing import requests
 from taichi_serve.bench.workload import Workload
 from taichi_serve.cluster.simulated.job import Call
 
-PATH = "/v1/completions"
-HEADER = "x-slo-ttft-ms", "x-slo-tpot-ms"
 LOOK = 0.2  # seconds between looks at what is late by now
 Tell = Callable[[Score], None]
 
@@ -57,9 +58,10 @@ class Plan:
 class OpenLoop:
     """The load on one server."""
 
-    def __init__(self, endpoint: Endpoint, salt: int | None = None) -> None:
-        """With a `salt` the runs have the same tokens as those of another load with that salt."""
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, salt: int | None = None, senders: int = 1) -> None:
+        """With a `salt` the runs have the same tokens as those of another load with that salt. With several
+        `senders` the requests are sent by as many processes beside this one."""
+        self._endpoint, self._senders = endpoint, senders
         self._salts = random.Random(salt)
 
     async def instances(self) -> Instances:
@@ -71,16 +73,34 @@ class OpenLoop:
 
         Returns when every counted request is good or cannot be any more, or, with `early`, as soon as the
         target is kept or missed for certain. What is under way then is aborted by closing its connection.
-        Raises EndpointError where the server does not return what a next turn needs.
+        Raises EndpointError where the server does not return what a next turn needs, and SenderError where
+        a process that sends does not live to the end.
         """
         await self._endpoint.settle()
-        sending = _Sending(self._endpoint, plan, score, Prompts(self._salts.getrandbits(64), plan.block_size))
-        todo = score.sent + plan.total - plan.warm_up
-        tasks = pending = sending.start()
+        salt, todo = self._salts.getrandbits(64), score.sent + plan.total - plan.warm_up
+
+        def over() -> bool:
+            if early and score.kept is not None:
+                return True
+            return score.sent == todo and not score.open
+
+        count = min(self._senders, len(plan.calls))
         try:
-            while pending and not (early and score.kept is not None):
-                if score.sent == todo and not score.open:
-                    break
+            if count > 1:
+                await Senders(self._endpoint, plan, score, salt, count).run(over, lambda: tell(score))
+            else:
+                await self._here(plan, score, salt, over, tell)
+        finally:
+            score.give_up()
+
+    async def _here(self, plan: Plan, score: Score, salt: int, over: Callable[[], bool], tell: Tell) -> None:
+        """From this process. The prompts are made before any is sent."""
+        prompts = Prompts(salt, plan.block_size)
+        firsts = [First(place, call, prompts.first(call)) for place, call in enumerate(plan.calls)]
+        sending, core = Sending(self._endpoint, prompts, _Counted(plan, score)), Core()
+        tasks = pending = sending.start(firsts, time.perf_counter())
+        try:
+            while pending and not over():
                 done, pending = await asyncio.wait(pending, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
@@ -90,71 +110,29 @@ class OpenLoop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            score.give_up()
+            score.used((core.share(),))
 
 
-class _Sending:
-    """A plan under way."""
+class _Counted:
+    """Numbers requests in the order in which they are sent, and counts those behind the warm-up."""
 
-    def __init__(self, endpoint: Endpoint, plan: Plan, score: Score, prompts: Prompts) -> None:
-        self._endpoint, self._plan, self._score, self._prompts = endpoint, plan, score, prompts
+    def __init__(self, plan: Plan, score: Score) -> None:
+        self._plan, self._score = plan, score
         self._sent = 0
+        self._keys: dict[Which, Key] = {}
 
-    def start(self) -> set[asyncio.Task[None]]:
-        """A task for each call and the turns that follow it. The prompts are made before any is sent."""
-        made = [(call, self._prompts.first(call)) for call in self._plan.calls]
-        began = time.perf_counter()
-        return {asyncio.create_task(self._turns(call, prompt, began)) for call, prompt in made}
+    def waits(self, which: Which, due: float) -> None:
+        """Nobody asks."""
 
-    async def _turns(self, call: Call, prompt: list[int], began: float) -> None:
-        """One after the other, each as long after the answer before as it is to be."""
-        due = began + call.at
-        while True:
-            answer = await self._one(due, call, prompt)
-            if call.then is None:
-                return
-            if answer.ok and not answer.tokens:
-                raise EndpointError(
-                    f"{self._endpoint.client.base_url}: it does not return token ids (return_token_ids), and "
-                    "the next turn of a conversation needs those of its answer"
-                )
-            due = time.perf_counter() + call.then.at
-            prompt = self._prompts.following(prompt + answer.tokens, call, call.then)
-            call = call.then
-
-    async def _one(self, due: float, call: Call, prompt: list[int]) -> Answer:
-        await asyncio.sleep(due - time.perf_counter())
+    def begun(self, which: Which, live: Live, now: float) -> None:
+        """One more."""
         number = self._sent
         self._sent += 1
-        body = self._body(call, prompt)
-        if number < self._plan.warm_up:
-            return await stream(self._endpoint.client, PATH, body, headers=_headers(call))
-        key = self._plan.seed, number
-        live = Live(due, call.prompt_tokens, call.output_tokens, slo=call.slo, slo_class=call.slo_class)
-        self._score.begin(key, live, time.perf_counter())
+        if number >= self._plan.warm_up:
+            key = self._keys[which] = self._plan.seed, number
+            self._score.begin(key, live, now)
 
-        async def first(answer: Answer) -> None:
-            live.answer = answer
-
-        answer = await stream(self._endpoint.client, PATH, body, first, _headers(call))
-        self._score.end(key, answer)
-        return answer
-
-    def _body(self, call: Call, prompt: list[int]) -> dict[str, Any]:
-        """Exactly so many tokens out; the answer has token ids, as half a character has no text."""
-        return {
-            "model": self._endpoint.model,
-            "prompt": prompt,
-            "max_tokens": call.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-
-
-def _headers(call: Call) -> dict[str, str]:
-    """What tells the server of the request's own SLO. Its class has a name here that the server may not
-    know."""
-    if call.slo is None:
-        return {}
-    return {HEADER[0]: f"{call.slo.ttft * 1e3:.9g}", HEADER[1]: f"{call.slo.tpot * 1e3:.9g}"}
+    def ended(self, which: Which, live: Live, answer: Answer) -> None:
+        """One of those that count is over."""
+        if (key := self._keys.pop(which, None)) is not None:
+            self._score.end(key, answer)

@@ -19,9 +19,10 @@ TOKENS = range(300, 4000)  # ids that every vocabulary of some size has, and tha
 class Prompts:
     """The prompts of one run. With the same salt come the same tokens, for calls in the same order."""
 
-    def __init__(self, salt: int, block_size: int) -> None:
+    def __init__(self, salt: int, block_size: int, part: int | None = None) -> None:
+        """One `part` of a run has the blocks of the others, and draws all else for itself."""
         self._salt, self._block_size = salt, block_size
-        self._chance = random.Random(f"prompts {salt}")
+        self._chance = random.Random(f"prompts {salt}" if part is None else f"prompts {salt} {part}")
 
     def first(self, call: Call) -> list[int]:
         """The prompt of a request that follows no other."""

@@ -7,11 +7,12 @@ more: its first token is late, or its last one is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from taichi_serve.bench.client import Answer
 from taichi_serve.bench.goodput import wilson
+from taichi_serve.bench.lateness import Lateness, busiest
 from taichi_serve.slo import SLO, tpot
 
 Key = tuple[int, int]  # seed, number
@@ -89,6 +90,7 @@ class Run:
     span: float | None = None  # seconds over which counted requests are sent, for each seed; None: not known
     lost: tuple[str, ...] = ()  # instances of the server that were not there all the time
     drift: float = 0.0  # how far the machine's speed moved in its rounds, at most; 0.0 where nobody looked
+    lateness: Lateness | None = None  # of the load generator; None: not known
 
     @classmethod
     def of(cls, parts: Sequence[Run], attainment: float) -> Run:
@@ -108,6 +110,7 @@ class Run:
             min(spans) if spans else None,
             tuple(sorted({name for part in parts for name in part.lost})),
             max(part.drift for part in parts),
+            Lateness.worst([part.lateness for part in parts]),
         )
 
     @property
@@ -156,13 +159,16 @@ class Run:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What makes its figures doubtful: what it was too short for, and instances that were lost."""
+        """What makes its figures doubtful: what it was too short for, instances that were lost, a machine or
+        a load generator that was not what it should be."""
         said = [f"lost {' '.join(self.lost)}"] if self.lost else []
         if self.span is not None and self.span < max(LEAST_SECONDS, LEAST_REQUESTS * self.mean):
             long = f" for requests of {self.mean:.3g} s" if self.span >= LEAST_SECONDS else ""
             said.append(f"too short: {self.span:.3g} s of traffic{long}")
         if self.drift > DRIFT:
             said.append(f"the machine's speed moved by {self.drift:.0%}")
+        if self.lateness is not None and self.lateness.remark is not None:
+            said.append(self.lateness.remark)
         return tuple(said)
 
     def times(self, name: str) -> list[float]:
@@ -199,10 +205,16 @@ class Score:
         self.needed = needed(attainment, total + others.total) - others.good
         self.spare = total + others.total - needed(attainment, total + others.total) - others.bad
         self.sent = self.good = 0
-        self.lag = 0.0
+        self.late: list[float] = []  # seconds that each request was sent behind its schedule
+        self.busy: tuple[float, ...] = ()  # share of a core of each sender, when it was busiest
         self.live: dict[Key, Live] = {}
         self.lost: set[Key] = set()  # known to be bad before their end
         self.samples: list[Sample] = []
+
+    @property
+    def lag(self) -> float:
+        """Seconds that the latest request was sent behind its schedule."""
+        return max(self.late, default=0.0)
 
     @property
     def bad(self) -> int:
@@ -224,19 +236,31 @@ class Score:
     def begin(self, key: Key, live: Live, now: float) -> None:
         """A request is sent."""
         self.sent += 1
-        self.lag = max(self.lag, now - live.due)
+        self.late.append(max(0.0, now - live.due))  # a timer may be early by less than its clock can tell
         self.live[key] = live
 
     def end(self, key: Key, answer: Answer) -> None:
         """Its answer is over, however."""
-        sample = Sample.of(key, self.live.pop(key), answer, self.slo)
+        self.add(key, Sample.of(key, self.live[key], answer, self.slo))
+
+    def add(self, key: Key, sample: Sample) -> None:
+        """The same, where somebody else has made a sample of it."""
+        del self.live[key]
         self.lost.discard(key)
         self.good += sample.good
         self.samples.append(sample)
 
     def look(self, now: float) -> None:
         """Find those that cannot be good any more."""
-        self.lost.update(key for key, live in self.live.items() if live.lost(now, self.slo))
+        self.lose(key for key, live in self.live.items() if live.lost(now, self.slo))
+
+    def lose(self, keys: Iterable[Key]) -> None:
+        """These are under way, and cannot be good any more."""
+        self.lost.update(keys)
+
+    def used(self, busy: tuple[float, ...]) -> None:
+        """What the senders of one seed took of their cores."""
+        self.busy = busiest((self.busy, busy))
 
     def give_up(self) -> None:
         """All that is under way was aborted: what was not lost already stays unknown."""
@@ -244,7 +268,6 @@ class Score:
 
     def run(self, rate: float, seconds: float) -> Run:
         """What it came to."""
-        kept = bool(self.kept)
-        return Run(
-            rate, self.total, self.sent, self.good, self.bad, kept, seconds, self.lag, tuple(self.samples)
-        )
+        counts = self.total, self.sent, self.good, self.bad
+        lag, lateness = self.lag, Lateness.of(self.late, self.busy)
+        return Run(rate, *counts, bool(self.kept), seconds, lag, tuple(self.samples), lateness=lateness)

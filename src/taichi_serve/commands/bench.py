@@ -28,6 +28,7 @@ from taichi_serve.bench.report import (
     row,
     write,
 )
+from taichi_serve.bench.senders import SenderError, chosen
 from taichi_serve.bench.trial import Trial
 from taichi_serve.commands import contenders
 from taichi_serve.commands.compare import compared, file_name
@@ -64,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, default=0.1, metavar="SHARE", help="of the rate")
     help_step = "from the first rate up or down to the next; squared with every further one (default: 2)"
     parser.add_argument("--step", type=float, default=2.0, metavar="FACTOR", help=help_step)
+    parser.add_argument(
+        "--senders",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that send the load; 0: by the cores of this machine (default: 0)",
+    )
     parser.add_argument("--full", action="store_true", help="no rate ends before its last request")
     parser.add_argument("--out", metavar="DIR", help="write results, table and picture there")
     parser.add_argument(
@@ -83,7 +91,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv[:cut])
     console = Console(stderr=True, highlight=False)
     try:
-        trial = trial_of(args)
+        trial, args.senders = trial_of(args), chosen(args.senders)
         jobs = jobs_of(args, tuple(argv[cut + 1 :]), trial)
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)  # before hours of measuring, not after them
@@ -96,7 +104,7 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         console.print("bench: stopped; nothing is left running")
         return 128 + stopped.number
-    except (ServerError, EndpointGoneError) as wrong:
+    except (ServerError, EndpointGoneError, SenderError) as wrong:
         console.print(f"taichi bench: {wrong}", soft_wrap=True, markup=False)
         return 1
     except (ValueError, OSError) as wrong:
@@ -144,8 +152,8 @@ def jobs_of(
             raise ValueError(f"{args.target}: no model: it has no config.json")
     if asked:
         return contenders.field(args, flags, trial.slo)
-    slos = ("--ttft-slo", str(trial.slo.ttft), "--tpot-slo", str(trial.slo.tpot))
-    return {"server": contenders.Contender("server", "ours", (*slos, *flags))}
+    words = (*contenders.judged_by(trial.slo), *flags)
+    return {"server": contenders.Contender("server", "ours", words)}
 
 
 def result(
@@ -164,9 +172,11 @@ def result(
         return old
     measured: Measured
     if flags:
-        measured = ours(name, (args.target, *flags), args.api_key, trial, console, interrupts)
+        words = (args.target, *flags)
+        measured = ours(name, words, args.api_key, trial, console, interrupts, args.senders)
     else:
-        measured = asyncio.run(interrupts.watch(running(name, contender.url, args.api_key, trial, console)))
+        work = running(name, contender.url, args.api_key, trial, console, args.senders)
+        measured = asyncio.run(interrupts.watch(work))
     made = Result(
         name,
         args.target,

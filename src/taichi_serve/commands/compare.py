@@ -51,7 +51,7 @@ def compared(
         if found.contest.next() is None:
             return found
     standing = Standing(field, args.target, args.api_key, console)
-    rounds = Rounds(found, standing, console, args.redo, args.settle)
+    rounds = Rounds(found, standing, console, args.redo, args.settle, args.senders)
     failed = None
     try:
         return asyncio.run(interrupts.watch(rounds.run(path)))
@@ -66,11 +66,14 @@ def compared(
 class Rounds:
     """Does the rounds of a comparison, one after the other."""
 
-    def __init__(self, begun: Kept, standing: Standing, console: Console, redo: int, settle: float) -> None:
+    def __init__(
+        self, begun: Kept, standing: Standing, console: Console, redo: int, settle: float, senders: int = 1
+    ) -> None:
         """A round during which the machine's speed moves is done again, `redo` times at most. Before the
-        first one everybody is loaded for `settle` seconds."""
+        first one everybody is loaded for `settle` seconds. So many processes send the load."""
         self._begun, self._contest = begun, begun.contest
         self._standing, self._console, self._redo, self._settle = standing, console, redo, settle
+        self._senders = senders
         self.visited = ""  # who is being visited, or was last
 
     async def run(self, path: Path | None) -> Kept:
@@ -109,7 +112,8 @@ class Rounds:
             self.visited = name
             async with await self._standing.meet(name) as endpoint:
                 with progress_on(self._console) as progress, telling(progress, name, own.total) as tell:
-                    run = await measure(OpenLoop(endpoint), own, requests, own.start, early=False, tell=tell)
+                    loop = OpenLoop(endpoint, senders=self._senders)
+                    run = await measure(loop, own, requests, own.start, early=False, tell=tell)
             self._say(f"{line(name, run, 'settling')}; not counted")
 
     async def _round(self, task: Task, requests: Workload, probe: Probe) -> Round:
@@ -135,7 +139,8 @@ class Rounds:
             self.visited = name
             async with await self._standing.meet(name) as endpoint:
                 meter = await Meter.start(self._standing, name, endpoint)
-                run = await self._visit(name, task, others, OpenLoop(endpoint, salt), requests)
+                loop = OpenLoop(endpoint, salt, self._senders)
+                run = await self._visit(name, task, others, loop, requests)
                 usage, beside = await meter.read()
                 idle.append(beside)
                 await endpoint.settle()  # what was aborted is over before the machine is probed

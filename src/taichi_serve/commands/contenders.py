@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from taichi_serve.commands.stock import proxied_flags, stock_flags
+from taichi_serve.scheduling.policy import SERVE
 from taichi_serve.slo import SLO
 
 NAMES = ("aggregation", "disaggregation", "hybrid")
@@ -92,7 +93,7 @@ def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[st
         raise ValueError(f"--redo: must be at least 0, not {args.redo}")
     if not 0 <= args.settle < float("inf"):
         raise ValueError(f"--settle: must be at least 0, not {args.settle:g}")
-    slos = ("--ttft-slo", str(slo.ttft), "--tpot-slo", str(slo.tpot))
+    slos = judged_by(slo)
     found: dict[str, Contender] = {}
 
     def add(option: str, contender: Contender) -> None:
@@ -113,6 +114,12 @@ def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[st
         name, more = _given(asked)
         add("--contender", Contender(name, "ours", (*slos, *flags, *more)))
     return found
+
+
+def judged_by(slo: SLO) -> tuple[str, ...]:
+    """Words of `taichi serve`: this SLO, and all are served, as any other server does; the user's own flags
+    come after them."""
+    return "--ttft-slo", str(slo.ttft), "--tpot-slo", str(slo.tpot), "--overload", SERVE
 
 
 def at(url: str) -> Contender:

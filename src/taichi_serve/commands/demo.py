@@ -117,7 +117,7 @@ def server_words(model: Path) -> list[str]:
     cores = sorted(os.sched_getaffinity(0))
     words = f"--served-model-name {MODEL} --max-model-len 4096 --enforce-eager --p-heavy 1 --d-heavy 1"
     words += f" --p-chunk {P_CHUNK} --d-chunk {D_CHUNK} --ttft-margin {TTFT_MARGIN}"
-    words += f" --ttft-slo {DEMO_SLO.ttft} --tpot-slo {DEMO_SLO.tpot}"
+    words += f" --ttft-slo {DEMO_SLO.ttft} --tpot-slo {DEMO_SLO.tpot} --overload serve"
     return [str(model), *words.split(), "--devices", f"{cores[0]};{cores[-1]}"]
 
 

@@ -27,10 +27,12 @@ class Measured:
     notes: tuple[str, ...] = ()
 
 
-async def running(name: str, url: str, api_key: str | None, trial: Trial, console: Console) -> Measured:
-    """The goodput of a server that runs."""
+async def running(
+    name: str, url: str, api_key: str | None, trial: Trial, console: Console, senders: int = 1
+) -> Measured:
+    """The goodput of a server that runs, with a load from so many processes."""
     async with meet(url, api_key) as endpoint:
-        requests, loop = trial.lengths(endpoint.limit), OpenLoop(endpoint)
+        requests, loop = trial.lengths(endpoint.limit), OpenLoop(endpoint, senders=senders)
         notes = (requests.note,) if requests.note else ()
         for note in notes:
             console.print(f"{name}  {note}", soft_wrap=True, markup=False)
@@ -84,9 +86,10 @@ def line(name: str, run: Run, verdict: str = "") -> str:
     cached = "" if run.cached is None else f", {run.cached:.1%} of the prompt tokens cached"
     doubts = "".join(f", {remark}" for remark in run.remarks)
     late = f", the client was up to {run.lag:.2f} s late" if run.lag > 0.1 else ""
+    sent = f", {run.lateness.words}" if run.lateness else ""
     return (
         f"{name}  {run.rate:.3g} requests/s: {verdict}, attainment {share} of {run.total}, "
-        f"{run.sent} sent{failed}{cached}{late}, {run.seconds:.0f} s{doubts}"
+        f"{run.sent} sent{failed}{cached}{late}, {run.seconds:.0f} s{sent}{doubts}"
     )
 
 
@@ -97,6 +100,7 @@ def ours(
     trial: Trial,
     console: Console,
     interrupts: Interrupts,
+    senders: int = 1,
 ) -> Measured:
     """The goodput of `taichi serve` with these words, started for it and stopped after it."""
     server: Subserver | None = None
@@ -104,7 +108,7 @@ def ours(
     try:
         with interrupts.hold():
             server = Subserver(list(words))
-        return asyncio.run(interrupts.watch(_started(name, server, api_key, trial, console)))
+        return asyncio.run(interrupts.watch(_started(name, server, api_key, trial, console, senders)))
     except (ServerError, EndpointGoneError) as wrong:
         keep = True
         log = server.log if server else "not there"
@@ -116,9 +120,9 @@ def ours(
 
 
 async def _started(
-    name: str, server: Subserver, api_key: str | None, trial: Trial, console: Console
+    name: str, server: Subserver, api_key: str | None, trial: Trial, console: Console, senders: int
 ) -> Measured:
     with console.status(f"{name}: starting the server") as status:
         async for said in server.sayings():
             status.update(f"{name}: {said}")
-    return await running(name, server.url, api_key, trial, console)
+    return await running(name, server.url, api_key, trial, console, senders)

@@ -18,6 +18,7 @@ from rich.table import Table
 from taichi_serve.commands.files import made, say_written, unwritable
 from taichi_serve.commands.progress import working
 from taichi_serve.commands.scene import add_scene, scene_of
+from taichi_serve.scheduling.policy import OVERLOAD, SERVE
 from taichi_serve.search.balance import balance
 from taichi_serve.search.bound import bound
 from taichi_serve.search.effort import Effort, Plan, plan
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, default=8, metavar="N", help="in all")
     parser.add_argument(
         "--family", action="append", choices=list(FAMILIES), help="only this one (repeatable)"
+    )
+    parser.add_argument(
+        "--overload",
+        choices=OVERLOAD,
+        default=SERVE,
+        help="what all of them do with a request that can no longer meet its TTFT (default: %(default)s)",
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="of traffic in a full run, at least")
     parser.add_argument(
@@ -105,7 +112,9 @@ def main(args: argparse.Namespace) -> int:
         with working(console, "searching") as tell:
             scene = _scene(args, console, tell)
             families = args.family or tuple(FAMILIES)
-            found = search(scene, args.instances, args.seed, families, effort, args.processes, tell)
+            found = search(
+                scene, args.instances, args.seed, families, effort, args.processes, tell, args.overload
+            )
     except ValueError as error:
         print(f"taichi search: {error}", file=sys.stderr)  # noqa: T201
         return 2

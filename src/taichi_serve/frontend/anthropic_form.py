@@ -32,7 +32,11 @@ KINDS = {
 
 def spoken(scope: Scope) -> bool:
     """Whether whoever asks here expects Anthropic's form."""
-    path = path_of(scope)
+    return serves(path_of(scope))
+
+
+def serves(path: str) -> bool:
+    """Whether a path, without the prefix of a proxy, is one of Anthropic's."""
     return path == ROUTE or path.startswith(f"{ROUTE}/")
 
 

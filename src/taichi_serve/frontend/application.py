@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server import entry
 
-from taichi_serve.frontend import parsed
+from taichi_serve.frontend import anthropic_stream, parsed
 from taichi_serve.frontend.body import Intake
 from taichi_serve.frontend.errors import error
 from taichi_serve.frontend.guard import MAX_HEADERS, Guard
@@ -51,7 +51,7 @@ def our_application(system: System, args: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def finished_by(finish: Callable[[FastAPI], None]) -> Iterator[None]:
-    """While this lasts, applications that vLLM builds are finished so, and parsed bodies are looked at."""
+    """While this lasts, applications that vLLM builds are finished so, and what they read is looked at."""
     vllms_own = entry.build_app
 
     def build_app(*words: Any, **more: Any) -> FastAPI:
@@ -61,7 +61,7 @@ def finished_by(finish: Callable[[FastAPI], None]) -> Iterator[None]:
 
     entry.build_app = build_app
     try:
-        with parsed.looked_at():
+        with parsed.looked_at(), anthropic_stream.worded():
             yield
     finally:
         entry.build_app = vllms_own

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol, cast
 
@@ -29,7 +30,7 @@ from taichi_serve.frontend.attendance import Cluster as Attended
 from taichi_serve.frontend.errors import SHUTTING_DOWN
 from taichi_serve.frontend.everywhere import Everywhere, everywhere
 from taichi_serve.frontend.names import Asked, Names, not_taken
-from taichi_serve.frontend.series import one_more
+from taichi_serve.frontend.series import Left, of_known, one_fewer, one_more
 from taichi_serve.frontend.terms import noted
 from taichi_serve.frontend.traced import Traces, set_defaults
 from taichi_serve.frontend.trouble import Trouble
@@ -75,8 +76,9 @@ class ClusterClient(Everywhere):
     """vLLM's client port over a whole cluster."""
 
     tracing: Traces | None = None  # where there are traces, who is told of each request
+    left: Callable[[int], object] = staticmethod(lambda index: None)
 
-    def __init__(self, cluster: Cluster, outputs: asyncio.Queue[EngineCoreOutputs]) -> None:
+    def __init__(self, cluster: Cluster, outputs: asyncio.Queue[EngineCoreOutputs | Left]) -> None:
         self.cluster = cluster
         self.resources = _Resources(cluster)
         self.engine_ranks_managed = [engine.index for engine in cluster.engines]
@@ -85,8 +87,10 @@ class ClusterClient(Everywhere):
         self.coming: set[str] = set()  # requests whose prompts are being hashed
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """The users' outputs of one step of one instance."""
-        return await self.outputs.get()
+        """The users' outputs of one step of one instance. Whoever asks has recorded all before."""
+        while isinstance(outputs := await self.outputs.get(), Left):
+            self.left(outputs.index)
+        return outputs
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Give a request to the cluster; the scheduler decides where it goes."""
@@ -189,6 +193,11 @@ class ClusterLLM(async_llm.AsyncLLM):
         """An instance of this number takes part: vLLM's statistics are to know it."""
         one_more(self.logger_manager, index)
 
+    def removed(self, index: int) -> None:
+        """It left: vLLM's statistics are to forget it, after what is on its way to them."""
+        core: ClusterClient = self.engine_core
+        core.outputs.put_nowait(Left(index))
+
     def processes(self) -> list[dict[str, Any]]:
         """It is in the server's own process."""
         return []
@@ -257,7 +266,9 @@ async def _drain(llm: ClusterLLM) -> None:
 def guard_statistics(llm: ClusterLLM, trouble: Trouble) -> None:
     """What fails in vLLM's statistics would end every stream: it is counted instead."""
     if (statistics := llm.logger_manager) is not None:
-        statistics.record = trouble.guarded("statistics", statistics.record)
+        statistics.record = trouble.guarded("statistics", of_known(statistics))
+        core: ClusterClient = llm.engine_core
+        core.left = trouble.guarded("statistics", partial(one_fewer, statistics))
 
 
 def cluster_llm(config: VllmConfig, client: ClusterClient, args: Any, **several: Any) -> ClusterLLM:

@@ -11,9 +11,12 @@ import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from vllm.entrypoints.launchers.utils.constants import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
+
+from taichi_serve.frontend import anthropic_form
 
 MAX_HEAD = 64 << 10
 HEAD_SECONDS = 30.0
@@ -95,7 +98,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets uvicorn's words in OpenAI's form."""
+        """What is no HTTP gets uvicorn's words, in OpenAI's form or Anthropic's."""
         self._refuse(400, msg)
 
     def _wait(self) -> None:
@@ -126,12 +129,22 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         return True
 
+    def _path(self) -> str:
+        """The path of the request that was begun last, as far as it is known: it may not be there in full, or
+        be none."""
+        try:
+            return unquote(urlsplit((self.url or b"").decode("latin-1")).path)
+        except ValueError:
+            return ""
+
     def _refuse(self, status: int, message: str) -> None:
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self._raw.close()  # an answer is under way: nothing may be written into it
             return
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": status}
         body = json.dumps({"error": error}).encode()
+        if anthropic_form.serves(self._path()):
+            body = anthropic_form.reworded(status, body)
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head.encode() + body)
         self.transport.close()

@@ -35,14 +35,15 @@ def answer(_: Request, refusal: Refusal) -> JSONResponse:
     return error(400, "invalid_request_error", refusal.detail, refusal.parameter)
 
 
-def parse(body: bytes) -> Any:
-    """A JSON body. Raises JSONDecodeError where it is none, and Refusal where it may not come in."""
+def parse(body: bytes, **more: Any) -> Any:
+    """A JSON body. Raises JSONDecodeError where it is none, and Refusal where it may not come in. `more` is
+    for `json.loads`."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
         raise Refusal(f"The body is not UTF-8: {wrong.reason} at byte {wrong.start}.") from None
     try:
-        data = json.loads(text)
+        data = json.loads(text, **more)
     except RecursionError:
         raise _deep() from None
     except json.JSONDecodeError:
@@ -54,6 +55,25 @@ def parse(body: bytes) -> Any:
         raise _deep()
     _check(data)
     return data
+
+
+def strictly(body: bytes) -> Any:
+    """A JSON body of our own routes. Raises Refusal, too, where a name is there twice, and for numbers that
+    JSON does not have; what vLLM's routes are sent is as vLLM would take it."""
+    return parse(body, object_pairs_hook=_once, parse_constant=_no_constant)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Refusal(f"{name[:80]!r} is there twice.", name[:80])
+        found[name] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise Refusal(f"{name} is no number in JSON.")
 
 
 def _deep() -> Refusal:

@@ -40,12 +40,15 @@ from taichi_serve.messages import (
     Tuned,
 )
 from taichi_serve.scheduling.scheduler import GlobalScheduler
-from taichi_serve.tuning.scale import Load
+from taichi_serve.sliders import Kind
+from taichi_serve.tuning.scale import Load, working
 
 KEEP = 10_000
 KEEP_TUNED = 1000
 KEEP_HAPPENED = 100
 KEEP_PROMPTS = 101
+# After these there may be other instances than before, or others of a kind.
+FLEET = (Added, Removed, Lost, Joined, Drained, Slid, Tuned)
 OFTEN = (Stepped, Cached)  # observers are told of these only where something was decided
 History = list[Event | Command]
 Write = Callable[[Event, Sequence[Command]], object]
@@ -84,6 +87,7 @@ class Recorder:
         self.prompts: deque[int] = deque(maxlen=KEEP_PROMPTS)  # lengths of the last ones, in tokens
         self.attainment = Attainment(lambda: scheduler.slo)
         self.load = Load()  # by which it is said how many instances are wanted
+        self._fleet = self._who_works()
         # Who is told facts with their decisions while somebody looks; they may not raise.
         self.observers: list[Observe] = []
         self._why: dict[str, Move] = {}
@@ -114,6 +118,7 @@ class Recorder:
                 return
         else:
             self._count(event)
+            self._begin_anew(event)
             self.attainment.on(event)
         if type(event) is Arrived and event.blocks:  # thousands of numbers that say nothing to a reader
             event = replace(event, blocks=())
@@ -145,10 +150,7 @@ class Recorder:
             case Tuned():
                 self.tuned.append(event)
                 self.happened.append(event)
-            case Added() | Removed():
-                self.load.begin(event.at)
-                self.happened.append(event)
-            case Lost() | Joined() | Silent() | Drained() | Slid() | Promised():
+            case Added() | Removed() | Lost() | Joined() | Silent() | Drained() | Slid() | Promised():
                 self.happened.append(event)
             case Flowed(request=request, kv_tokens=kv_tokens, gap=gap, reused=reused):
                 if (move := self._why.get(request)) is not None:
@@ -156,6 +158,18 @@ class Recorder:
                 self.gaps.append(gap)
                 self.moved_bytes += kv_tokens * self.bytes_per_token
                 self.recomputes += reused == 0
+
+    def _begin_anew(self, event: Event) -> None:
+        """What was asked of other instances, or under another promise, says nothing about these. Chunks alone
+        begin nothing: a tuner moves them every few seconds just when more instances are wanted."""
+        before = self._fleet
+        if isinstance(event, FLEET):
+            self._fleet = self._who_works()
+        if self._fleet != before or isinstance(event, Promised):
+            self.load.begin(event.at)
+
+    def _who_works(self) -> list[tuple[str, Kind]]:
+        return [(one.name, one.kind) for one in self.scheduler.instances.values() if working(one)]
 
     def find(self, request_id: str) -> list[str]:
         """The engine requests behind an id of the OpenAI API (one for each prompt and choice)."""

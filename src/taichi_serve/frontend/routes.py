@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from taichi_serve.cluster.vllm.settings import text
 from taichi_serve.dashboard.story import lines
 from taichi_serve.frontend.errors import error
+from taichi_serve.frontend.parsed import strictly
 from taichi_serve.frontend.settings import settings
 from taichi_serve.frontend.state import state
 from taichi_serve.messages import Asked, Drained, Promised, Slid
@@ -47,9 +48,11 @@ def conflict(message: str) -> JSONResponse:
 
 
 async def object_of(request: Request) -> dict[str, Any] | None:
-    """The body as an object, empty where there is none; None where it is no object."""
+    """The body as an object, empty where there is none; None where it is no object, or no JSON. Raises
+    Refusal where it is JSON that is not taken (parsed.py)."""
+    body = await request.body()
     try:
-        data = await request.json() if await request.body() else {}
+        data = strictly(body) if body else {}
     except ValueError:
         return None
     return data if isinstance(data, dict) else None
@@ -169,6 +172,8 @@ async def patch_slo(request: Request) -> JSONResponse:
             return bad(f"{name} must be a number of seconds, not {value!r}", name)
     try:
         promised = SLO(**{name: float(data.get(name, getattr(now, name))) for name in names})
+    except OverflowError:
+        return bad("ttft and tpot must be numbers of seconds, and not as large as that")
     except ValueError as wrong:
         return bad(str(wrong))
     system.cluster.tell(Promised(time.monotonic(), promised))

@@ -23,11 +23,12 @@ LONGEST = 86_400.0  # seconds that a drain may take
 @router.post("/instances")
 async def post_instance(request: Request) -> JSONResponse:
     """Start one more instance; its name at once. It takes part as soon as it is ready."""
-    system, data = system_of(request), await object_of(request) or {}
+    system, data = system_of(request), await object_of(request)
     if (why := _wrong(data, system.max_chunk)) is not None:
         return bad(*why)
     if system.front.closing:
         return conflict("the server is about to end")
+    assert data is not None
     kind = KINDS[data["kind"].lower()]
     try:
         name = system.elastic.add(kind, data.get("devices"), data.get("chunk"))
@@ -44,7 +45,7 @@ async def get_scale(request: Request) -> JSONResponse:
     return JSONResponse(told(system_of(request).recorder, time.monotonic()))
 
 
-def _wrong(data: dict[str, Any], most: int) -> tuple[str, str | None] | None:
+def _wrong(data: dict[str, Any] | None, most: int) -> tuple[str, str | None] | None:
     """What is wrong with what is asked for, and with which part of it."""
     if not data or set(data) - {"kind", "devices", "chunk"}:
         return f"the body must be {BODY}", None

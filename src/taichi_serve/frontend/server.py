@@ -18,6 +18,7 @@ from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.front_ends import front_ends, remark
 from taichi_serve.cluster.vllm.heap import settle
 from taichi_serve.cluster.vllm.identity import bytes_per_token, identity
 from taichi_serve.cluster.vllm.misuse import one_line
@@ -37,6 +38,7 @@ from taichi_serve.frontend.client import (
 from taichi_serve.frontend.connection import Connection
 from taichi_serve.frontend.ending import STOP_SECONDS, no_longer_than
 from taichi_serve.frontend.precheck import precheck
+from taichi_serve.frontend.series import Left
 from taichi_serve.frontend.several.hub import FrontEnds
 from taichi_serve.frontend.several.serving import serve_several
 from taichi_serve.frontend.starting import begun, promised
@@ -69,16 +71,18 @@ async def running(
 
 def _front(args: argparse.Namespace, here: Scratch) -> tuple[Callable[[EngineCoreOutputs], None], Make]:
     """Where the outputs of requests go, and how what is in front of the system is made."""
-    if (count := flags.front_ends(args)) > 1:
+    if (why := remark(args)) is not None:
+        say(why)
+    if (count := front_ends(args)) > 1:
         fronts = FrontEnds(count, here.path)
         return fronts.deliver, fronts.open
-    outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+    outputs: asyncio.Queue[EngineCoreOutputs | Left] = asyncio.Queue()
     return outputs.put_nowait, partial(_one_front, args, outputs)
 
 
 def _one_front(
     args: argparse.Namespace,
-    outputs: asyncio.Queue[EngineCoreOutputs],
+    outputs: asyncio.Queue[EngineCoreOutputs | Left],
     instances: Fleet,
     attendance: Attendance,
     trouble: Trouble,

@@ -71,6 +71,10 @@ class Front(Protocol):
         """An instance of this number takes part."""
         ...
 
+    def removed(self, index: int) -> None:
+        """The instance of this number left for good."""
+        ...
+
     def processes(self) -> list[dict[str, Any]]:
         """How its processes stand, where it has any of its own."""
         ...
@@ -154,7 +158,9 @@ def assemble(
     recorder = Recorder(scheduler, bytes_per_token(config), written.write if written else None, trouble)
     front = make(instances, attendance, trouble)
     largest = config.scheduler_config.max_num_batched_tokens
-    elastic = Elastic(cluster, keeper, instances.launcher.devices, scheduler, front.added)
+    guarded = partial(trouble.guarded, "front end")
+    added, removed = guarded(front.added), guarded(front.removed)
+    elastic = Elastic(cluster, keeper, instances.launcher.devices, scheduler, added, removed)
     looked_at = (cluster, scheduler, recorder, front, keeper, elastic, attendance)
     system = System(*looked_at, largest, args.settings, flags.classes(args), [], trouble, ending, written)
     keeper.told.failed, keeper.told.hopeless = front.fail, system.fail

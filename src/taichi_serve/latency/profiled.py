@@ -71,7 +71,8 @@ class Profiled:
 
         Chunks are filled across prompts, so only the sum of tokens counts; attention is that of each prompt.
         """
-        # Roofline.of is written out here: this runs for every instance at every arrival.
+        # Roofline.of is written out here, and so are its maxima: this runs for every instance at every
+        # arrival.
         model, chunk, running = self.model, instance.chunk or 1, instance.running_tokens
         ahead = instance.queued_tokens - instance.progress_tokens
         decodes, token, floor = instance.decodes, model.token, model.token * model.knee
@@ -79,19 +80,22 @@ class Profiled:
         plain = model.launch + model.decode * decodes + model.kv * context
         beside = plain + model.mixed
         full, rest = divmod(ahead - running + prompt_tokens - cached, chunk)
-        seconds = full * (beside + max(floor, token * (chunk + decodes)))
+        work = token * (chunk + decodes)
+        seconds = full * (beside + (work if work > floor else floor))
         seen = self.seen.get(instance.name)
         if rest:
             if running and seen and rest < seen.usual:
                 # Until that step begins others arrive and share it: it will be as full as steps were lately.
                 rest = min(chunk, int(seen.usual))
-            seconds += beside + max(floor, token * (rest + decodes))
+            work = token * (rest + decodes)
+            seconds += beside + (work if work > floor else floor)
         pairs = (prompt_tokens * (prompt_tokens + 1) - cached * (cached + 1)) / 2
         if ahead:
             pairs += instance.queued_attention * (ahead - running / 2) / instance.queued_tokens
         if running or decodes:
             # A request arrives when on average half of a step is left, and cannot join it.
-            seconds += ((beside if running else plain) + max(floor, token * (running + decodes))) / 2
+            work = token * (running + decodes)
+            seconds += ((beside if running else plain) + (work if work > floor else floor)) / 2
         seconds += model.attention * pairs
         if seen is None:
             return seconds

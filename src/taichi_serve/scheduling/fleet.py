@@ -113,9 +113,9 @@ class Fleet:
         if not (held or claimed):
             return NOTHING
         self.fresh()
-        caches, here = lengths(held, 2 * residency.bits) * residency.block_size, self._bits
+        caches, here = lengths(held, residency.bits + residency.hosts) * residency.block_size, self._bits
         claims = lengths(claimed, residency.bits)[here] * residency.piece
-        return Matched(self.rows, caches[here], caches[here + residency.bits], claims)
+        return Matched(self.rows, caches[here], caches[here + residency.hosts], claims)
 
     def column(self, prefixes: Prefixes, of: str) -> Floats | int:
         """How many tokens of a prompt each row has, `of` one sort (a field of Prefix); 0 where none has."""

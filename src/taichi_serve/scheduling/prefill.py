@@ -88,7 +88,7 @@ def _ask_for_fetches(
     With it they have equally much of the prompt, so the order of their queues is that of their keys, and
     whoever comes behind one that is feasible need not be asked.
     """
-    lender, lent, within = known.lender, known.lent, prompt.policy.fetch_within
+    lender, lent = known.lender, known.lent
     assert lender is not None
     could = []
     for number, (instance, alone) in enumerate(zip(instances, forecasts, strict=True)):
@@ -100,10 +100,7 @@ def _ask_for_fetches(
         if (0.0, rank, to_compute) > best:
             return
         instance, alone = instances[number], forecasts[number]
-        copied = known.behind + prompt.predictor.fetch(lender, instance, lent - alone.cached)
-        if copied > within or copied >= alone.ttft - prompt.to_come(instance):
-            continue
-        fetching = prompt.fetching(instance, alone, known, copied, _before(best, prompt.limits.ttft))
+        fetching = prompt.fetching(instance, alone, known, lender, _before(best, prompt.limits.ttft))
         if fetching is not alone:
             forecasts[number] = fetching
             keys[number] = key = prompt.key(instance, fetching)

@@ -89,8 +89,12 @@ class Prompt:
     def forecast(self, instance: Instance, known: Known) -> Forecast:
         """What to expect of one instance, with what it has itself."""
         prompt, here = self.request.prompt_tokens, known.prefixes.get(instance.name)
-        cached, used = (0, 0) if here is None else (here.cached, here.claimed)
-        after = known.overtaken.get(instance.name, ALL_BEFORE)
+        if here is None:
+            cached = used = 0
+        else:
+            _, cached, used = here
+            cached = used if used > cached else cached
+        after = known.overtaken.get(instance.name, ALL_BEFORE) if known.overtaken else ALL_BEFORE
         fits = load_after(instance, prompt - used - after.tokens, self.policy) <= self.policy.full_mark
         return self._judged(instance, self._ttft(instance, cached, after), cached, fits, after.tokens)
 
@@ -110,8 +114,8 @@ class Prompt:
         if feasible and low:
             tpot = self.predictor.tpot(instance, self.request.prompt_tokens)
             feasible = calm = tpot <= self.limits.tpot
-        queued = max(0, instance.queued_prefill_tokens - after)
-        return Forecast(instance.name, ttft, queued, feasible, fits, calm, cached)
+        queued = instance.queued_prefill_tokens - after
+        return Forecast(instance.name, ttft, queued if queued > 0 else 0, feasible, fits, calm, cached)
 
     def stays(self, instance: Instance) -> bool:
         """Whether the decode of a loose request would keep its TPOT SLO on this P-heavy instance."""
@@ -123,9 +127,10 @@ class Prompt:
         what is cached is taken off the queue in its place."""
         if not forecast.feasible:
             return 2.0, not forecast.fits, forecast.ttft, -forecast.cached
-        slow, rank = forecast.ttft > self.limits.quick, self.rank(instance)
+        slow = 1.0 if forecast.ttft > self.limits.quick else 0.0
+        rank = 1.0 if instance.kind is Kind.D_HEAVY else self.rank(instance)
         to_compute = forecast.queued_prefill_tokens - forecast.cached
-        return float(slow), rank, to_compute, forecast.ttft, -forecast.cached
+        return slow, rank, to_compute, forecast.ttft, -forecast.cached
 
     def rank(self, instance: Instance) -> float:
         """Which kind comes first: D-heavy, so that P-heavy ones stay free for long prompts; but P-heavy for a
@@ -135,19 +140,22 @@ class Prompt:
         return 0.0 if self.stays(instance) else 2.0
 
     def fetching(
-        self, instance: Instance, alone: Forecast, known: Known, copied: float, before: float
+        self, instance: Instance, alone: Forecast, known: Known, lender: Instance, before: float
     ) -> Forecast:
         """What to expect if the instance gets the prefix from the lender, where that is better than `alone`.
 
-        It is `copied` while the prompt waits in the queue, and what is left of these seconds delays the
-        prompt. Nothing is fetched that the cluster would give up, nor where the first token cannot be there
-        `before` so many seconds after the arrival.
+        It is copied while the prompt waits in the queue, and what is left of that time delays the prompt.
+        Nothing is fetched that takes longer than computing it or that the cluster would give up, nor where
+        the first token cannot be there `before` so many seconds after the arrival.
         """
         prompt, queued = self.request.prompt_tokens, alone.queued_prefill_tokens
         to_come = self.to_come(instance)
         computed, within = alone.ttft - to_come, min(before - to_come, self.policy.fetch_within)
         queue = computed * queued / (queued + prompt - alone.cached)  # its part of that time
-        if queue > within or copied > within:
+        if queue > within:
+            return alone
+        copied = known.behind + self.predictor.fetch(lender, instance, known.lent - alone.cached)
+        if copied > within or copied >= computed:
             return alone
         after = known.overtaken.get(instance.name, ALL_BEFORE)
         ttft = max(0.0, copied - queue) + self._ttft(instance, known.lent, after)

@@ -62,6 +62,7 @@ class Residency:
         self.bit: dict[str, int] = {}  # of each instance, its number
         self._bit: dict[tuple[str, Tier], int] = {}
         self._where: dict[int, int] = {}
+        self._hosts = False  # whether any host was ever told to hold something
         self._claims: dict[str, dict[int, int]] = {}
         self._claimed: dict[int, int] = {}  # who has such a claim: a bit for each instance
         for name in names:
@@ -111,6 +112,7 @@ class Residency:
     def learn(self, fact: Cached) -> None:
         """Book what a cache stored and removed."""
         bit = self._bit[fact.instance, fact.tier]
+        self._hosts = self._hosts or fact.tier is Tier.HOST
         if fact.reset:
             self._forget(bit)
         where = self._where
@@ -135,10 +137,9 @@ class Residency:
         """A request with these blocks is on this instance."""
         claims, claimed, bit = self._claims[name], self._claimed, self._bit[name, Tier.DEVICE]
         for block in self._pieces(blocks):
-            if block in claims:
-                claims[block] += 1
-            else:
-                claims[block] = 1
+            count = claims.get(block, 0)
+            claims[block] = count + 1
+            if not count:
                 claimed[block] = claimed.get(block, 0) | bit
 
     def leave(self, name: str, blocks: Sequence[int]) -> None:
@@ -169,23 +170,30 @@ class Residency:
         held, claimed = self.runs(blocks, tokens)
         if not (held or claimed):
             return NOTHING
-        caches, piece = _spread(held, 2 * bits), self._stride * size
-        claims = _spread(claimed, bits)
+        caches, piece = _spread(held, bits + self.hosts), self._stride * size
+        claims, hosts = _spread(claimed, bits), self.hosts
+        new = tuple.__new__  # Prefix(...) itself takes twice as long, and this is done for every instance
         for name, n in self.bit.items():
-            if (host := caches[n + bits]) or claims[n]:
-                found[name] = Prefix(caches[n] * size, host * size, claims[n] * piece)
+            if (host := caches[n + hosts]) or claims[n]:
+                found[name] = new(Prefix, (caches[n] * size, host * size, claims[n] * piece))
         return found
 
     def runs(self, blocks: Sequence[int], tokens: int) -> tuple[Runs, Runs]:
         """The same as bits and how many blocks, or pieces of blocks, these have: of caches, where the bit of
-        a host counts what its device has, and of claims."""
+        a host (`hosts` further) counts what its device has, and of claims."""
         size = self.block_size
         if size and len(blocks) * size >= tokens:
             blocks = blocks[: (tokens - 1) // size]
         if not (size and blocks):
             return [], []
-        held = _runs(self._where, blocks, self.bits)
+        held = _runs(self._where, blocks, self.hosts)
         return held, _runs(self._claimed, self._pieces(blocks), 0)
+
+    @property
+    def hosts(self) -> int:
+        """How much further the bit of a host is than that of its device; 0 while no host holds anything, for
+        then both have the same."""
+        return self.bits if self._hosts else 0
 
     @property
     def piece(self) -> int:

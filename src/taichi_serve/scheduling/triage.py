@@ -231,9 +231,9 @@ class Triage:
         share = policy.leftover if others > 0 else 0.5
         ttft = min(one.slo.ttft for one in victims)
         seconds = ttft * (policy.patience - 1.0) * share * len(able)
-        queued = sum(self.ledger.requests[name].work for name in self.ledger.best_effort)
+        queued = sum((self.ledger.requests[name].work for name in self.ledger.best_effort), 0.0)
         alone = not queued and len(victims) == 1
-        return alone or queued + sum(one.work for one in victims) <= seconds
+        return alone or queued + sum((one.work for one in victims), 0.0) <= seconds
 
     def hopeless(self, instance: Instance, now: float) -> list[tuple[Request, float, Request]]:
         """Who of the queue is to be best effort, each for the sake of a prompt that would be late: seconds

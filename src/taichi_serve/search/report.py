@@ -10,7 +10,6 @@ import yaml
 
 from taichi_serve.bench.figure import COLOURS, figure, save
 from taichi_serve.bench.goodput import Tally
-from taichi_serve.scheduling.policy import SERVE
 from taichi_serve.search.curve import Curve, lead
 from taichi_serve.search.effort import RUN_ERROR, Plan
 from taichi_serve.search.goodput import Contender, Scene
@@ -80,7 +79,7 @@ def config(scene: Scene, contender: Contender) -> dict[str, Any]:
         "tpot_margin": policy.tpot_margin,
         "watermark": policy.watermark,
         "alpha": policy.alpha,
-        **({} if policy.overload == SERVE else {"overload": policy.overload}),
+        "overload": policy.overload,
         **({"prefixes": scene.prefixes} if scene.workload.shares else {}),
     }
 

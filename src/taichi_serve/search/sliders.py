@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from taichi_serve.bench.goodput import Tally
+from taichi_serve.scheduling.policy import SERVE
 from taichi_serve.search.bound import bound
 from taichi_serve.search.climb import climb
 from taichi_serve.search.crew import Workers, workers
@@ -123,9 +124,10 @@ def search(
     effort: Effort | None = None,
     processes: int | None = None,
     tell: Tell = lambda _: None,
+    overload: str = SERVE,
 ) -> list[Found]:
-    """The best of every family, judged, best first; then what else came to a bisection. `tell` hears what is
-    going on."""
+    """The best of every family, judged, best first; then what else came to a bisection. All of them do with
+    requests that would be late what `overload` says. `tell` hears what is going on."""
     effort = effort or Effort()
     top = bound(scene.machine, scene.workload, scene.loosest.tpot, instances, scene.max_running)
     longest = min(8192, scene.machine.max_model_len)
@@ -133,9 +135,15 @@ def search(
         hunt = Hunt(crew, plan(scene, top, effort, seed), top, effort, tell)
         found: list[Found] = []
         for family in families:
-            found += hunt.tuned(family, FAMILIES[family](instances, longest))
+            field = [under(overload, one) for one in FAMILIES[family](instances, longest)]
+            found += hunt.tuned(family, field)
         found = ranked(with_ends(found))
         return ranked(hunt.judged(found)) if hunt.plan.judging else found
+
+
+def under(overload: str, contender: Contender) -> Contender:
+    """The same, doing this with requests that would be late."""
+    return replace(contender, policy=replace(contender.policy, overload=overload))
 
 
 def with_ends(found: list[Found]) -> list[Found]:

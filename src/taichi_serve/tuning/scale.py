@@ -11,7 +11,8 @@ One less is wanted only where what is left would be used up to `CALM`, so that n
 up and down. Requests that miss their SLOs ask for one more of the kind that could have helped, if much of it
 is used: an SLO that an idle server cannot keep is kept by no number of instances.
 
-Whenever an instance is added or removed, counting begins anew; for a while the answer is what is there.
+Whenever there are other instances than before, or other kinds of them, counting begins anew; for a while the
+answer is what is there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ GOAL, CALM = 0.75, 0.6  # shares: at most so much is to be used, and at most so 
 MUCH = 0.4  # share from which on more instances can be what late requests lack
 GOOD, JUDGED = 0.9, 20  # share of good requests below which more are wanted, of at least so many requests
 FASTEST = 2  # at most so many times what is there
+
+
+def working(instance: Instance) -> bool:
+    """Whether it counts: one that is lost has no time that could be used, and one that is drained leaves."""
+    return instance.alive and not instance.draining
 
 
 @dataclass(slots=True)

@@ -84,6 +84,24 @@ def test_the_scheduler_knows_classes_without_their_keys() -> None:
     assert flags.policy(flags.parse([MODEL])).classes == ()
 
 
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ((), "serve"),
+        (("--p-heavy", "1"), "serve"),
+        (("--ttft-slo", "2"), "demote"),
+        (("--tpot-slo", "0.05"), "demote"),
+        (("--slo-classes", '{"chat": {"ttft_slo": 1}}'), "demote"),
+        (("--ttft-slo", "2", "--overload", "serve"), "serve"),
+        (("--overload", "refuse"), "refuse"),
+        (("--ttft-slo", "2", "--scheduling-policy", "priority"), "serve"),
+    ],
+)
+def test_who_has_said_what_late_is_has_late_ones_demoted(words: tuple[str, ...], mode: str) -> None:
+    args = flags.parse([MODEL, *words])
+    assert (args.overload, flags.policy(args).overload) == (mode, mode)
+
+
 def test_slos_are_edges_of_the_histograms_of_times() -> None:
     found = edges([SLO(4.0, 0.07), SLO(3.0, 0.2)], {"inter_token_latency": [0.1], "request_latency": [9.0]})
     assert {3.0, 4.0, 2.5, 5.0} <= set(found["time_to_first_token"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
@@ -212,3 +216,68 @@ def test_settings_of_a_command_line_are_all_of_ours_and_what_was_said_of_vllms(t
     file = tmp_path / "settings.yaml"
     file.write_text(text(settings))
     assert flags.parse(["--config", str(file)]).settings == settings
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (b"port: 1\nport: 2", "'port' is there twice, the second time in line 2"),
+        (b"slo_classes: {a: {}, a: {}}", "'a' is there twice, the second time in line 1"),
+        (b"enforce_eager: !!bool x", "line 1: 'x' is no value"),
+        (b"port:\n  !!timestamp x", "line 2: 'x' is no value"),
+        (b"port: !!int x", "line 1: 'x' is no value"),
+        (b"port: " + b"9" * 5000, "line 1: '9999"),
+        (b"port: " + b"[" * 100_000, "nested too deeply"),
+        (b"hf_overrides: " + b"{a: " * 50_000 + b"}" * 50_000, "nested too deeply"),
+        (b"hf_overrides: {2020-01-01: 1}", "--hf-overrides: it cannot be said in JSON: keys must be str"),
+        (
+            b"hf_overrides: {a: !!binary aGk=}",
+            "--hf-overrides: it cannot be said in JSON: Object of type bytes",
+        ),
+        (b"hf_overrides: &a [*a]", "hf_overrides: more than 100000 values, or one that holds itself"),
+        (
+            b"a: &a [1,1,1,1,1,1,1,1]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (n, n, b",".join([b"*%c" % (n - 1)] * 8)) for n in b"bcdefghij"),
+            "f: more than 100000 values",
+        ),
+        (b"'': 1", "'' is no name of a setting"),
+        (b"'a b': 1", "'a b' is no name of a setting"),
+        (b"'port=3': 1", "'port=3' is no name of a setting"),
+        (b"1: 1", "'1' is no name of a setting"),
+        (b"model: \xff", "can't decode byte 0xff in position 7"),
+        (b"model: a\x00b", "special characters are not allowed"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_file_that_cannot_be_is_one_line_that_names_what_is_wrong(
+    tmp_path: Path, file: bytes, says: str
+) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(file)
+    with pytest.raises(ValueError, match=re.escape(says)) as wrong:
+        expanded([MODEL, "--config", str(path)], SERVE)
+    said = str(wrong.value)
+    assert said.startswith(f"--config: {path}: ")
+    assert "\n" not in said
+    assert len(said) < 500
+
+
+def test_an_unknown_setting_is_named_by_the_parser_and_merged_keys_are_not_twice_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("no_such_key: 1")
+    with pytest.raises(SystemExit):
+        flags.parse([MODEL, "--config", str(path)])
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: --no-such-key=1\n")
+    path.write_text("hf_overrides: {a: &a {x: 1}, b: {<<: *a, x: 2}}")
+    words = expanded([MODEL, "--config", str(path)], SERVE)
+    assert words[1:] == ['--hf-overrides={"a": {"x": 1}, "b": {"x": 2}}']
+
+
+@given(st.binary(max_size=200) | st.text(alphabet="ab:-&*![]{}<?|'\"\n 019.~%@,#", max_size=80))
+def test_whatever_stands_in_a_file_is_words_or_one_error(file: bytes | str) -> None:
+    with tempfile.NamedTemporaryFile() as place:
+        Path(place.name).write_bytes(file if isinstance(file, bytes) else file.encode())
+        with contextlib.suppress(ValueError):
+            expanded([MODEL, "--config", place.name], SERVE)

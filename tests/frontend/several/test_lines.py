@@ -15,6 +15,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 
+from taichi_serve.frontend.series import Left
 from taichi_serve.frontend.several.remote import RemoteClient
 from taichi_serve.messages import Decline, Finished, Lost, Promised
 from taichi_serve.slo import SLO
@@ -242,3 +243,17 @@ async def test_who_is_asked_for_a_word_says_one() -> None:
         here.hub.ping()
         await heard(client)
         await until(lambda: here.hub.heard_at[0] >= 5.0)
+
+
+async def test_statistics_forget_an_instance_that_left_after_its_last_outputs() -> None:
+    async with switchboard() as here:
+        client = await here.connect(0)
+        await client.add_request_async(request("a"))
+        await accepted(here, "a")
+        here.hub.deliver(EngineCoreOutputs(engine_index=1, outputs=[made("a", 7)]))
+        del here.cluster.engines[1]
+        here.hub.removed(1)
+        await heard(client)
+        await heard(client)
+        last, gone = client.outputs.get_nowait(), client.outputs.get_nowait()
+        assert (last.engine_index, gone) == (1, Left(1))

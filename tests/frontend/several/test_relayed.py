@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 
 import httpx
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter
 from scraping import with_everything
 
 from taichi_serve.dashboard.files import FILES, INDEX
@@ -28,7 +29,7 @@ async def front_end(path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of one that hands on to the socket at this path."""
     inside = relayed.Inside(str(path))
     app = FastAPI()
-    app.include_router(relayed.router(inside))
+    app.include_router(relayed.router(inside, lambda: {"0", "1"}))
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
             yield client
@@ -87,7 +88,7 @@ async def test_a_browser_is_led_to_the_page(tmp_path: Path) -> None:
 
 
 async def test_a_scrape_has_the_metrics_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relayed, "_of_all", lambda: b"vllm:generation_tokens_total 5.0\n")
+    monkeypatch.setattr(relayed, "_of_all", lambda engines: b"vllm:generation_tokens_total 5.0\n")
     async with served(tmp_path) as client:
         text = (await client.get("/metrics")).text
         assert "vllm:generation_tokens_total 5.0\n" in text
@@ -97,8 +98,19 @@ async def test_a_scrape_has_the_metrics_of_both(tmp_path: Path, monkeypatch: pyt
 async def test_where_the_scheduler_does_not_answer_it_is_said_and_vllms_metrics_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relayed, "_of_all", lambda: b"vllm:generation_tokens_total 5.0\n")
+    monkeypatch.setattr(relayed, "_of_all", lambda engines: b"vllm:generation_tokens_total 5.0\n")
     async with front_end(tmp_path / "nobody") as client:
         answer = await client.get("/taichi/state")
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded_error")
         assert (await client.get("/metrics")).text == "vllm:generation_tokens_total 5.0\n"
+
+
+def test_of_instances_that_left_nothing_is_shown() -> None:
+    registry = CollectorRegistry()
+    tokens = Counter("tokens", "Tokens", ["model_name", "engine"], registry=registry)
+    for engine in ("0", "1", "7"):
+        tokens.labels("tiny", engine).inc(5)
+    Counter("requests", "Requests", registry=registry).inc(3)
+    shown = [one for metric in relayed.Shown(registry, {"0", "7"}).collect() for one in metric.samples]
+    values = [(one.labels.get("engine"), one.value) for one in shown if one.name.endswith("_total")]
+    assert values == [("0", 5.0), ("7", 5.0), (None, 3.0)]

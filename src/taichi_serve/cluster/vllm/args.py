@@ -24,6 +24,7 @@ from taichi_serve.classes import Classes, read_classes
 from taichi_serve.cluster.vllm import unsaid
 from taichi_serve.cluster.vllm.cluster_host import cluster_host, on_hosts
 from taichi_serve.cluster.vllm.edges import edges
+from taichi_serve.cluster.vllm.front_ends import front_ends
 from taichi_serve.cluster.vllm.misuse import given, one_line_given
 from taichi_serve.cluster.vllm.options import FLAGS, TITLE, add_options
 from taichi_serve.cluster.vllm.patience import Patience
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 SCHEDULER = "taichi_serve.cluster.vllm.core.scheduler.FlowScheduler"
 # Several CPU instances share one memory: each takes at most this much for KV unless told otherwise.
 CPU_KV_BYTES = 1 << 30
-MOST_FRONT_ENDS = 64
 
 
 class OneLineParser(Recording, FlexibleArgumentParser):
@@ -163,21 +163,6 @@ def supervision(args: argparse.Namespace) -> None:
     """Raises ValueError where the number of restarts makes no sense."""
     if args.restarts < 0:
         raise ValueError(f"--restarts must be at least 0, not {args.restarts}")
-
-
-def front_ends(args: argparse.Namespace) -> int:
-    """How many processes speak HTTP; 1 is the server itself. Raises ValueError where so many cannot."""
-    count = 1 if args.api_server_count is None else int(args.api_server_count)
-    if not 1 <= count <= MOST_FRONT_ENDS:
-        raise ValueError(f"--api-server-count must be between 1 and {MOST_FRONT_ENDS}, not {count}")
-    if count > 1 and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-        raise ValueError(
-            "--api-server-count above 1 cannot be used with VLLM_ALLOW_RUNTIME_LORA_UPDATING: one front end "
-            "would not know what another has loaded"
-        )
-    if count > 1 and args.otlp_traces_endpoint is not None:
-        raise ValueError("--api-server-count above 1 cannot be used with --otlp-traces-endpoint")
-    return count
 
 
 def slo(args: argparse.Namespace) -> SLO:

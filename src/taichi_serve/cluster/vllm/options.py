@@ -6,7 +6,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.cluster.vllm.unsaid import DEFAULTS
 from taichi_serve.latency.shipped import measured_names
-from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES, SERVE
+from taichi_serve.scheduling.policy import FETCH, OVERLOAD, PREFIXES
 from taichi_serve.sliders import MODES
 
 TITLE = "TaiChi"
@@ -83,6 +83,7 @@ LATE = (
     "what becomes of a request that can no longer meet its TTFT: it is served in its turn, it or the longest "
     "before it is best effort, or it is turned away with a 503"
 )
+UNSAID = "demote where an SLO or classes are named, else serve"
 
 
 def usual(words: str) -> str:
@@ -114,7 +115,7 @@ def add_options(serve: FlexibleArgumentParser) -> None:
         help="what the scheduler does about prefix caches: it is not told of them, reckons with them, or has "
         "prefixes fetched from one instance to another, too",
     )
-    group.add_argument("--overload", choices=OVERLOAD, default=SERVE, help=LATE)
+    group.add_argument("--overload", choices=OVERLOAD, default=None, help=LATE + usual(UNSAID))
     group.add_argument(
         "--autotune",
         choices=MODES,

@@ -13,10 +13,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from taichi_serve.cluster.vllm.yamlfile import read
 
 CONFIG = "--config"
 MASK = "(masked)"  # stands for what is secret
@@ -26,6 +27,7 @@ SECRET = re.compile(r"secret|passw|credential|api_?key|access_?key|auth_?token|h
 USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 # YAML takes these words for true and false, where they are not in quotes.
 YAML_WORDS = {True: ("on", "yes", "true"), False: ("off", "no", "false")}
+NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 NO_SETTINGS = ("help", "config")
 
 
@@ -64,19 +66,12 @@ def expanded(argv: list[str], serve: argparse.ArgumentParser) -> list[str]:
     return [*lead, *found, *rest[len(own) :]]
 
 
-def read(path: str) -> dict[str, Any]:
-    """The settings of a file, by their names as they stand there; raises ValueError, OSError, YAMLError."""
-    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("the file must hold keys with values")
-    return {str(key): value for key, value in found.items()}
-
-
 def to_words(key: str, value: Any, serve: argparse.ArgumentParser) -> list[str]:
     """The words that say one setting; raises ValueError where no words can."""
     flag, action = _flag(key), _action(key, serve)
     if flag == CONFIG:
         raise ValueError("a file of settings cannot name another one")
+    _check(key, flag, value)
     if _masked(value):
         return _from_environment(flag, value)
     if action is None or "." in key:  # argparse says what is wrong; a field of an object is vLLM's own way
@@ -93,6 +88,16 @@ def to_words(key: str, value: Any, serve: argparse.ArgumentParser) -> list[str]:
         case _:
             found = [f"{flag}={_text(value)}"]
     return found
+
+
+def _check(key: str, flag: str, value: Any) -> None:
+    if not NAME.fullmatch(key):
+        raise ValueError(f"{key[:80]!r} is no name of a setting")
+    if isinstance(value, dict | list):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as wrong:  # such as a date
+            raise ValueError(f"{flag}: it cannot be said in JSON: {wrong}") from None
 
 
 def _apart(word: str) -> list[str]:

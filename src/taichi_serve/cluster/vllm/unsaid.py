@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from taichi_serve.scheduling.policy import DEMOTE, SERVE
 from taichi_serve.sliders import OFF, Sliders
 from taichi_serve.slo import DEFAULT
 
@@ -33,6 +34,15 @@ def complete(args: argparse.Namespace) -> None:
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.overload is None:
+        args.overload = _overload(args)
+
+
+def _overload(args: argparse.Namespace) -> str:
+    """What becomes of requests that would be late: whoever has not said what late is loses none. vLLM's own
+    order of priorities cannot be used with another order."""
+    named = args.said & {"ttft_slo", "tpot_slo"} or args.slo_classes is not None
+    return DEMOTE if named and args.scheduling_policy == "fcfs" else SERVE
 
 
 def _divide(args: argparse.Namespace, count: int) -> None:

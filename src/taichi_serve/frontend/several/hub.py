@@ -24,7 +24,7 @@ from taichi_serve.frontend.everywhere import everywhere
 from taichi_serve.frontend.names import Names
 from taichi_serve.frontend.several.line import Line
 from taichi_serve.frontend.several.owners import Owners
-from taichi_serve.frontend.several.shared import NOT_ACCEPTING, Shared
+from taichi_serve.frontend.several.shared import Shared
 from taichi_serve.frontend.several.words import (
     CACHE,
     CALLS,
@@ -131,20 +131,20 @@ class FrontEnds:
         """An instance takes part: front ends are told before its first output comes."""
         self.tell()
 
+    def removed(self, index: int) -> None:
+        """An instance left."""
+        self.tell()
+
     def processes(self) -> list[dict[str, Any]]:
         """How they stand."""
         return [
             {
                 **self.keeper.view(index),
                 "requests": self.owners.count(index),
-                "connections": self._load(index),
+                "connections": self.shared.connections(index),
             }
             for index in range(self.count)
         ]
-
-    def _load(self, index: int) -> int:
-        load = self.shared.loads[index]
-        return 0 if load == NOT_ACCEPTING else load
 
     def fail(self, request_id: str, why: str) -> None:
         """End a request with a 500 that says why."""

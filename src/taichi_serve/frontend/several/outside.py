@@ -50,12 +50,16 @@ class Outside:
         self.llm: ClusterLLM = cluster_llm(config, self.client, args, **several)
         self.llm.attendance = self.attendance = Attendance(self.cluster, self.cluster)
         self.client.failed, self.client.declined = self.llm.fail, self.llm.decline
-        self.client.came = self.llm.added
-        guard_statistics(self.llm, RemoteTrouble(line))
+        trouble = RemoteTrouble(line)
+        self.client.came = trouble.guarded("statistics", self.llm.added)
+        guard_statistics(self.llm, trouble)
 
     def unready(self) -> str | None:
         """Why a new request would not be taken now; None where it would."""
         return SHUTTING_DOWN if self.llm.closing else self.attendance.unready()
+
+    def _numbers(self) -> set[str]:
+        return {str(instance.index) for instance in self.cluster.engines}
 
     def finish(self, app: FastAPI) -> None:
         """Make vLLM's application ours."""
@@ -71,7 +75,7 @@ class Outside:
             lambda: self.llm.closing,
             self.attendance.retry_after,
             promises,
-            routers=(relayed.router(self.inside), probes.router),
+            routers=(relayed.router(self.inside, self._numbers), probes.router),
             drained=lambda: self.cluster.drained,
         )
 

@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import httpx
 from fastapi import APIRouter, Request
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Scope
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from taichi_serve.frontend.errors import error
+from taichi_serve.frontend.series import ENGINE
 
 METHODS = ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE"]
 # Of one hop: whoever hands a message on makes its own.
@@ -63,15 +67,15 @@ class Inside:
         await self._client.aclose()
 
 
-def router(inside: Inside) -> APIRouter:
-    """The routes."""
+def router(inside: Inside, engines: Callable[[], Container[str]]) -> APIRouter:
+    """The routes. `engines` are the numbers of the instances that are there."""
     routes = APIRouter(include_in_schema=False)
 
     async def handed_on(request: Request) -> Response:
         return await inside.answer(request)
 
     async def metrics() -> Response:
-        vllms_own, ours = await asyncio.gather(asyncio.to_thread(_of_all), inside.metrics())
+        vllms_own, ours = await asyncio.gather(asyncio.to_thread(_of_all, engines()), inside.metrics())
         return Response(vllms_own + ours, media_type=CONTENT_TYPE_LATEST)
 
     for path in ("/", "/taichi", "/taichi/{rest:path}"):
@@ -88,6 +92,27 @@ def _target(scope: Scope) -> httpx.URL:
     return httpx.URL(raw_path=path + b"?" + query if query else path)
 
 
-def _of_all() -> Any:
-    """vLLM's metrics of all front ends, those that are gone too: a counter never goes back."""
-    return generate_latest(get_prometheus_registry())
+def _of_all(engines: Container[str]) -> Any:
+    """vLLM's metrics of all front ends, those that are gone too: a counter never goes back. Those of
+    instances that left are in the files, out of which nothing can be taken, and are not shown."""
+    shown = CollectorRegistry(auto_describe=False)
+    shown.register(Shown(get_prometheus_registry(), engines))
+    return generate_latest(shown)
+
+
+class Shown(Collector):
+    """What another registry has of these engines, and of none."""
+
+    def __init__(self, of: Collector, engines: Container[str]) -> None:
+        self._of = of
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, now."""
+        for metric in self._of.collect():
+            metric.samples = [
+                one
+                for one in metric.samples
+                if ENGINE not in one.labels or one.labels[ENGINE] in self._engines
+            ]
+            yield metric

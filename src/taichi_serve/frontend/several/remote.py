@@ -16,6 +16,7 @@ from taichi_serve.classes import PLAIN, Terms
 from taichi_serve.cluster.vllm.server.blocks import Hasher
 from taichi_serve.frontend.client import ClusterClient
 from taichi_serve.frontend.names import Asked
+from taichi_serve.frontend.series import Left
 from taichi_serve.frontend.several.line import Line
 from taichi_serve.frontend.several.words import (
     Abandoned,
@@ -129,9 +130,13 @@ class RemoteClient(ClusterClient):
                 self.cluster.over(request)
                 self.declined(Decline(request, retry_after, ""))
             case Standing():
+                here = {instance.index for instance in word.instances}
+                gone = {instance.index for instance in self.cluster.engines} - here
                 self.cluster.standing = word
-                for instance in word.instances:
-                    self.came(instance.index)
+                for index in here:
+                    self.came(index)
+                for index in gone:
+                    self.outputs.put_nowait(Left(index))
             case Answer():
                 self._answered(word)
             case Ping(drained=drained):

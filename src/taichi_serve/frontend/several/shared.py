@@ -41,3 +41,8 @@ class Shared:
         """This front end is gone: it has no connections, accepts none, and holds no requests."""
         self.loads[index] = NOT_ACCEPTING
         self.admissions[index * SharedAdmissionStats.COUNTERS_PER_SLOT] = 0
+
+    def connections(self, index: int) -> int:
+        """Open connections of this front end."""
+        load = self.loads[index]
+        return 0 if load == NOT_ACCEPTING else load

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from instances import instance
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
+from taichi_serve.cluster.vllm.server import devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
 from taichi_serve.cluster.vllm.server.process import StartError
@@ -130,3 +132,10 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not holds():  # noqa: ASYNC110  nobody here sets an event
             await asyncio.sleep(0)
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """So many GPUs are visible."""
+    monkeypatch.setattr(devices.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(devices.current_platform, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,14 +12,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from house import Cluster, House, until
+from house import Cluster, House, on_gpus, until
 
-from taichi_serve.cluster.vllm.server import devices, elastic
+from taichi_serve.cluster.vllm.server import elastic
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.elastic import Change, Elastic, RefusedError, UnknownError
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
+    Abort,
     Added,
     Arrived,
     Drained,
@@ -26,6 +28,8 @@ from taichi_serve.messages import (
     Finished,
     Joined,
     Lost,
+    Outcome,
+    Prefill,
     Prefilled,
     Removed,
     Stepped,
@@ -88,7 +92,7 @@ class Town(House):
         capacities = {"i0": 1_000, "i1": 1_000}
         self.scheduler = GlobalScheduler(sliders, SLO(2.0, 0.05), Learned(), Policy(), capacities)
         self.cluster: Members = Members(self.cluster.engines, self.scheduler)
-        self.keeper._cluster = self.cluster
+        self.keeper._cluster = self.keeper._meetings._cluster = self.cluster
         self.devices = Devices(2, 1, "0;1")
         self.entered: list[int] = []
         self.elastic = Elastic(self.cluster, self.keeper, self.devices, self.scheduler, self.entered.append)
@@ -158,6 +162,74 @@ async def test_one_that_is_still_starting_can_be_taken_back(town: Town) -> None:
     await town.gone(name)
     assert town.elastic.coming == {}
     assert town.names == ["i0", "i1"]
+
+
+async def test_one_that_cannot_be_let_in_leaves_nothing_behind(town: Town, monkeypatch: Any) -> None:
+    def full(engine: Engine, chunk: int | None) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(town.cluster, "add", full)
+    name = town.elastic.add(D, "7")
+    await until(lambda: bool(town.elastic.failures))
+    assert town.elastic.failures[0].why == "RuntimeError: no room"
+    assert (town.elastic.coming, town.entered, town.elastic.counts[Change.ADDED]) == ({}, [], 0)
+    agree(town)
+    with pytest.raises(KeyError):
+        town.devices.of(2)
+    assert town.elastic.remove(name) is True
+
+
+async def test_its_devices_are_given_back_when_its_processes_are_gone_however_often_it_is_taken_back(
+    town: Town, monkeypatch: Any
+) -> None:
+    town.cluster.hangs = lambda at, to: True  # it is up, and meets the others
+    ended = threading.Event()
+    name = town.elastic.add(D, "7")
+    await until(lambda: bool(town.cluster.met))
+    process = town.launcher.made[0].process
+    monkeypatch.setattr(process, "end", ended.wait)
+    for _ in range(3):
+        assert town.elastic.remove(name) is False
+        await asyncio.sleep(0.01)
+    assert (list(town.elastic.coming), town.devices.of(2)) == ([name], "7")
+    ended.set()
+    await until(lambda: town.elastic.remove(name) is True)
+    assert town.launcher.made[0].client.closed  # type: ignore[attr-defined]
+    with pytest.raises(KeyError):
+        town.devices.of(2)
+
+
+async def test_one_that_leaves_while_it_is_started_again_keeps_its_devices_until_that_start_is_undone(
+    town: Town, monkeypatch: Any
+) -> None:
+    town.cluster.hangs = lambda at, to: True
+    ended = threading.Event()
+    town.keeper.exited(town.cluster.engines[1], -9)
+    await until(lambda: bool(town.cluster.met))
+    monkeypatch.setattr(town.launcher.made[0].process, "end", ended.wait)
+    town.elastic.remove("i1", 0.0)
+    await until(lambda: town.names == ["i0"])
+    await asyncio.sleep(0.01)
+    assert (town.elastic.remove("i1"), town.devices.of(1)) == (False, "1")
+    ended.set()
+    await until(lambda: town.elastic.remove("i1") is True)
+
+
+async def test_what_waits_for_one_that_hangs_ends_when_that_one_is_removed(town: Town) -> None:
+    town.keeper.quarantine.lost("i9", [], ["p", "q"])  # an instance died under these two
+    town.runs(1, "p#1", "p")
+    assert town.keeper.quarantine.admit(Prefill("p", 1, "i1", hand_over=False))
+    assert not town.keeper.quarantine.admit(Prefill("q", 1, "i0", hand_over=False))
+    town.keeper.silence(town.cluster.engines[1], 6)
+    assert town.keeper.quarantine.suspects["p"].hangs is not None
+    town.elastic.remove("i1", 0.0)
+    await until(lambda: town.elastic.remove("i1") is True)
+    ((request, why),) = town.failed
+    assert request == "p"
+    assert why.endswith("i1: it did not answer when its time to leave was over")
+    assert ("send", Abort("p", Outcome.FAILED, why)) in town.cluster.told
+    assert [command.request for command in town.keeper.quarantine.over("p")] == ["q"]  # type: ignore[union-attr]
+    assert town.launcher.begun == []
 
 
 async def test_one_that_is_added_and_dies_comes_back_under_its_name(town: Town) -> None:
@@ -270,40 +342,6 @@ async def test_devices_of_one_that_left_are_for_the_next(town: Town, monkeypatch
     await town.gone("i1")
     assert await town.added() == "i2"
     assert town.devices.of(2) == "1"
-
-
-def on_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(devices.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setattr(devices.current_platform, "device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-def test_a_new_instance_gets_devices_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpus(monkeypatch, 8)
-    here = Devices(2, 2, None)
-    assert [here.of(0), here.of(1)] == ["0,1", "2,3"]
-    here.take(2)
-    here.take(3, "4,5")  # shared, because somebody says so
-    assert (here.of(2), here.of(3)) == ("4,5", "4,5")
-    with pytest.raises(ValueError, match="'7' names 1 devices, and each instance takes 2"):
-        here.take(4, "7")
-    with pytest.raises(ValueError, match="is no group of devices"):
-        here.take(4, "0;rm -rf")
-    here.take(4)
-    assert here.environment(4) == {"CUDA_VISIBLE_DEVICES": "6,7"}
-    here.give_back(0)
-    here.take(5)
-    assert here.of(5) == "0,1"
-
-
-def test_cores_are_shared_by_as_few_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices.current_platform, "is_cpu", lambda: True)
-    here = Devices(3, 1, "0;1;1")
-    here.take(3)
-    assert here.of(3) == "0"
-    here.give_back(1)
-    here.take(4)
-    assert here.of(4) == "1"
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -255,6 +255,13 @@ def test_a_kernel_that_does_not_fork_is_one_clear_error(
     assert cores.log().read_text() == "OSError: fork: too many processes\n"
 
 
+def test_an_environment_that_is_too_large_is_one_clear_error(cores: Cores) -> None:
+    cores.running()
+    assert cores.begin(STAY, LARGE="x" * (1 << 17)).wait(SECONDS) == 1
+    assert cores.log().read_text() == "OSError: [Errno 90] Message too long\n"
+    assert cores.told()
+
+
 def test_what_is_not_wanted_any_more_is_not_waited_for(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORKABLE_MODULES", "endless")
     one, other = cores.begin(STAY), cores.begin(STAY)

@@ -101,7 +101,7 @@ async def test_a_pair_that_cannot_move_is_a_start_that_failed(house: House) -> N
 async def test_whoever_is_too_busy_to_meet_it_keeps_nobody_out(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("taichi_serve.cluster.vllm.server.keeper.MEET_SECONDS", 1.0)
+    monkeypatch.setattr("taichi_serve.cluster.vllm.server.meetings.MEET_SECONDS", 1.0)
     house.cluster.hangs = lambda at, to: at.process.name == "i0"
     house.keeper.exited(house.cluster.engines[1], 1)
     await house.joined()
@@ -113,7 +113,7 @@ async def test_whoever_is_too_busy_to_meet_it_keeps_nobody_out(
 async def test_who_cannot_compute_by_itself_is_not_let_in(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("taichi_serve.cluster.vllm.server.keeper.MEET_SECONDS", 1.0)
+    monkeypatch.setattr("taichi_serve.cluster.vllm.server.meetings.MEET_SECONDS", 1.0)
     house.cluster.hangs = lambda at, to: at.process.name == "i1.2" and to is None
     house.keeper.exited(house.cluster.engines[1], 1)
     await until(lambda: any("could not be started again" in line for line in house.said))
@@ -170,3 +170,39 @@ async def test_where_an_engine_left_no_word_every_prompt_there_is_a_suspect(hous
     house.keeper.exited(house.cluster.engines[1], 1)
     assert set(house.keeper.quarantine.suspects) == {"p", "q"}
     await house.keeper.stop()
+
+
+async def test_who_is_given_up_is_lost_to_those_it_has_met_before_its_process_ends(house: House) -> None:
+    house.cluster.fails = lambda at, to: at.process.name == "i0" and to is not None
+    house.keeper.exited(house.cluster.engines[1], 1)
+    await until(lambda: any("could not be started again" in line for line in house.said))
+    assert house.cluster.told[1:] == [("lose", "i1.2", "it was given up")]
+    await house.keeper.stop()
+
+
+async def test_one_that_was_lost_while_it_was_to_leave_and_stays_comes_back_as_every_other_does(
+    house: House,
+) -> None:
+    house.launcher.loads = asyncio.Event()
+    engine = house.cluster.engines[1]
+    house.keeper.leaves("i1")
+    house.keeper.exited(engine, -9)
+    assert house.launcher.begun == []
+    house.keeper.stays(engine)
+    await until(lambda: house.launcher.begun == ["i1.2"])
+    house.keeper.leaves("i1")  # it is to leave again, and its start ends
+    await asyncio.wait_for(house.keeper.settled("i1"), 10)
+    house.keeper.stays(engine)
+    house.launcher.loads.set()
+    await house.joined()
+    assert house.launcher.begun == ["i1.2", "i1.3"]
+
+
+async def test_one_that_stays_and_was_started_too_often_stays_out(tmp_path: Path) -> None:
+    house = House(tmp_path, restarts=0)
+    engine = house.cluster.engines[1]
+    house.keeper.leaves("i1")
+    house.keeper.exited(engine, -9)
+    house.keeper.stays(engine)
+    await until(lambda: any("i1 STAYS OUT: --restarts is 0" in line for line in house.said))
+    assert house.launcher.begun == []

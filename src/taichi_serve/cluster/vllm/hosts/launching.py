@@ -13,9 +13,10 @@ from vllm.platforms import current_platform
 
 from taichi_serve.cluster.vllm.hosts.held import HeldProcess, Holding
 from taichi_serve.cluster.vllm.hosts.holder import Begun
-from taichi_serve.cluster.vllm.server.devices import ON_CPU, Devices
+from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.line import Line
 from taichi_serve.cluster.vllm.server.process import NO_TRACES, Process, StartError
+from taichi_serve.cluster.vllm.server.surroundings import on_cpu
 from taichi_serve.sliders import Kind
 
 Say = Callable[[str], None]
@@ -51,8 +52,7 @@ class Places(Protocol):
 def carried(environment: Mapping[str, str]) -> dict[str, str]:
     """Of an environment, what engines on other hosts are to have, too."""
     found = {k: v for k, v in environment.items() if k.startswith(CARRIED) and k not in ITS_OWN}
-    common = {k: v for k, v in ON_CPU.items() if k not in environment} if current_platform.is_cpu() else {}
-    return {**found, **common, **NO_TRACES}
+    return {**found, **(on_cpu() if current_platform.is_cpu() else {}), **NO_TRACES}
 
 
 class Elsewhere(Devices):
@@ -81,7 +81,7 @@ class Elsewhere(Devices):
         if named is not None:
             raise ValueError("devices cannot be named with --ray: it places instances")
 
-    def give_back(self, index: int) -> None:
+    def give_back(self, index: int, failed: bool = False) -> None:
         """Its place was given back with its process."""
         self._names.pop(index, None)
 

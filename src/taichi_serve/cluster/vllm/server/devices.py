@@ -8,12 +8,11 @@ import re
 from vllm.platforms import current_platform
 
 from taichi_serve.cluster.vllm.server.process import StartError
+from taichi_serve.cluster.vllm.server.surroundings import on_cpu
 
-# Environment of every CPU instance. UCX, under NIXL, else hooks into each mapping of memory, which costs a
-# step of the model 3 %; without its hooks it registers memory when told to, which is all that KV needs.
-ON_CPU = {"UCX_MEM_EVENTS": "n"}
 # What may stand in a group: it becomes a value of the environment.
-GROUP = re.compile(r"[\w.:/|,-]{1,500}")
+GROUP = re.compile(r"[\w.:/|,-]{1,500}", re.ASCII)
+RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)  # a core, or several
 
 
 class NoDeviceError(ValueError):
@@ -23,7 +22,8 @@ class NoDeviceError(ValueError):
 class Devices:
     """The groups of devices, or cores, of the instances of a server; each instance is a number.
 
-    An accelerator is given to one instance, unless somebody names it for two; cores may be shared.
+    An accelerator is given to one instance, unless somebody names it for two; cores may be shared. Groups
+    that somebody named for an instance leave with it: whose they are, only who named them knows.
     """
 
     def __init__(self, count: int, per_instance: int, devices: str | None) -> None:
@@ -31,7 +31,8 @@ class Devices:
         `devices` has the wrong form."""
         self.per_instance = per_instance
         self._taken = dict(enumerate(_groups(count, per_instance, devices)))
-        self._free: list[str] = []  # those of instances that left
+        self._ours = dict.fromkeys(self._taken.values())  # groups that nobody named for one instance
+        self._failed: dict[str, None] = {}  # devices on which the last start failed, the latest last
 
     def of(self, index: int) -> str:
         """The group of an instance; "" where vLLM chooses its cores."""
@@ -39,27 +40,32 @@ class Devices:
 
     def environment(self, index: int) -> dict[str, str]:
         """What its environment has beside the server's own."""
-        on_cpu, group = current_platform.is_cpu(), self._taken[index]
-        variable = "VLLM_CPU_OMP_THREADS_BIND" if on_cpu else "CUDA_VISIBLE_DEVICES"
-        common = {k: v for k, v in ON_CPU.items() if k not in os.environ} if on_cpu else {}
-        return common | ({variable: group} if group else {})
+        cores, group = current_platform.is_cpu(), self._taken[index]
+        variable = "VLLM_CPU_OMP_THREADS_BIND" if cores else "CUDA_VISIBLE_DEVICES"
+        return (on_cpu() if cores else {}) | ({variable: group} if group else {})
 
     def take(self, index: int, named: str | None = None) -> None:
-        """A group for one more instance: the one that is `named`, else one that was given back, else devices
-        that nobody has. Raises NoDeviceError where there is none, and ValueError where the name is none."""
-        group = self._named(named) if named is not None else self._next()
-        if group in self._free:
-            self._free.remove(group)
+        """A group for one more instance: the one that is `named`, else one of ours that nobody has, else
+        devices that nobody has. What failed lately is taken last. Raises NoDeviceError where there is none,
+        and ValueError where the name is none."""
+        if named is not None:
+            self._taken[index] = self._named(named)
+            return
+        group = self._next()
         self._taken[index] = group
+        self._ours[group] = None
 
-    def give_back(self, index: int) -> None:
-        """The instance is gone, and its processes are."""
-        self._free.append(self._taken.pop(index))
+    def give_back(self, index: int, failed: bool = False) -> None:
+        """The instance is gone, and its processes are; or its start `failed`."""
+        for device in _each(self._taken.pop(index)):
+            self._failed.pop(device, None)
+            if failed:
+                self._failed[device] = None
 
     def _named(self, named: str) -> str:
         group = named.strip()
         if not GROUP.fullmatch(group):
-            raise ValueError(f"{named!r} is no group of devices")
+            raise ValueError(f"{named[:80]!r} is no group of devices")
         if not current_platform.is_cpu() and len(group.split(",")) != self.per_instance:
             raise ValueError(
                 f"{named!r} names {len(group.split(','))} devices, and each instance takes "
@@ -68,20 +74,49 @@ class Devices:
         return group
 
     def _next(self) -> str:
-        if self._free:
-            return self._free[0]
-        taken = list(self._taken.values())
+        by_luck = sorted(self._ours, key=self._bad_luck)
         if current_platform.is_cpu():
-            return min(dict.fromkeys(taken), key=taken.count)
-        used = {name for group in taken for name in group.split(",")}
+            return min(by_luck, key=lambda group: (self._users(group), self._bad_luck(group)))
+        free = [group for group in by_luck if not self._users(group)]
+        if free and not self._bad_luck(free[0]):
+            return free[0]
         visible = _visible()
-        left = [name for name in visible if name not in used]
-        if len(left) < self.per_instance:
-            raise NoDeviceError(
-                f"no device is free: an instance takes {self.per_instance}, and of {len(visible)} visible "
-                f'ones {len(left)} are left; name some that are to be shared in "devices"'
-            )
-        return ",".join(left[: self.per_instance])
+        left = sorted((name for name in visible if not self._users(name)), key=self._bad_luck)
+        fresh = ",".join(left[: self.per_instance])
+        if len(left) >= self.per_instance and not (free and self._bad_luck(fresh)):
+            return fresh
+        if free:
+            return free[0]
+        raise NoDeviceError(
+            f"no device is free: an instance takes {self.per_instance}, and of {len(visible)} visible "
+            f'ones {len(left)} are left; name some that are to be shared in "devices"'
+        )
+
+    def _users(self, group: str) -> int:
+        """How many present instances use a device of this group."""
+        return sum(_meet(group, taken) for taken in self._taken.values())
+
+    def _bad_luck(self, group: str) -> int:
+        """0 where no start failed on it, and the more the later one did."""
+        order = list(self._failed)
+        return max((order.index(one) + 1 for one in _each(group) if one in self._failed), default=0)
+
+
+def _each(group: str) -> list[str]:
+    """The devices of a group; of cores also their ranges."""
+    return [part.strip() for part in re.split(r"[,|]", group) if part.strip()]
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two groups have a device, or a core, in common."""
+    return any(_same(x, y) for x in _each(one) for y in _each(other))
+
+
+def _same(one: str, other: str) -> bool:
+    a, b = RANGE.fullmatch(one), RANGE.fullmatch(other)
+    if a is None or b is None:
+        return one == other
+    return int(a[1]) <= int(b[2] or b[1]) and int(b[1]) <= int(a[2] or a[1])
 
 
 def _groups(count: int, per_instance: int, devices: str | None) -> list[str]:

@@ -89,6 +89,7 @@ class Coming:
     chunk: int | None
     began: float
     task: asyncio.Task[None] | None = None
+    dropped: bool = False  # nobody wants it any more, and it is being ended
 
 
 @dataclass(slots=True, eq=False)
@@ -111,13 +112,15 @@ class Failure:
 
 @dataclass(slots=True)
 class Elastic:
-    """Adds and removes the instances of one server. `entered` is told the number of each that takes part."""
+    """Adds and removes the instances of one server. `entered` and `departed` are told the numbers of those
+    that take part, and no longer do; they may not raise."""
 
     cluster: Cluster
     keeper: Keeper
     devices: Devices
     scheduler: Scheduler
     entered: Callable[[int], None] = lambda index: None
+    departed: Callable[[int], None] = lambda index: None
     coming: dict[str, Coming] = field(default_factory=dict)
     leaving: dict[str, Leaving] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)  # names of those that left, or never came
@@ -161,21 +164,27 @@ class Elastic:
         await measure(self.cluster, [engine])
 
     def _enter(self, one: Coming, engine: Engine) -> None:
+        """Let it in, or leave all as it was."""
         self.keeper.supervisor.add(one.name)
-        self.cluster.add(engine, one.chunk)
-        self.entered(one.index)
+        try:
+            self.cluster.add(engine, one.chunk)
+        except BaseException:
+            self.keeper.supervisor.remove(one.name)
+            raise
         del self.coming[one.name]
         self.counts[Change.ADDED] += 1
+        self.entered(one.index)
 
     def _failed(self, one: Coming, why: str) -> None:
-        self._dropped(one)
+        self._dropped(one, failed=True)
         self.failures.append(Failure(one.name, one.kind, why, time.monotonic()))
         self.counts[Change.FAILED] += 1
         self.keeper.told.say(f"INSTANCE {one.name} COULD NOT BE ADDED: {why}")
 
-    def _dropped(self, one: Coming) -> None:
+    def _dropped(self, one: Coming, failed: bool = False) -> None:
+        """Its processes are gone."""
         if self.coming.pop(one.name, None) is not None:
-            self.devices.give_back(one.index)
+            self.devices.give_back(one.index, failed)
             self.gone.add(one.name)
 
     # ------------------------------------------------------------------------------------------ leaving
@@ -188,7 +197,8 @@ class Elastic:
         until = time.monotonic() + within
         if (one := self.coming.get(name)) is not None:
             assert one.task is not None
-            one.task.cancel()
+            if not one.dropped:  # a second word must not cancel what the first one began
+                one.dropped = one.task.cancel()
             return False
         if (before := self.leaving.get(name)) is not None:
             before.until = min(before.until, until)
@@ -229,10 +239,13 @@ class Elastic:
             self._keep(one)
             return
         rest = self._rest(one.name)
+        self._give_up_on_silent(one.name)
         engine = self.cluster.remove(one.name)
         self.keeper.left(engine)
+        self.departed(engine.index)
         try:
             await stop(engine)
+            await self.keeper.settled(one.name)
         finally:
             del self.leaving[one.name]
             self.devices.give_back(engine.index)
@@ -240,6 +253,12 @@ class Elastic:
             self.counts[Change.REMOVED] += 1
         left = f"; {rest} requests were still on it, and went on elsewhere where they could" if rest else ""
         self.keeper.told.say(f"instance {one.name} left{left}")
+
+    def _give_up_on_silent(self, name: str) -> None:
+        """Requests may wait until an instance that hangs under them answers or is lost: now it is lost."""
+        engine = self._engine(name)
+        if engine is not None and engine in self.keeper.silent:
+            self.keeper.lost(engine, "it did not answer when its time to leave was over")
 
     def _empty(self, name: str) -> bool:
         """Whether nothing is on it or on its way to it, and nothing will be sent there."""

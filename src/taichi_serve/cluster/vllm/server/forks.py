@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -19,6 +20,7 @@ import msgspec
 
 from taichi_serve.cluster.vllm.forking import LARGEST, Begun, Ended, Failed, Wanted
 from taichi_serve.cluster.vllm.server.remains import ending
+from taichi_serve.cluster.vllm.server.surroundings import on_cpu
 
 CORE = "taichi_serve.cluster.vllm.core.main"
 FORK_SERVER = "taichi_serve.cluster.vllm.core.forks"
@@ -140,7 +142,8 @@ class ForkServer:
         self._gone = False
         self._line, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._said = os.memfd_create("fork-server")  # what it writes, for the log of whom it could not fork
-        self._env = {name: value for name, value in os.environb.items() if name not in ALONE}
+        kept = {name: value for name, value in os.environb.items() if name not in ALONE}
+        self._env = kept | {name.encode(): value.encode() for name, value in on_cpu().items()}
         with its:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", FORK_SERVER, str(its.fileno()), str(os.getpid())],
@@ -171,8 +174,15 @@ class ForkServer:
             if self._gone:
                 return None
             self._cores[number] = core
-        with contextlib.suppress(OSError):  # it is gone: the thread that hears it says so to all
-            self._line.send(msgspec.msgpack.encode(wanted))
+        packet = msgspec.msgpack.encode(wanted)
+        try:
+            if len(packet) > LARGEST:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+            self._line.send(packet)
+        except ConnectionError:
+            pass  # it is gone, and the thread that hears it says so to all
+        except OSError as wrong:  # an environment that is too large for a packet
+            self._drop(number).ended(1, f"OSError: {wrong}\n".encode())
         return core
 
     def not_needed(self) -> None:
@@ -205,10 +215,10 @@ class ForkServer:
         for core in left:
             if core.pid:
                 ended(core.sentinel, END_SECONDS)  # the kernel kills it
-                core.ended(
-                    -signal.SIGKILL,
-                    f"ForkServerError: its fork server ended first, {ending(code)}\n".encode(),
-                )
+        why = f"ForkServerError: its fork server ended first, {ending(code)}\n"
+        for core in left:
+            if core.pid:
+                core.ended(-signal.SIGKILL, why.encode())
             else:
                 core.ended(code or 1, said)
 

@@ -6,10 +6,9 @@ What is decided is in supervisor.py (when) and quarantine.py (who may have done 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,19 +17,17 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from taichi_serve.cluster.vllm.server import figures
 from taichi_serve.cluster.vllm.server.engine import Engine
-from taichi_serve.cluster.vllm.server.process import StartError, reason
+from taichi_serve.cluster.vllm.server.meetings import Meetings
+from taichi_serve.cluster.vllm.server.process import reason
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.remains import ending, forget_logs
 from taichi_serve.cluster.vllm.server.scratch import Say
-from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, vanish
+from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, to_the_end, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.suspects import computed, computed_prompts
-from taichi_serve.cluster.vllm.server.warm import LateError, Pair, meet
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.messages import Abort, Command, Outcome
 from taichi_serve.sliders import Kind
-
-MEET_SECONDS = 60.0  # that a new incarnation may take to move requests to and from everybody else
 
 
 class Cluster(Protocol):
@@ -98,13 +95,10 @@ class Keeper:
         self._cluster = cluster
         self._launcher = launcher
         self._open = self._given_up = False
-        self._turns = Counter(
-            range(len(supervisor.places))
-        )  # processes so far, by the number of the instance
+        self._turns = Counter(range(len(supervisor.places)))  # processes so far, by number
         self._returning: dict[str, asyncio.Task[None]] = {}  # those that are brought back, by name
         self._leaving: set[str] = set()
-        self._unmet: list[Pair] = []  # of which one was silent when the other came
-        self._meeting = asyncio.Lock()
+        self._meetings = Meetings(cluster, self.silent, told.say)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
@@ -145,7 +139,7 @@ class Keeper:
 
     def answered(self, engine: Engine) -> None:
         """It answers again: it gets work, when it has met whoever came meanwhile."""
-        if any(engine in pair for pair in self._unmet):
+        if self._meetings.owed(engine):
             self.begin(self._meet_late(engine))
         else:
             self._answers(engine)
@@ -170,15 +164,17 @@ class Keeper:
         self._cluster.lose(engine, why)
         vanish(engine)
         self.silent.discard(engine)
-        self._unmet = [pair for pair in self._unmet if engine not in pair]
+        self._meetings.forget(engine)
         if not self._open and engine in self._cluster.engines:
-            self.told.say(f"instance {engine.name} ended: {why}; its log is {engine.process.log}")
+            self._say_end(engine, why)
         if serves:
             self.losses += 1
             # A dead engine says no more of itself: vLLM's gauges would stay as they were.
             self.told.deliver(figures.gone(engine.index))
             delay = self.supervisor.lost(engine.name, why, time.monotonic())
-            if engine.name not in self._leaving:
+            if engine.name in self._leaving:
+                self._say_end(engine, why)
+            else:
                 self._returning[engine.name] = self.begin(self._replace(engine, delay, why))
 
     def _blame(self, engine: Engine, why: str) -> None:
@@ -200,24 +196,36 @@ class Keeper:
     def leaves(self, name: str) -> None:
         """An instance is to leave: if it is lost, it is not started again."""
         self._leaving.add(name)
-        if (task := self._returning.pop(name, None)) is not None:
+        if (task := self._returning.get(name)) is not None:
             task.cancel()
 
+    async def settled(self, name: str) -> None:
+        """Wait until nothing is left of the process that was being started in the place of a lost one."""
+        if (task := self._returning.pop(name, None)) is not None:
+            await asyncio.wait([task])
+
     def stays(self, engine: Engine) -> None:
-        """It is to stay after all."""
+        """It is to stay after all; if it was lost meanwhile, it is started again as every other one is."""
         self._leaving.discard(engine.name)
         if not engine.alive:
-            self.begin(self._replace(engine, 0.0, "it was lost while it was to leave"))
+            before = self._returning.get(engine.name)
+            self._returning[engine.name] = self.begin(self._return(engine, before))
 
     def left(self, engine: Engine) -> None:
         """It is gone for good."""
         self.supervisor.remove(engine.name)
         self._leaving.discard(engine.name)
         self.silent.discard(engine)
-        self._unmet = [pair for pair in self._unmet if engine not in pair]
+        self._meetings.forget(engine)
         self.told.deliver(figures.gone(engine.index))
 
     # ---------------------------------------------------------------------------------------- coming back
+
+    async def _return(self, dead: Engine, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        why = self.supervisor.places[dead.name].why or "it was lost while it was to leave"
+        await self._replace(dead, self.supervisor.due(dead.name, time.monotonic()), why)
 
     async def _replace(self, dead: Engine, delay: float | None, why: str) -> None:
         name = dead.name
@@ -225,7 +233,7 @@ class Keeper:
             self.told.say(f"instance {name}: the kernel has not ended process {dead.process.pid} yet")
         close(dead)
         forget_logs(dead.process.directory, name)
-        self.told.say(f"instance {name} ended: {why}; its log is {dead.process.log}")
+        self._say_end(dead, why)
         while delay is not None:
             self.told.say(f"instance {name} is started again {f'in {delay:g} s' if delay else 'now'}")
             await asyncio.sleep(delay)
@@ -241,6 +249,9 @@ class Keeper:
             self.told.say(f"instance {name} serves again after {self.supervisor.took:.0f} s")
             return
         self._stays_out(name, why)
+
+    def _say_end(self, engine: Engine, why: str) -> None:
+        self.told.say(f"instance {engine.name} ended: {why}; its log is {engine.process.log}")
 
     def _stays_out(self, name: str, why: str) -> None:
         limit = self.supervisor.limit
@@ -258,43 +269,20 @@ class Keeper:
         process = self._launcher.begin(index, kind, self._turns[index])
         engine = await self._launcher.ready(process, index, kind, chunk)
         try:
-            async with self._meeting:  # one after the other, so that two that come meet each other too
-                await self._meet(engine)
+            async with self._meetings.one_by_one:
+                await self._meetings.meet(engine)
                 engine.client.tell(Call.SETTLE)
                 enter(engine)
                 return engine
         except BaseException:
+            self._cluster.lose(engine, "it was given up")  # those it has met may still read from it
             vanish(engine)
-            await asyncio.shield(in_thread(process.end))
-            close(engine)
+            try:
+                await to_the_end(process.end)
+            finally:
+                close(engine)
             raise
 
-    async def _meet(self, engine: Engine) -> None:
-        """Move requests to and from everybody who answers. The fault is its own only while they do."""
-        while True:
-            others = [e for e in self._cluster.engines if e.alive and e.index != engine.index]
-            here = [other for other in others if other not in self.silent]
-            try:
-                await meet(self._cluster, [engine], both_ways([engine], here), MEET_SECONDS)
-            except LateError as late:
-                self.told.say(f"instance {engine.name} serves without having met everybody: {late}")
-            except StartError:
-                if engine.alive and any(not e.alive or e in self.silent for e in here):
-                    continue
-                raise
-            self._unmet += both_ways([engine], [e for e in others if e not in here])
-            return
-
     async def _meet_late(self, engine: Engine) -> None:
-        async with self._meeting:
-            pairs = [pair for pair in self._unmet if engine in pair and all(e.alive for e in pair)]
-            self._unmet = [pair for pair in self._unmet if engine not in pair]
-            with contextlib.suppress(StartError):  # then its moves are given up one by one, after their time
-                await meet(self._cluster, [], pairs, MEET_SECONDS)
+        await self._meetings.make_up(engine)
         self._answers(engine)
-
-
-def both_ways(some: Iterable[Engine], others: Iterable[Engine]) -> list[Pair]:
-    """Every pair of one of these and one of those, in both directions."""
-    those = list(others)
-    return [pair for one in some for other in those for pair in ((one, other), (other, one))]

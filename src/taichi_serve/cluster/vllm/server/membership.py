@@ -72,18 +72,22 @@ class Membership:
     def join(self, engine: Engine) -> None:
         """A new incarnation, warm and empty, takes the place of one that was lost."""
         place = next(n for n, one in enumerate(self.engines) if one.name == engine.name)
-        self.engines[place] = self._joined[engine.name] = engine
-        self.tell(Joined(time.monotonic(), engine.name, engine.kv_capacity))
-        self.locate(engine)
+        joined = Joined(time.monotonic(), engine.name, engine.kv_capacity)
         engine.follow(self.hasher)  # what it cached while it was warmed has been told to nobody
+        # Nothing fails from here on: an instance is in, or it is not.
+        self.engines[place] = self._joined[engine.name] = engine
+        self.tell(joined)
+        self.locate(engine)
 
     def add(self, engine: Engine, chunk: int | None) -> None:
         """A new instance, warm and empty, of a name that nobody had. `chunk`: see Added."""
+        added = Added(time.monotonic(), engine.name, engine.kind, engine.kv_capacity, chunk)
+        engine.follow(self.hasher)
+        # Nothing fails from here on: an instance is in, or it is not.
         self.engines.append(engine)
         self._joined[engine.name] = engine
-        self.tell(Added(time.monotonic(), engine.name, engine.kind, engine.kv_capacity, chunk))
+        self.tell(added)
         self.locate(engine)
-        engine.follow(self.hasher)
 
     def remove(self, name: str) -> Engine:
         """An instance leaves for good, alive or lost; the one that it was last, whose process is the caller's

@@ -72,29 +72,29 @@ class Launcher:
         """Wait until it is up and can be spoken to. Raises StartError when it ends instead, or takes longer
         than vLLM's own limit; then nothing is left of it."""
         loop = asyncio.get_running_loop()
-        config = deepcopy(self.config)  # the start-up handshake writes into it
         limit = envs.VLLM_ENGINE_READY_TIMEOUT_S
         late = self.patience.call_later(limit, process.kill)
         holder: list[Engine] = []
         client: InstanceClient | None = None
         try:
+            config = deepcopy(self.config)  # the start-up handshake writes into it
             await in_thread(lambda: process.wait_ready(config))
             client = await in_thread(
                 lambda: InstanceClient(config, process, lambda item: self.receive(holder[0], item))
             )
             if process.exitcode is not None:
                 raise StartError(f"instance {process.name} ended as it came up: {process.cause()}")
+            copiers = Copiers(process.line, self.hear)
+            engine = Engine(index, f"i{index}", process, client, copiers, kind, chunk)
         except BaseException as wrong:
             if client is not None:
                 client.close()
-            await asyncio.shield(in_thread(process.end))
+            await to_the_end(process.end)
             if isinstance(wrong, TimeoutError):
                 raise StartError(f"instance {process.name} came up and cannot be reached") from wrong
             raise
         finally:
             late.cancel()
-        copiers = Copiers(process.line, self.hear)
-        engine = Engine(index, f"i{index}", process, client, copiers, kind, chunk)
         holder.append(engine)
         client.listen()
         client.tell(Call.CHUNK, chunk)
@@ -145,7 +145,7 @@ async def stop(engine: Engine) -> None:
     try:
         await in_thread(partial(engine.process.stop, STOP_SECONDS))
     except asyncio.CancelledError:
-        await asyncio.shield(in_thread(engine.process.end))
+        await to_the_end(engine.process.end)
         raise
     finally:
         close(engine)
@@ -183,3 +183,17 @@ def in_thread(call: Callable[[], T]) -> Awaitable[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return answer
+
+
+async def to_the_end(call: Callable[[], T]) -> T:
+    """The same, waited for even by who is cancelled meanwhile, however often; that is raised afterwards."""
+    answer = asyncio.ensure_future(in_thread(call))
+    cancelled: asyncio.CancelledError | None = None
+    while not answer.done():
+        try:
+            await asyncio.shield(answer)
+        except asyncio.CancelledError as wrong:
+            cancelled = wrong
+    if cancelled is not None:
+        raise cancelled
+    return answer.result()

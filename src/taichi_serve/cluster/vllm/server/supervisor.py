@@ -85,6 +85,13 @@ class Supervisor:
         place.restarts += 1
         self.took = at - place.began
 
+    def due(self, name: str, at: float) -> float | None:
+        """Seconds until one that is lost is to be started, None if it stays out."""
+        place = self.places[name]
+        if place.standing is Standing.OUT:
+            return None
+        return max(0.0, place.due - at) if place.standing is Standing.WAITING else 0.0
+
     def explain(self, name: str, why: str) -> None:
         """More is known about its last loss."""
         self.places[name].why = why
