@@ -71,6 +71,16 @@ def test_a_line_with_nothing_but_a_model_takes_the_cores_and_tunes_itself() -> N
 
 
 @pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [((), "serve"), (("--ttft-slo", "2"), "demote"), (("--overload", "refuse"), "refuse")],
+)
+def test_slos_that_the_server_chose_demote_nobody(words: tuple[str, ...], mode: str) -> None:
+    args, argv, _ = begun(*parsed(*words), lambda line: None)
+    assert (args.overload, argv.count("--overload")) == (mode, 1)
+
+
+@pytest.mark.usefixtures("cpu")
 def test_a_line_of_vllm_serve_keeps_its_budget_and_its_number_of_instances() -> None:
     words = ("--max-num-batched-tokens", "1024", "--max-num-seqs", "8", "--data-parallel-size", "3")
     args, argv, _ = begun(*parsed(*words), lambda line: None)

@@ -298,6 +298,23 @@ def test_where_an_idle_instance_is_too_slow_nobody_is_turned_away_for_it() -> No
     assert isinstance(placed, Prefill)
 
 
+@pytest.mark.parametrize(
+    ("used", "watermark", "kind"),
+    [(6_000, 1.0, Prefill), (9_000, 1.0, Decline), (9_000, 0.95, Prefill)],
+)
+def test_a_decode_that_waits_for_room_that_nobody_else_has_is_late(
+    used: int, watermark: float, kind: type[Command]
+) -> None:
+    # 20 + 3 x 10 ms, and 10 ms for itself. Its 9,000 tokens are half, or 80 %, more than there is room for:
+    # 90 or 108 ms. Where decodes may be degraded it would find room on the P-heavy instance.
+    policy = Policy(overload=DEMOTE, dwell=0.0, watermark=watermark)
+    sizes = {"i0": 1_000_000, "i1": 10_000}
+    s = GlobalScheduler(Sliders(1, 1, 100, 0), SLO(4.0, 0.1), Filling(per_token=1e-4), policy, sizes)
+    low = s.instances["i1"]
+    low.decodes, low.kv_tokens = 3, used
+    assert isinstance(arrive(s, a=9_000)[0], kind)
+
+
 def behind(at: float, *later: Arrived, movable: bool = True) -> tuple[GlobalScheduler, list[Command]]:
     """Five prompts on i0, while i1 is drained; by this time only the first is through, and the longest, d,
     makes others late."""

@@ -39,7 +39,9 @@ def begun(
     start = chosen(args, argv)
     for line in start.said:
         say(line)
-    argv = [*argv, *start.words(_said(args))]
+    # SLOs that the server has chosen are none that somebody has named: they demote nobody.
+    late = () if "overload" in args.said else ("--overload", args.overload)
+    argv = [*argv, *start.words(_said(args)), *late]
     return flags.parse(argv), argv, start
 
 

@@ -45,7 +45,8 @@ class Door:
 
     def judge(self, request: Request, placed: Placement) -> Verdict:
         """What becomes of it."""
-        if self.new and self.triage.slow(request, placed, self.decoders):
+        fixed = placed.hand_over and not self.policy.degrades
+        if self.new and self.triage.slow(request, placed, self.decoders, fixed=fixed):
             why = f"its TPOT, and that of others, would be above {request.slo.tpot * 1e3:g} ms"
             return Verdict(why, declined=True) if self._refusable(request) else self._put_off(request, why)
         if request.best_effort:

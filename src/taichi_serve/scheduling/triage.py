@@ -127,11 +127,15 @@ class Triage:
         decoders: Sequence[Instance],
         beside: float = math.inf,
         spare: int = 0,
+        fixed: bool = False,
     ) -> bool:
         """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted
         to miss its TPOT: it would be late however soon it began, and slow the others down. Those that are
         queued, or on their way, will decode there before it. Or whether so many `spare` decodes beside it
-        would, those of a D-heavy instance a TPOT of `beside` (s)."""
+        would, those of a D-heavy instance a TPOT of `beside` (s).
+
+        Where decodes are `fixed` to D-heavy instances and KV there is full, each one waits for room for as
+        long as the share that is lacking takes to become free: its TPOT is longer by that share."""
         where = decoders if placed.hand_over and decoders else [placed.instance]
         # Of the mean length, not its own: else the long ones would be turned away first.
         length = int(self.arrived.value(request.prompt_tokens))
@@ -144,7 +148,9 @@ class Triage:
             now = tpot(one, 0)
             each = tpot(one, length) - now
             idle = now - one.decodes * each  # where that is too slow already it is not for want of room
-            if now + (1 + spare + SOON * before + one.arriving) * each <= most or idle > most:
+            soon = 1 + spare + SOON * before
+            full = (one.kv_tokens + one.reserved_tokens + soon * length) / one.kv_capacity if fixed else 0.0
+            if (now + (soon + one.arriving) * each) * max(1.0, full) <= most or idle > most:
                 return False
         return True
 

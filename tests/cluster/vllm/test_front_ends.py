@@ -12,6 +12,7 @@ from taichi_serve.cluster.vllm import args as flags
 from taichi_serve.cluster.vllm.front_ends import front_ends, remark
 
 LORA = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+STORE = "VLLM_ENABLE_RESPONSES_API_STORE"
 
 
 def found(*words: str) -> tuple[int, str | None]:
@@ -56,12 +57,13 @@ def test_what_takes_one_front_end_only_has_one_and_the_log_says_so(monkeypatch: 
     assert found("--d-heavy", "4", *traces) == (1, said)
     assert found("--d-heavy", "1", *traces) == (1, None)
     assert found("--d-heavy", "4", "--api-server-count", "1", *traces) == (1, None)
-    monkeypatch.setenv(LORA, "1")
-    count, words = found("--d-heavy", "8")
-    assert (count, (words or "").partition(":")[0]) == (
-        1,
-        f"one front end and not 4, which cannot be used with {LORA}",
-    )
+    for name in (STORE, LORA):
+        monkeypatch.setenv(name, "1")
+        count, words = found("--d-heavy", "8")
+        assert (count, (words or "").partition(":")[0]) == (
+            1,
+            f"one front end and not 4, which cannot be used with {name}",
+        )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ MOST = 64
 # 15,000 output tokens a second, and an instance on an H200 made 3,100 (chat, a model of 14B).
 EACH = 2
 WHY_LORA = "one front end would not know what another has loaded"
+WHY_STORE = "one front end would not have the responses that another has stored"
 
 
 def front_ends(args: argparse.Namespace) -> int:
@@ -39,6 +40,8 @@ def hindrance(args: argparse.Namespace) -> str | None:
     """What of the command line or the environment allows one front end only."""
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING: {WHY_LORA}"
+    if envs.VLLM_ENABLE_RESPONSES_API_STORE:
+        return f"VLLM_ENABLE_RESPONSES_API_STORE: {WHY_STORE}"
     return None if args.otlp_traces_endpoint is None else "--otlp-traces-endpoint"
 
 

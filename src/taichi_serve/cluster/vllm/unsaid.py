@@ -22,9 +22,10 @@ DEFAULTS: dict[str, int | float | str] = {
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Fill in the defaults. `args.said` has the names that needed none, and `args.instances` what vLLM's flag
-    of data parallelism says (None: nothing). Raises ValueError where the two contradict each other."""
-    args.said = frozenset(name for name in DEFAULTS if getattr(args, name) is not None)
+    """Fill in the defaults. `args.said` has the names that needed none, `overload` among them, and
+    `args.instances` what vLLM's flag of data parallelism says (None: nothing). Raises ValueError where the
+    two contradict each other."""
+    args.said = frozenset(name for name in (*DEFAULTS, "overload") if getattr(args, name) is not None)
     count, args.data_parallel_size = args.data_parallel_size, 1  # each instance is an engine of its own
     if count < 1:
         raise ValueError(f"--data-parallel-size must be at least 1, not {count}")

@@ -66,8 +66,9 @@ class Process:
         self.ended = True
         return True
 
-    def stop(self, timeout: float) -> None:
+    def stop(self, timeout: float) -> bool:
         self.ended = True
+        return True
 
     def cause(self) -> str:
         return "it wrote nothing"

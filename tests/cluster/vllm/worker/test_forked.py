@@ -55,6 +55,13 @@ def looked(text: str, *words: str, **env: str) -> Any:
     return json.loads(told.stdout.decode().splitlines()[-1])
 
 
+def test_where_there_are_fewer_cores_than_it_is_told_it_has_the_threads_that_pytorch_takes() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    asked = " ".join(map(str, (cores * 4)[: 2 * len(cores)]))  # each core twice, as two threads of one are
+    threads, _ = looked(IN_A_FORK, asked)
+    assert 1 <= threads <= 2 * len(cores)
+
+
 @pytest.mark.parametrize("order", [list, lambda cores: cores[::-1], lambda cores: cores[-1:]])
 def test_it_has_the_threads_and_the_cores_of_a_program(order: Callable[[list[int]], list[int]]) -> None:
     cores = order(sorted(os.sched_getaffinity(0))[:2])

@@ -243,12 +243,13 @@ class Elastic:
         engine = self.cluster.remove(one.name)
         self.keeper.left(engine)
         self.departed(engine.index)
+        gone = False
         try:
-            await stop(engine)
+            gone = await stop(engine)
             await self.keeper.settled(one.name)
         finally:
             del self.leaving[one.name]
-            self.devices.give_back(engine.index)
+            self.devices.give_back(engine.index, failed=not gone)  # others are tried before these
             self.gone.add(one.name)
             self.counts[Change.REMOVED] += 1
         left = f"; {rest} requests were still on it, and went on elsewhere where they could" if rest else ""

@@ -182,12 +182,13 @@ class ForkServer:
         except ConnectionError:
             pass  # it is gone, and the thread that hears it says so to all
         except OSError as wrong:  # an environment that is too large for a packet
-            self._drop(number).ended(1, f"OSError: {wrong}\n".encode())
+            self._ended(number, 1, f"OSError: {wrong}\n".encode())
         return core
 
     def not_needed(self) -> None:
         """One that was asked for is not needed. If that is so of all, nobody waits until it has imported."""
         if all(core.unwanted and not core.pid for core in self._cores.values()):
+            self._gone = True
             self._process.kill()
 
     def close(self) -> None:
@@ -200,10 +201,16 @@ class ForkServer:
             match heard:
                 case Begun(number, pid), [sentinel]:
                     self._cores[number].begun(pid, sentinel)
+                case Begun(
+                    number, pid
+                ), _:  # there was no descriptor left for it, and nobody could see it end
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+                    self._ended(number, 1, b"OSError: too many open files: the server cannot watch it\n")
                 case Ended(number, code), _:
-                    self._drop(number).ended(code)
+                    self._ended(number, code)
                 case Failed(number, why), _:
-                    self._drop(number).ended(1, f"OSError: fork: {why}\n".encode())
+                    self._ended(number, 1, f"OSError: fork: {why}\n".encode())
         code = self._process.wait()
         with self.lock:
             self._gone = True
@@ -230,9 +237,12 @@ class ForkServer:
             return None
         return (msgspec.msgpack.decode(packet, type=Begun | Ended | Failed), descriptors) if packet else None
 
-    def _drop(self, number: int) -> Forked:
+    def _ended(self, number: int, code: int, words: bytes = b"") -> None:
+        """Say so, once: whoever hears of an end first takes the core out."""
         with self.lock:
-            return self._cores.pop(number)
+            core = self._cores.pop(number, None)
+        if core is not None:
+            core.ended(code, words)
 
 
 class Forks:

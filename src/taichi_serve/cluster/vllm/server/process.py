@@ -212,12 +212,13 @@ class Process:
             self.line.close()
             return gone
 
-    def stop(self, timeout: float) -> None:
-        """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards."""
+    def stop(self, timeout: float) -> bool:
+        """Ask, wait up to `timeout` seconds, then end the group; nothing of it is left afterwards, or `end`
+        says so."""
         self.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
-        self.end()
+        return self.end()
 
 
 class EngineProcess(Process):

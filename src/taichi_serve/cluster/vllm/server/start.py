@@ -140,10 +140,11 @@ def vanish(engine: Engine) -> None:
     engine.running = engine.waiting = engine.kv_tokens = 0
 
 
-async def stop(engine: Engine) -> None:
-    """Have it end by itself, or end it; nothing of it is left then, and no socket to it."""
+async def stop(engine: Engine) -> bool:
+    """Have it end by itself, or end it; no socket to it is left then, and nothing else: False where the
+    kernel did not end it in time."""
     try:
-        await in_thread(partial(engine.process.stop, STOP_SECONDS))
+        return await in_thread(partial(engine.process.stop, STOP_SECONDS))
     except asyncio.CancelledError:
         await to_the_end(engine.process.end)
         raise

@@ -26,7 +26,7 @@ def fork_workers(argv: list[str], module: Any = multiproc_executor) -> None:
     They stay programs where OpenMP is not the one that comes with PyTorch (how another one could be told is
     not known), and with `--numa-bind` (vLLM starts them by way of `numactl`).
     """
-    if not _library() or any(word.startswith("--numa-bind") for word in argv):
+    if not _library() or any(word.replace("_", "-").startswith("--numa-bind") for word in argv):
         return
     stock = module.WorkerProc.worker_main
 
@@ -60,7 +60,8 @@ def bind(cores: list[int]) -> None:
         os.sched_setaffinity(0, cores)
         before = _threads()
         torch.ones(MANY)
-        for thread, core in zip(sorted(_threads() - before), cores[1:], strict=True):
+        # PyTorch may take fewer than it is told, where two of the cores are one with two threads.
+        for thread, core in zip(sorted(_threads() - before), cores[1:], strict=False):
             os.sched_setaffinity(thread, {core})
     os.sched_setaffinity(0, cores[:1])
 
