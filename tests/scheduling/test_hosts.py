@@ -33,28 +33,34 @@ def links(**gaps: float) -> Links:
     return made
 
 
+def start(others: list[Instance], **gaps: float) -> tuple[Instance, str]:
+    """Where the decode of a request that prefilled at HERE begins, after moves that took so long."""
+    near = links(**gaps).nearer(HERE, others)
+    return choose_start(REQUEST, HERE, [HERE, *others], POLICY, NOTHING, near)
+
+
 def test_a_decode_starts_on_the_own_host_although_another_has_more_room() -> None:
     near, far = instance("near", "a", kv_tokens=5_000), instance("far", "b")
-    target, why = choose_start(REQUEST, HERE, [HERE, near, far], POLICY, NOTHING, links(a=0.01, b=0.10))
+    target, why = start([near, far], a=0.01, b=0.10)
     assert target is near
     assert why == "of the D-heavy instances that are near the one with most room"
 
 
 def test_it_starts_elsewhere_where_the_own_host_has_no_room() -> None:
     near, far = instance("near", "a", kv_tokens=9_400), instance("far", "b")
-    target, _ = choose_start(REQUEST, HERE, [HERE, near, far], POLICY, NOTHING, links(a=0.01, b=0.10))
+    target, _ = start([near, far], a=0.01, b=0.10)
     assert target is far
 
 
 def test_the_one_with_most_room_is_taken_where_links_are_alike() -> None:
     near, far = instance("near", "a", kv_tokens=5_000), instance("far", "b")
-    assert choose_start(REQUEST, HERE, [HERE, near, far], POLICY, NOTHING, links(a=0.01, b=0.015))[0] is far
+    assert start([near, far], a=0.01, b=0.015)[0] is far
 
 
 def test_a_link_that_was_lost_is_gone_round() -> None:
     """Nobody is on the own host; a move to `b` was given up after ten seconds."""
     lost, well = instance("lost", "b"), instance("well", "c", kv_tokens=5_000)
-    assert choose_start(REQUEST, HERE, [HERE, lost, well], POLICY, NOTHING, links(c=0.01, b=10.0))[0] is well
+    assert start([lost, well], c=0.01, b=10.0)[0] is well
 
 
 def test_whoever_is_degraded_or_flows_back_goes_to_the_near_ones_first() -> None:

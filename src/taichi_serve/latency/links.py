@@ -74,6 +74,10 @@ class Links:
         near = [t for t, price in zip(targets, prices, strict=True) if price is None or price <= most]
         return near if len(near) < len(targets) else targets
 
+    def nearer(self, source: Instance, targets: Sequence[Instance]) -> Sequence[Instance]:
+        """The same, but nobody where all are alike."""
+        return () if (near := self.near(source, targets)) is targets else near
+
     def dearer(self, source: Instance, target: Instance) -> float:
         """How many times what moves take on the mean one between these takes; 1.0 where nothing is known."""
         if self.even or not self.mean:

@@ -102,23 +102,21 @@ def choose_start(
     instances: Sequence[Instance],
     policy: Policy,
     prefixes: Prefixes = NOTHING,
-    links: Links = EVEN,
+    near: Sequence[Instance] = (),
 ) -> tuple[Instance, str]:
     """Low-interference start: the D-heavy instance where the decode of a prefilled request begins, and why.
 
     One that stays below the watermark comes first; past it, any that has room at all (its longest output is
     then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). With no room
     anywhere the request stays where it prefilled, unless nobody may decode on P-heavy instances: then it
-    waits for the emptiest D-heavy one. Of those below the watermark the ones that are near go first.
+    waits for the emptiest D-heavy one. Of those below the watermark the D-heavy ones that are `near` go
+    first; there are none where it costs the same to reach them all.
     """
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
     if here.kind is Kind.D_HEAVY and here in decoders and load_after(here, 0, policy) <= policy.full_mark:
         return here, "it prefilled on a D-heavy instance with room"
     kv_tokens = request.prompt_tokens + 1
-    near = links.near(here, decoders)
-    if near is not decoders and (
-        target := choose_target(near, kv_tokens, policy.full_mark, policy, prefixes)
-    ):
+    if target := choose_target(near, kv_tokens, policy.full_mark, policy, prefixes):
         return target, "of the D-heavy instances that are near the one with most room"
     if target := choose_target(decoders, kv_tokens, policy.full_mark, policy, prefixes):
         return target, "the D-heavy instance with most room"

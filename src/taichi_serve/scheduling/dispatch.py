@@ -28,7 +28,7 @@ from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
 from taichi_serve.scheduling.decode import Search, choose_start, outlooks
 from taichi_serve.scheduling.door import Door
-from taichi_serve.scheduling.fleet import Fleet
+from taichi_serve.scheduling.fleet import Fleet, Starts
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.narrow import narrowed
 from taichi_serve.scheduling.policy import SERVE, Policy
@@ -203,20 +203,21 @@ class Dispatcher:
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
-        among, prefixes = self._starts(request, here)
-        target, why = choose_start(request, here, among, self.policy, prefixes, self.links)
+        among, prefixes, near = self._starts(request, here)
+        target, why = choose_start(request, here, among, self.policy, prefixes, near)
         for known in decoders(among):
             # What it takes there is in that instance's own figures already.
             if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
                 target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, among)
 
-    def _starts(self, request: Request, here: Instance) -> tuple[list[Instance], Prefixes]:
-        """Where the decode of a request that prefilled `here` can begin, and what they have of it."""
-        prefixes = self.fleet.prefixes(request)
-        if self.fleet.many:
-            return self.fleet.starts(request, here, self.policy, prefixes, self.links), prefixes
-        return self.serving(), prefixes
+    def _starts(self, request: Request, here: Instance) -> Starts:
+        """Where the decode of a request that prefilled `here` can begin."""
+        prefixes, near = self.fleet.prefixes(request), self.links.nearer(here, self.low())
+        if not self.fleet.many:
+            return self.serving(), prefixes, near
+        among = self.fleet.starts(request, here, self.policy, prefixes, near)
+        return among, prefixes, [one for one in among if one in near]
 
     def copy_ahead(self, here: Instance) -> list[Command]:
         """Where the prompt that is being computed on `here` will decode, if more chunks of it are to come."""
@@ -225,8 +226,8 @@ class Dispatcher:
             return []
         if not 0 < here.progress_tokens < request.prompt_tokens - request.cached:
             return []
-        among, prefixes = self._starts(request, here)
-        target, why = choose_start(request, here, among, self.policy, prefixes, self.links)
+        among, prefixes, near = self._starts(request, here)
+        target, why = choose_start(request, here, among, self.policy, prefixes, near)
         if target is here:
             return []
         request.ahead = target.name

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.columns import Columns, Floats, Mask, Wide, row
-from taichi_serve.latency.links import EVEN, Links
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.latency.wide import wide
 from taichi_serve.request import Request
@@ -28,6 +27,9 @@ from taichi_serve.scheduling.standing import Standing
 
 FEW = 32  # instances: asking all of them takes less time than looking who can win
 Status = tuple[object, ...]
+
+# Where a decode can begin, what these instances have of it, and who of them is near (Links.nearer).
+Starts = tuple[list[Instance], Prefixes, Sequence[Instance]]
 
 
 class Fleet:
@@ -182,7 +184,12 @@ class Fleet:
         return choose_target(instances, kv_tokens, mark, policy, prefixes)
 
     def starts(
-        self, request: Request, here: Instance, policy: Policy, prefixes: Prefixes, links: Links = EVEN
+        self,
+        request: Request,
+        here: Instance,
+        policy: Policy,
+        prefixes: Prefixes,
+        near: Sequence[Instance] = (),
     ) -> list[Instance]:
         """Of those that serve, who `choose_start` can take for a request that prefilled `here`, and where its
         KV may have been copied ahead."""
@@ -194,7 +201,7 @@ class Fleet:
         if standing.low:
             size = request.prompt_tokens + 1
             found = self.targets(standing.low, size, marks, policy, prefixes)
-            if (near := links.near(here, standing.low)) is not standing.low:
+            if near:
                 found += self.targets(near, size, marks, policy, prefixes)
         ahead = self.ledger.instances.get(request.ahead or here.name, here)
         mask = self.mask(standing.serving)
