@@ -35,7 +35,7 @@ from taichi_serve.scheduling.policy import SERVE, Policy
 from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import Placement, choose_prefill
 from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
-from taichi_serve.scheduling.residency import NONE, Prefixes
+from taichi_serve.scheduling.residency import NONE
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.standing import able, decoders, of_kind, serving
 from taichi_serve.scheduling.triage import Triage, drained
