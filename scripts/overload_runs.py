@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from taichi_serve.cluster.base import run
 from taichi_serve.messages import Arrived, Command, Event, Finished, Outcome, Prefilled
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.goodput import Contender, Scene, attain
+from taichi_serve.search.sliders import under
 from taichi_serve.slo import SLO, tpot
 
 
@@ -107,8 +108,7 @@ def simulated(task: Task) -> Figures:
     """One run to its end."""
     made, sliders = _scene(task.setting, task.arrivals), task.contender.sliders
     cluster = made.cluster(sliders, task.rate, task.requests, task.seed)
-    policy = replace(task.contender.policy, overload=task.mode)
-    scheduler = made.scheduler(sliders, policy, cluster.capacities)
+    scheduler = made.scheduler(sliders, under(task.mode, task.contender).policy, cluster.capacities)
     watch = Watch(scheduler, made.slo)
     run(watch, cluster)
     return figures([*watch.fates.values()], scheduler.counters.best_effort, made.slo)
@@ -116,7 +116,5 @@ def simulated(task: Task) -> Figures:
 
 def share(task: Task) -> float:
     """The share of good requests of one run."""
-    policy = replace(task.contender.policy, overload=task.mode)
-    contender = replace(task.contender, policy=policy)
     made = _scene(task.setting, task.arrivals)
-    return attain(made, contender, task.rate, task.requests, task.seed).attainment
+    return attain(made, under(task.mode, task.contender), task.rate, task.requests, task.seed).attainment
