@@ -26,7 +26,6 @@ FLAGS = ("--d-heavy", "3", "--move-timeout", "3", "--stall-timeout", "15")
 WISHES = wishes(12, seed=21, prompt=(200, 900), output=(150, 250))
 # Of completions alone: this server has no parser of tools.
 DOCUMENTS = documents(12, seed=8, kinds=("json", "json_object", "regex", "choice", "lark", "guidance"))
-SHORT = 8  # tokens
 BACK_SECONDS = 60  # within which a killed instance serves again
 KNOWN_SECONDS = 10  # within which a silent one is known
 
@@ -118,10 +117,10 @@ async def test_an_idle_instance_that_hangs_is_known_within_ten_seconds_and_used_
 
         await until(silent, KNOWN_SECONDS, "i2 is known to be silent")
         async with three.client() as client:
-            # A short one: who is silent for longer than --stall-timeout is ended.
-            first = await asyncio.wait_for(stream(client, PATH, WISHES[0].body(max_tokens=SHORT)), 60)
+            # It is over well before --stall-timeout: who is silent for longer is ended.
+            first = await asyncio.wait_for(stream(client, PATH, WISHES[0].body()), 60)
             assert (await client.get("/health")).status_code == 200
-        assert first.ok and first.tokens == reference[0].tokens[:SHORT]
+        assert wrong([first], reference[:1]) == []
     finally:
         for worker in hanging:
             worker.resume()
