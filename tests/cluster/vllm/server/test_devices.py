@@ -117,3 +117,35 @@ def test_cores_that_somebody_named_are_shared_with_nobody_and_ranges_of_cores_me
     here.take(3, "2")
     here.take(4)
     assert here.of(4) == "4-7"
+
+
+def test_cores_on_which_nobody_computes_are_for_the_engine_cores(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: None
+) -> None:
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)))
+    here = Devices(2, 1, "0-2;4")
+    assert here.spare() == {3, 5, 6, 7}
+    here.take(2, "5|7")
+    assert here.spare() == {3, 6}
+    here.give_back(0)
+    assert here.spare() == {0, 1, 2, 3, 6}
+
+
+@pytest.mark.parametrize("groups", ["nobind", "0;auto", "0-7"])
+def test_none_are_spare_where_vllm_chooses_or_all_are_used(
+    groups: str, monkeypatch: pytest.MonkeyPatch, on_cpu: None
+) -> None:
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert Devices(groups.count(";") + 1, 1, groups).spare() == set()
+
+
+def test_no_core_is_spare_where_vllms_own_variable_says_them(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: None
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    assert Devices(1, 1, None).spare() == set()
+
+
+def test_on_accelerators_no_core_is_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(monkeypatch, 2)
+    assert Devices(2, 1, "0;1").spare() == set()

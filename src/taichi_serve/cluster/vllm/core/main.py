@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from taichi_serve.cluster.vllm.core.janitor import watch
+from taichi_serve.cluster.vllm.naps import nap_between_looks
 from taichi_serve.cluster.vllm.wire import Spec
 
 PR_SET_PDEATHSIG = 1
@@ -54,6 +55,7 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
     tempfile.tempdir = str(Path(path).with_suffix(""))
 
     # Only now what takes seconds to import: the server may be killed meanwhile. In a fork all of it is there.
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.executor import Executor
@@ -64,6 +66,8 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
 
     if not current_platform.is_cpu():  # there the model runs in a process of its own
         sys.setswitchinterval(SWITCH_INTERVAL)
+    else:
+        nap_between_looks(shm_broadcast)
     if forked:
         from taichi_serve.cluster.vllm.worker.forked import fork_workers
 

@@ -44,6 +44,16 @@ class Devices:
         variable = "VLLM_CPU_OMP_THREADS_BIND" if cores else "CUDA_VISIBLE_DEVICES"
         return (on_cpu() if cores else {}) | ({variable: group} if group else {})
 
+    def spare(self) -> set[int]:
+        """Cores that this process may use and on which no instance computes. None of them where vLLM chooses
+        the cores of an instance, and without a CPU."""
+        groups = self._taken.values()
+        ranges = [RANGE.fullmatch(part) for group in groups for part in _each(group)]
+        if not current_platform.is_cpu() or not all(groups):
+            return set()
+        used = [range(int(one[1]), int(one[2] or one[1]) + 1) for one in ranges if one is not None]
+        return os.sched_getaffinity(0).difference(*used) if len(used) == len(ranges) else set()
+
     def take(self, index: int, named: str | None = None) -> None:
         """A group for one more instance: the one that is `named`, else one of ours that nobody has, else
         devices that nobody has. What failed lately is taken last. Raises NoDeviceError where there is none,

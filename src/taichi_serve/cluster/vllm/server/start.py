@@ -69,6 +69,7 @@ class Launcher:
         try:
             config = deepcopy(self.config)  # the start-up handshake writes into it
             await in_thread(lambda: process.wait_ready(config))
+            process.run_on(self.devices.spare())
             client = await in_thread(
                 lambda: InstanceClient(config, process, lambda item: self.receive(holder[0], item))
             )

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.distributed.nixl_utils import NixlWrapper
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from taichi_serve.cluster.vllm.naps import nap_between_looks
 from taichi_serve.cluster.vllm.nothing import NOTHING
 from taichi_serve.cluster.vllm.wire import Orders
 from taichi_serve.cluster.vllm.worker.copier import Copier
@@ -106,6 +108,7 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         let_progress_sleep(sys.modules[NixlWrapper.__module__].nixlBind, delay)
         if current_platform.is_cpu():
             draw_nothing_to_take_back(GPUModelRunner)
+            nap_between_looks(shm_broadcast)
         cores = os.sched_getaffinity(0)
         super().__init__(vllm_config, engine_id, kv_cache_config)
         # vLLM binds this thread, which also runs the model, to the last core: the same for every instance.
