@@ -11,8 +11,9 @@ from taichi_serve.latency.known import Known
 from taichi_serve.latency.model import Roofline
 from taichi_serve.sliders import OFF, ON, SUGGEST, Sliders
 from taichi_serve.slo import SLO
+from taichi_serve.tuning.fluid import Fluid
 from taichi_serve.tuning.setting import largest
-from taichi_serve.tuning.start import Devices, Given, Host, Model, Start, choose, filling, raised, suiting
+from taichi_serve.tuning.start import Devices, Given, Host, Model, Start, choose, raised, suiting
 
 # Bytes an instance may use of a card: 92 % of what the driver says.
 A100, L4 = Devices("A100", 8, 79.0e9, 85e9), Devices("L4", 1, 22.2e9, 24e9)
@@ -196,19 +197,16 @@ def test_a_number_that_is_given_is_taken_on_a_host_too() -> None:
 # --------------------------------------------------------------------------------------------- chunks
 
 
-def test_the_d_heavy_chunk_fills_a_step_to_what_tpot_allows() -> None:
-    # SLO 35 ms: 85 % are 29.75 ms, 13.2 of them for the decodes; 165 tokens, in blocks of 16.
-    assert start(known=line).sliders.d_chunk == 160
+def test_sliders_are_those_that_carry_chats_and_summaries_best() -> None:
+    # KV of (79 - 29.5 - 2.5) GB, 196,608 bytes a token; the default SLO is 3.5 s and 35 ms.
+    fluid = Fluid(LINE, SLO(3.5, 0.035), 256, 47.0e9 / 196608)
+    assert start(known=line).sliders == fluid.suited(8, 8192)
+    strict = replace(fluid, slo=SLO(3.5, 0.020), seqs=64)
+    assert start(known=line, tpot=0.020, seqs=64).sliders == strict.suited(8, 8192)
 
 
-def test_a_tpot_slo_that_is_given_decides_the_chunk() -> None:
-    assert start(known=line, tpot=0.020).sliders.d_chunk == 32  # 17 ms less 13.2 are 38 tokens
-    assert start(known=line, tpot=0.100).sliders.d_chunk == 704  # 85 ms less 13.2 are 718
-
-
-def test_where_no_chunk_keeps_tpot_it_is_the_smallest() -> None:
-    assert filling(LINED, 0.010, 8192) == 0
-    assert start(known=line, tpot=0.010).sliders.d_chunk == 16
+def test_where_no_step_is_short_enough_chunks_are_the_smallest() -> None:
+    assert start(known=line, tpot=0.010).sliders == Sliders(2, 6, 8192, 16)
 
 
 def test_where_nobody_knows_what_a_step_takes_the_chunk_is_256() -> None:
@@ -230,13 +228,13 @@ def test_decodes_that_are_given_have_their_place_beside_the_chunk() -> None:
 
 def test_a_budget_that_is_given_bounds_every_chunk() -> None:
     chosen = start(known=line, budget=128)
-    assert (chosen.sliders, chosen.budget) == (Sliders(2, 6, 128, 128), 128)
-    assert "S_P 128, steps of at most 128 tokens (given)" in chosen.said[1]
+    assert (chosen.sliders, chosen.budget) == (Sliders(0, 8, 128, 128), 128)
+    assert "steps of at most 128 tokens (given), S_D 128" in chosen.said[1]
 
 
 def test_a_large_budget_makes_no_step_longer_than_tpot_allows() -> None:
     chosen = start(machine=cards(2), known=line, budget=8192)
-    assert (chosen.sliders.d_chunk, chosen.budget) == (160, 8192)
+    assert (chosen.sliders, chosen.budget) == (Sliders(1, 1, 8192, 160), 8192)
 
 
 def test_few_instances_of_unknown_speed_take_the_budget_that_is_given_as_vllm_does() -> None:
@@ -327,7 +325,7 @@ def test_a_server_without_sliders_tunes_itself_unless_it_is_told_otherwise() -> 
 def test_the_choice_is_said_in_two_lines_with_where_each_part_is_from() -> None:
     first, second = start(machine=cards(4), known=line).said
     assert first == (
-        "no slider given: 4 x A100: 1 P-heavy, 3 D-heavy (all devices), "
+        "no slider given: 4 x A100: 2 P-heavy, 2 D-heavy (all devices), "
         "tensor parallel 1 (the least for 29.5 GB of weights)"
     )
     assert second == (
@@ -339,7 +337,7 @@ def test_the_choice_is_said_in_two_lines_with_where_each_part_is_from() -> None:
 def test_the_choice_is_flags_of_a_command_line() -> None:
     words = start(machine=cards(4), known=line).words()
     assert " ".join(words) == (
-        "--tensor-parallel-size 1 --p-heavy 1 --d-heavy 3 --p-chunk 8192 --d-chunk 160 "
+        "--tensor-parallel-size 1 --p-heavy 2 --d-heavy 2 --p-chunk 8192 --d-chunk 160 "
         "--max-num-batched-tokens 8448 --ttft-slo 3.5 --tpot-slo 0.035 --autotune on"
     )
 

@@ -1,8 +1,9 @@
 """Where a server starts when its command line has no slider: from what the model and the machine are.
 
-Instances take as few devices as the model fits on, and there are as many as that leaves room for. Every
-fourth is P-heavy; fewer than four are all alike, which is what vLLM's own server would be with a chunk that
-suits the SLO. Nobody knows the workload yet: from there the sliders set themselves (tuner.py).
+Instances take as few devices as the model fits on, and there are as many as that leaves room for. Nobody
+knows the workload yet. Where it is known what steps take, the sliders are those that carry chats and
+summaries best, whichever they are worse for (fluid.py). Elsewhere every fourth instance is P-heavy, and fewer
+than four are all alike. From there the sliders set themselves (tuner.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from taichi_serve.latency.known import Known
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.sliders import ON, Sliders
 from taichi_serve.slo import DEFAULT, SLO
-from taichi_serve.tuning.setting import UNIT, largest
+from taichi_serve.tuning.fluid import Fluid
+from taichi_serve.tuning.setting import UNIT
 
 SHARE = 4  # of so many instances one is P-heavy
 WORK_SPACE = 2.5e9  # bytes on each device beside weights and KV: activations, graphs, the runtime
@@ -29,7 +31,6 @@ LARGE, MODEST = 8192, 2048  # tokens of the largest steps; vLLM chooses alike
 SEQS = 256  # decodes beside the prompt tokens of a step where nobody says
 UNKNOWN_CHUNK = 256  # where nobody knows what a step takes
 DECODES, CONTEXT = 32, 1000  # of a usual step: so many decodes, each with so many tokens of context
-FILLED = 0.85  # of the TPOT SLO that a step with a whole chunk may take
 PROMPT = 4096  # tokens of a long prompt
 # The paper's SLOs stand so to its models (4 s and 70 ms: 8.5 prompts, 2.7 steps of 14B on an A100).
 PROMPTS, STEPS = 8.0, 2.5
@@ -94,6 +95,16 @@ class Model:
         """Whether its heads can be divided among so many ranks; KV heads may be on several."""
         return self.heads % degree == 0 and (self.kv_heads % degree == 0 or degree % self.kv_heads == 0)
 
+    def room(self, machine: Devices | Host, degree: int) -> float:
+        """Tokens of KV that an instance of `degree` devices holds; no end where nobody knows."""
+        if isinstance(machine, Host):
+            left = machine.kv
+        elif self.weights is None:
+            return math.inf
+        else:
+            left = max(0.0, machine.memory - self.weights / degree - WORK_SPACE) * degree
+        return left / self.kv_bytes if self.kv_bytes else math.inf
+
     @property
     def size(self) -> str:
         """Its weights in words."""
@@ -140,7 +151,7 @@ def choose(
     instances, which = _instances(given, model, machine, degree)
     steps = known(degree)
     slo, whence = _slo(given, model, steps)
-    sliders, budget, chunk = _sliders(given, instances, machine, steps, slo)
+    sliders, budget, chunk = _sliders(given, instances, machine, steps, slo, model.room(machine, degree))
     autotune = ON if given.autotune is None else given.autotune
     limit = DEFAULT_WORD if given.budget is None else GIVEN_WORD
     told = [
@@ -191,30 +202,24 @@ def _instances(given: Given, model: Model, machine: Devices | Host, degree: int)
 
 
 def _sliders(
-    given: Given, instances: int, machine: Devices | Host, steps: Known | None, slo: SLO
+    given: Given, instances: int, machine: Devices | Host, steps: Known | None, slo: SLO, room: float
 ) -> tuple[Sliders, int, str]:
-    """The sliders, the tokens of a step that go with them, and where S_D is from."""
+    """The sliders, the tokens of a step that go with them, and where S_D is from. An instance has `room` for
+    so many tokens of KV."""
     roomy = isinstance(machine, Devices) and machine.size >= ROOMY
     p_chunk = given.budget or (LARGE if roomy else MODEST)
     budget = given.budget or p_chunk + (given.seqs or SEQS)
     p_heavy = instances // SHARE
     if steps is not None:
-        d_chunk, whence = min(p_chunk, max(UNIT, filling(steps, slo.tpot, p_chunk))), steps.source
-    elif given.budget is not None and not p_heavy:
+        fluid = Fluid(steps.truth, slo, given.seqs or SEQS, room)
+        # Where no step is short enough the shortest ones are nearest to it.
+        shortest = Sliders(p_heavy, instances - p_heavy, p_chunk, min(p_chunk, UNIT))
+        return fluid.suited(instances, p_chunk) or shortest, budget, steps.source
+    if given.budget is not None and not p_heavy:
         d_chunk, whence = given.budget, GIVEN_WORD  # as vLLM's own server would have it
     else:
         d_chunk, whence = min(p_chunk, UNKNOWN_CHUNK), DEFAULT_WORD
     return Sliders(p_heavy, instances - p_heavy, p_chunk, d_chunk), budget, whence
-
-
-def filling(steps: Known, tpot: float, most: int) -> int:
-    """The chunk with which a step beside usual decodes takes what the TPOT SLO (seconds) allows; 0 where none
-    does."""
-
-    def seconds(chunk: int) -> float:
-        return steps.truth.of(chunk, chunk * CONTEXT / 2, DECODES, DECODES * CONTEXT)
-
-    return largest(seconds, FILLED * tpot, most)
 
 
 # -------------------------------------------------------------------------------------------------- SLOs
