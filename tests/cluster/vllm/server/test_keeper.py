@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,17 +122,6 @@ async def test_who_cannot_compute_by_itself_is_not_let_in(
     await house.keeper.stop()
 
 
-async def test_a_silent_one_is_met_when_it_answers_and_not_before(house: House) -> None:
-    house.keeper.silence(house.cluster.engines[0], 6)
-    house.keeper.exited(house.cluster.engines[1], -9)
-    await house.joined()
-    assert set(house.cluster.met) == {("i1.2", "i1.2")}
-    house.keeper.answered(house.cluster.engines[0])
-    assert ("silence", "i0", False) not in house.cluster.told
-    await until(lambda: ("silence", "i0", False) in house.cluster.told)
-    assert {("i0", "i1.2"), ("i1.2", "i0")} <= set(house.cluster.met)
-
-
 async def test_a_request_that_two_instances_die_under_is_ended_with_the_reason_and_nobody_else(
     house: House,
 ) -> None:
@@ -196,6 +186,33 @@ async def test_one_that_was_lost_while_it_was_to_leave_and_stays_comes_back_as_e
     house.launcher.loads.set()
     await house.joined()
     assert house.launcher.begun == ["i1.2", "i1.3"]
+
+
+async def test_who_leaves_is_waited_for_as_long_as_anything_is_left_of_any_of_its_starts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    engine = house.cluster.engines[1]
+    house.launcher.loads = asyncio.Event()
+    monkeypatch.setattr(engine.process, "end", lambda: may_end.wait(10))
+    house.cluster.fails = lambda at, to: True
+    house.keeper.exited(engine, -9)
+    may_end.set()
+    await until(lambda: house.launcher.begun == ["i1.2"])
+    may_end.clear()
+    monkeypatch.setattr(house.launcher.made[0].process, "end", lambda: may_end.wait(10))
+    house.launcher.loads.set()
+    await until(lambda: ("lose", "i1.2", "it was given up") in house.cluster.told)
+    house.keeper.leaves("i1")
+    house.keeper.stays(engine)
+    house.keeper.leaves("i1")  # before what it was told first is done
+    settled = asyncio.ensure_future(house.keeper.settled("i1"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not settled.done()
+    may_end.set()
+    await asyncio.wait_for(settled, 10)
+    assert house.launcher.begun == ["i1.2"]
 
 
 async def test_one_that_stays_and_was_started_too_often_stays_out(tmp_path: Path) -> None:

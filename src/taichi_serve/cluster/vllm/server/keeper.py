@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from taichi_serve.cluster.vllm.server import figures
@@ -25,13 +25,14 @@ from taichi_serve.cluster.vllm.server.scratch import Say
 from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, to_the_end, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.suspects import computed, computed_prompts
+from taichi_serve.cluster.vllm.server.warm import Rehearsing
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.messages import Abort, Command, Outcome
 from taichi_serve.sliders import Kind
 
 
-class Cluster(Protocol):
-    """What is needed of the cluster."""
+class Cluster(Rehearsing, Protocol):
+    """What is needed of the cluster: what follows, and rehearsals."""
 
     engines: list[Engine]
 
@@ -57,16 +58,6 @@ class Cluster(Protocol):
 
     def send(self, command: Command) -> None:
         """Carry out a decision."""
-        ...
-
-    def rehearse(
-        self, request: EngineCoreRequest, at: Engine | int, to: Engine | int | None
-    ) -> asyncio.Future[int]:
-        """See warm.py."""
-        ...
-
-    def abandon(self, request_id: str, cancelled: bool) -> None:
-        """See warm.py."""
         ...
 
 
@@ -96,9 +87,10 @@ class Keeper:
         self._launcher = launcher
         self._open = self._given_up = False
         self._turns = Counter(range(len(supervisor.places)))  # processes so far, by number
-        self._returning: dict[str, asyncio.Task[None]] = {}  # those that are brought back, by name
+        self._returning: dict[str, list[asyncio.Task[None]]] = {}  # those that are brought back, by name
         self._leaving: set[str] = set()
         self._meetings = Meetings(cluster, self.silent, told.say)
+        self._late: dict[Engine, asyncio.Task[None]] = {}  # that answer again, and have others to meet first
         self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
@@ -129,7 +121,8 @@ class Keeper:
         self.lost(engine, f"silent for {seconds:.0f} s, and ended")
 
     def silence(self, engine: Engine, seconds: float) -> None:
-        """It does not answer: it gets no work."""
+        """It does not answer: it gets no work. Nor does one that answered and was not yet let in."""
+        self._stop_meeting(engine)
         self.silent.add(engine)
         self.told.say(
             f"instance {engine.name} was silent for {seconds:.0f} s: it gets no work until it answers"
@@ -140,7 +133,7 @@ class Keeper:
     def answered(self, engine: Engine) -> None:
         """It answers again: it gets work, when it has met whoever came meanwhile."""
         if self._meetings.owed(engine):
-            self.begin(self._meet_late(engine))
+            self._late[engine] = self.begin(self._meet_late(engine))
         else:
             self._answers(engine)
 
@@ -163,8 +156,7 @@ class Keeper:
             self._blame(engine, why)
         self._cluster.lose(engine, why)
         vanish(engine)
-        self.silent.discard(engine)
-        self._meetings.forget(engine)
+        self._forget(engine)
         if not self._open and engine in self._cluster.engines:
             self._say_end(engine, why)
         if serves:
@@ -175,7 +167,7 @@ class Keeper:
             if engine.name in self._leaving:
                 self._say_end(engine, why)
             else:
-                self._returning[engine.name] = self.begin(self._replace(engine, delay, why))
+                self._bring_back(engine.name, self._replace(engine, delay, why))
 
     def _blame(self, engine: Engine, why: str) -> None:
         """Whoever it died under the second time is ended; the others are looked at from now on."""
@@ -196,34 +188,37 @@ class Keeper:
     def leaves(self, name: str) -> None:
         """An instance is to leave: if it is lost, it is not started again."""
         self._leaving.add(name)
-        if (task := self._returning.get(name)) is not None:
+        for task in self._returning.get(name, []):
             task.cancel()
 
     async def settled(self, name: str) -> None:
         """Wait until nothing is left of the process that was being started in the place of a lost one."""
-        if (task := self._returning.pop(name, None)) is not None:
-            await asyncio.wait([task])
+        if tasks := self._returning.pop(name, []):
+            await asyncio.wait(tasks)
 
     def stays(self, engine: Engine) -> None:
         """It is to stay after all; if it was lost meanwhile, it is started again as every other one is."""
         self._leaving.discard(engine.name)
         if not engine.alive:
-            before = self._returning.get(engine.name)
-            self._returning[engine.name] = self.begin(self._return(engine, before))
+            self._bring_back(engine.name, self._return(engine, self._returning.get(engine.name, [])))
 
     def left(self, engine: Engine) -> None:
         """It is gone for good."""
         self.supervisor.remove(engine.name)
         self._leaving.discard(engine.name)
-        self.silent.discard(engine)
-        self._meetings.forget(engine)
+        self._forget(engine)
         self.told.deliver(figures.gone(engine.index))
 
     # ---------------------------------------------------------------------------------------- coming back
 
-    async def _return(self, dead: Engine, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
+    def _bring_back(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Begin it; who was being brought back before may not have ended yet."""
+        before = [task for task in self._returning.get(name, []) if not task.done()]
+        self._returning[name] = [*before, self.begin(work)]
+
+    async def _return(self, dead: Engine, before: list[asyncio.Task[None]]) -> None:
+        if before:
+            await asyncio.wait(before)
         why = self.supervisor.places[dead.name].why or "it was lost while it was to leave"
         await self._replace(dead, self.supervisor.due(dead.name, time.monotonic()), why)
 
@@ -276,6 +271,7 @@ class Keeper:
                 return engine
         except BaseException:
             self._cluster.lose(engine, "it was given up")  # those it has met may still read from it
+            self._meetings.forget(engine)
             vanish(engine)
             try:
                 await to_the_end(process.end)
@@ -284,5 +280,16 @@ class Keeper:
             raise
 
     async def _meet_late(self, engine: Engine) -> None:
-        await self._meetings.make_up(engine)
+        await self._meetings.catch_up(engine)
+        self._late.pop(engine, None)
         self._answers(engine)
+
+    def _stop_meeting(self, engine: Engine) -> None:
+        if (task := self._late.pop(engine, None)) is not None:
+            task.cancel()
+
+    def _forget(self, engine: Engine) -> None:
+        """It is gone."""
+        self._stop_meeting(engine)
+        self.silent.discard(engine)
+        self._meetings.forget(engine)

@@ -81,7 +81,11 @@ async def _turn(
     requests = [_request(a, b or a, turn, logprobs=None if b else LOGPROBS[turn]) for a, b in parts]
     waits = [cluster.rehearse(request, *part) for request, part in zip(requests, parts, strict=True)]
     engines = list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
-    await _settled(waits, engines, timeout)
+    try:
+        await _settled(waits, engines, timeout)
+    except BaseException:  # cancelled
+        _abandon(cluster, requests, waits)
+        raise
     for engine in engines:
         if not engine.alive:
             raise StartError(
@@ -90,9 +94,7 @@ async def _turn(
             )
     well = [wait.done() and wait.result() >= OUTPUT for wait in waits]
     late = [not wait.done() for wait in waits]
-    for request, wait in zip(requests, waits, strict=True):
-        if not wait.done():
-            cluster.abandon(request.request_id, cancelled=False)
+    _abandon(cluster, requests, waits)
     bad = [
         f"{a.name} -> {b.name}" if b else a.name for (a, b), good in zip(parts, well, strict=True) if not good
     ]
@@ -101,6 +103,15 @@ async def _turn(
         only_late = all(x or y for x, y in zip(well, late, strict=True)) and all(well[len(pairs) :])
         kind = LateError if only_late else StartError
         raise kind(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
+
+
+def _abandon(
+    cluster: Rehearsing, requests: Sequence[EngineCoreRequest], waits: Sequence[asyncio.Future[int]]
+) -> None:
+    """End those that are not over."""
+    for request, wait in zip(requests, waits, strict=True):
+        if not wait.done():
+            cluster.abandon(request.request_id, cancelled=False)
 
 
 async def _settled(waits: Sequence[asyncio.Future[int]], engines: list[Engine], timeout: float) -> None:
