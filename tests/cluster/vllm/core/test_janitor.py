@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from taichi_serve.cluster.vllm.core import janitor
+from taichi_serve.cluster.vllm.server import remains
+
 SERVER = """
 import subprocess, sys, time
 core = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], process_group=0)
@@ -27,6 +30,7 @@ from taichi_serve.cluster.vllm.core.janitor import watch
 from taichi_serve.cluster.vllm.core.main import die_with_parent
 die_with_parent(os.getppid())
 directory = Path(sys.argv[1])
+held = os.pipe()
 watch(os.getppid(), directory)
 worker = subprocess.Popen(["sleep", "60"])
 (directory / "worker").write_text(str(worker.pid))
@@ -100,3 +104,16 @@ def test_a_killed_core_takes_its_workers_along_and_leaves_the_server_its_directo
     assert eventually(lambda: not runs(family.worker))
     assert eventually(lambda: group(family.core) == [], 10)
     assert runs(family.server.pid) and family.directory.exists()
+
+
+def test_it_knows_all_shared_memory_that_the_server_knows() -> None:
+    assert janitor.SHARED.pattern == remains.SHARED.pattern
+    assert janitor.SHARED.findall(" /dev/shm/vllm_offload_server-i0.mmap\n") == [
+        "/dev/shm/vllm_offload_server-i0.mmap"
+    ]
+
+
+def test_it_holds_nothing_open_that_somebody_waits_for_the_end_of(family: Family) -> None:
+    held = Path(f"/proc/{family.core}/task/{family.core}/children").read_text().split()
+    janitors = [pid for pid in held if int(pid) != family.worker]
+    assert eventually(lambda: [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in janitors] == [5])

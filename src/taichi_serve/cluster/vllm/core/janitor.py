@@ -20,8 +20,8 @@ from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
 
-# In /proc/PID/maps: see process.py, which looks for the same.
-SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+# In /proc/PID/maps: see remains.py, which looks for the same.
+SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_|vllm_offload_)[^/\s]+)$", re.MULTILINE)
 LOOK_SECONDS = 15.0  # between two looks at what is shared, while the engine is young; rarer later
 LOOK_RARELY = 300.0
 GRACE = 1.0  # seconds in which the engine's processes may end by themselves; Python's tracker cleans up in it
@@ -41,6 +41,7 @@ def watch(server: int, directory: Path) -> None:
         return
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _close_all_but(0, 1, 2, core_fd, server_fd)  # whoever waits for the end of a socket would wait for us
         setproctitle(f"{getproctitle()} (janitor)")  # else it looks as if there were two cores
         _run(core_fd, server_fd, os.getpgrp(), directory)
     finally:
@@ -67,6 +68,13 @@ def _run(core: int, server: int, group: int, directory: Path) -> None:
             if not directory.exists():
                 return
             time.sleep(0.2)
+
+
+def _close_all_but(*kept: int) -> None:
+    for path in list(Path("/proc/self/fd").iterdir()):
+        if int(path.name) not in kept:
+            with contextlib.suppress(OSError):  # that of the list itself is closed
+                os.close(int(path.name))
 
 
 def _ended(process: int, seconds: float) -> bool:
