@@ -37,3 +37,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     why: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """It forks nobody, and ends."""
+
+    why: str
+
+
+Said = Begun | Ended | Failed | Refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from types import SimpleNamespace
 
 from taichi_serve.cluster.vllm.core import forks
 
@@ -12,12 +13,16 @@ forks.MODULES = tuple(os.environ.get("FORKABLE_MODULES", "numpy").split())
 forks.read = str
 forks.run = lambda path, spec, forked: runpy.run_path(path)
 
-if "FORKABLE_FULL" in os.environ:
+if "FORKABLE_FORBIDDEN" in os.environ:
 
-    def fork() -> int:
-        raise BlockingIOError("too many processes")
+    def forbidden(*args: object) -> int:
+        raise PermissionError(1, "not permitted")
 
-    os.fork = fork
+    if os.environ["FORKABLE_FORBIDDEN"] == "fork":
+        forks.watch = lambda server, directory: None
+    else:
+        forks.os = SimpleNamespace(**vars(os))
+    setattr(forks.os, os.environ["FORKABLE_FORBIDDEN"], forbidden)
 
 if __name__ == "__main__":
-    forks.main(int(sys.argv[1]), int(sys.argv[2]))
+    forks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -17,8 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from taichi_serve.cluster.vllm.server import forks
-from taichi_serve.cluster.vllm.server.forks import Forked, Forks, Spawned
+from taichi_serve.cluster.vllm.server import forked, forks, spawned
+from taichi_serve.cluster.vllm.server.forked import Forked
+from taichi_serve.cluster.vllm.server.forks import COSTS, Forks, ForkServer
+from taichi_serve.cluster.vllm.server.spawned import CORE, Spawned, ended
 
 HERE = Path(__file__).parent
 SOURCE = Path(forks.__file__).parents[4]
@@ -36,6 +38,7 @@ said = {
 }
 print(json.dumps(said), flush=True)
 """
+BLOCKED = "import os, signal; n = [signal.SIGUSR1]; signal.pthread_sigmask(signal.SIG_BLOCK, n)"
 STAY = "import time; time.sleep(600)"
 
 
@@ -57,14 +60,27 @@ class Cores:
     """Forks what it is given the text of."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.forks = directory, Forks()
+        self.directory = directory
+        self.said: list[str] = []
+        self.forks = Forks(directory, self.said.append)
         self.count = 0
 
     def begin(self, text: str, **env: str) -> Forked:
+        core = self.any(text, **env)
+        assert isinstance(core, Forked)
+        return core
+
+    def any(self, text: str, **env: str) -> Forked | Spawned:
+        """A core of whichever kind."""
         self.count += 1
         spec = self.directory / f"i{self.count}.json"
         spec.write_text(text)
         return self.forks.begin(spec, self.log(), {**os.environ, **env})
+
+    def server(self) -> ForkServer:
+        """The fork server."""
+        assert self.forks.server is not None
+        return self.forks.server
 
     def log(self) -> Path:
         """That of the last one."""
@@ -132,7 +148,7 @@ def test_it_may_have_as_many_files_open_as_the_server_by_then(cores: Cores) -> N
 
 def test_it_is_called_as_the_program_is(cores: Cores) -> None:
     core = cores.running()
-    title = f"{sys.executable} -m {forks.CORE} {cores.directory / 'i1.json'}"
+    title = f"{sys.executable} -m {CORE} {cores.directory / 'i1.json'}"
     assert eventually(lambda: " ".join(psutil.Process(core.pid).cmdline()) == title)
 
 
@@ -160,10 +176,17 @@ def test_its_end_can_be_asked_for_as_soon_as_it_can_be_seen(cores: Cores) -> Non
     with pytest.raises(subprocess.TimeoutExpired):
         core.wait(0.01)
     core.kill_group()
-    assert forks.ended(core.sentinel, SECONDS)
+    assert ended(core.sentinel, SECONDS)
     assert core.poll() == -signal.SIGKILL
     core.send_signal(signal.SIGTERM)  # nobody gets it
     core.kill_group()
+
+
+def test_it_can_be_asked_to_stop_as_soon_as_it_can_be_seen(cores: Cores) -> None:
+    for _ in range(20):
+        core = cores.running()
+        core.send_signal(signal.SIGTERM)
+        assert core.wait(SECONDS) == -signal.SIGTERM
 
 
 def test_its_whole_group_is_killed_with_it(cores: Cores) -> None:
@@ -176,18 +199,41 @@ def test_its_whole_group_is_killed_with_it(cores: Cores) -> None:
     assert eventually(lambda: gone(below.pid))
 
 
-def test_a_fork_server_that_is_killed_takes_its_cores_along_and_the_next_core_has_another(
-    cores: Cores,
+def test_a_fork_server_that_is_killed_takes_its_cores_along_and_the_next_core_is_a_program(
+    cores: Cores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core, log = cores.running(), cores.log()
-    server = cores.forks.server
-    assert server is not None
-    os.kill(server.pid, signal.SIGKILL)
+    os.kill(cores.server().pid, signal.SIGKILL)
     assert core.wait(SECONDS) == -signal.SIGKILL
     assert gone(core.pid)
-    assert log.read_text() == "ForkServerError: its fork server ended first, killed by SIGKILL\n"
-    assert cores.told()
-    assert cores.forks.server is not server
+    why = "its fork server ended first, killed by SIGKILL"
+    assert log.read_text() == f"ForkServerError: {why}\n"
+    assert core.forsaken == why
+    monkeypatch.setattr(spawned, "CORE", "stay")
+    for _ in range(2):
+        program = cores.any(STAY)
+        assert isinstance(program, Spawned)
+        program.kill_group()
+        program.wait()
+        program.close()
+    assert cores.said == [f"engine processes are not forked but programs of their own: {why}; {COSTS}"]
+    assert cores.forks.server is None
+
+
+def test_where_none_can_be_made_cores_are_programs(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(name: str) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    monkeypatch.setattr(spawned, "CORE", "stay")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    program = cores.any(STAY)
+    assert isinstance(program, Spawned)
+    program.kill_group()
+    program.wait()
+    program.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert "OSError: [Errno 1] Operation not permitted; each takes" in cores.said[0]
 
 
 def test_a_server_that_is_killed_takes_all_along(tmp_path: Path) -> None:
@@ -197,7 +243,7 @@ import os, time
 from pathlib import Path
 from taichi_serve.cluster.vllm.server import forks
 forks.FORK_SERVER = "forkable"
-its = forks.Forks()
+its = forks.Forks(Path({str(tmp_path)!r}), print)
 core = its.begin(Path({str(tmp_path / "spec")!r}), Path({str(tmp_path / "log")!r}), os.environ)
 assert core.known()
 print(core.pid, its.server.pid, flush=True)
@@ -213,18 +259,19 @@ time.sleep(600)
 
 def test_the_end_of_the_fork_server_leaves_nothing(cores: Cores) -> None:
     core = cores.running()
-    server = cores.forks.server
-    assert server is not None
+    server = cores.server()
     cores.forks.close()
     assert core.wait(SECONDS) == -signal.SIGKILL
     assert gone(core.pid) and gone(server.pid)
     assert sorted(path.name for path in cores.directory.iterdir()) == ["i1.json", "i1.log"]
 
 
-def test_ctrl_c_is_nothing_to_a_fork_server(cores: Cores) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whoever_stops_a_whole_control_group_takes_no_core_along(
+    number: signal.Signals, cores: Cores
+) -> None:
     core = cores.running()
-    assert cores.forks.server is not None
-    os.kill(cores.forks.server.pid, signal.SIGINT)
+    os.kill(cores.server().pid, number)
     assert cores.told()
     assert core.poll() is None
 
@@ -239,20 +286,42 @@ def test_what_cannot_be_imported_is_in_the_log_of_the_core(
     assert "ModuleNotFoundError: No module named 'no_such_module'" in cores.log().read_text()
 
 
-def test_what_runs_threads_is_not_forked(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORKABLE_MODULES", "threaded")
-    assert cores.begin(STAY).wait(SECONDS) == 1
-    assert "RuntimeError: it cannot be forked: what it imported runs threads" in cores.log().read_text()
-
-
-def test_a_kernel_that_does_not_fork_is_one_clear_error(
-    cores: Cores, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("daemon", ["yes", "no"])
+def test_what_runs_threads_is_not_forked_and_they_are_named(
+    daemon: str, cores: Cores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORKABLE_FULL", "1")
+    monkeypatch.setenv("FORKABLE_MODULES", "threaded")
+    monkeypatch.setenv("THREADED_DAEMON", daemon)
+    core = cores.begin(STAY)
+    assert core.wait(SECONDS) == 1
+    why = "what Python imports here runs threads (eternal)"
+    assert f"ThreadsError: {why}\n" in cores.log().read_text()
+    assert core.forsaken == why
+
+
+def test_threads_that_are_there_from_the_beginning_are_seen_before_anything_is_imported(
+    cores: Cores, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import threaded\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{SOURCE}:{HERE}")
+    monkeypatch.setenv("FORKABLE_MODULES", "endless")
+    core = cores.begin(STAY)
+    assert core.wait(SECONDS) == 1
+    assert core.forsaken == "what Python imports here runs threads (eternal)"
+
+
+@pytest.mark.parametrize("what", ["fork", "pidfd_open"])
+def test_a_kernel_that_does_not_fork_is_one_clear_error(
+    what: str, cores: Cores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORKABLE_FORBIDDEN", what)
     core = cores.begin(STAY)
     assert not core.known()
     assert core.wait(SECONDS) == 1
-    assert cores.log().read_text() == "OSError: fork: too many processes\n"
+    assert cores.log().read_text() == "OSError: fork: [Errno 1] not permitted\n"
+    assert core.forsaken == "OSError: fork: [Errno 1] not permitted"
+    assert cores.server().gone is None
+    assert psutil.Process(cores.server().pid).children() == janitors(cores), "and no child is left"
 
 
 def test_an_environment_that_is_too_large_is_one_clear_error(cores: Cores) -> None:
@@ -280,24 +349,97 @@ def test_what_is_not_wanted_any_more_ends_as_soon_as_it_is_there(cores: Cores) -
     assert wanted.poll() is None
 
 
-def test_nobody_waits_for_a_fork_server_that_stands_still(cores: Cores) -> None:
+def test_nobody_waits_for_a_fork_server_that_stands_still(
+    cores: Cores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forked, "FORK_SECONDS", 0.1)
     wanted = cores.running()
-    assert cores.forks.server is not None
-    os.kill(cores.forks.server.pid, signal.SIGSTOP)
+    os.kill(cores.server().pid, signal.SIGSTOP)
     late = cores.begin(STAY)
-    late.kill_group()
     assert not late.known()
-    os.kill(cores.forks.server.pid, signal.SIGCONT)
+    assert late.forsaken == "its fork server has not answered for 0.1 s"
+    late.kill_group()
+    late.close()
+    os.kill(cores.server().pid, signal.SIGCONT)
     assert late.wait(SECONDS) == -signal.SIGKILL
     assert wanted.poll() is None
 
 
+@pytest.mark.parametrize(("end", "code"), [("os._exit(7)", 7), ("os.kill(os.getpid(), 9)", -9)])
+def test_an_end_is_known_although_the_fork_server_stands_still(
+    end: str, code: int, cores: Cores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forked, "WORD_SECONDS", 0.1)
+    core = cores.begin(f"{BLOCKED}; print(1, flush=True); signal.sigwait(n); {end}")
+    assert eventually(cores.log().read_text)
+    os.kill(cores.server().pid, signal.SIGSTOP)
+    core.send_signal(signal.SIGUSR1)
+    assert core.wait(SECONDS) == code
+    os.kill(cores.server().pid, signal.SIGCONT)
+    assert eventually(lambda: not psutil.pid_exists(core.pid))
+    assert core.poll() == code
+
+
+def test_a_number_that_is_somebody_elses_by_now_is_not_killed(cores: Cores) -> None:
+    core = cores.running()
+    core.kill_group()
+    assert core.wait(SECONDS) == -signal.SIGKILL
+    with subprocess.Popen(["sleep", "600"], process_group=0) as other:
+        core.pid = other.pid
+        core.kill_group()
+        assert other.poll() is None
+        other.kill()
+
+
+def janitors(cores: Cores) -> list[psutil.Process]:
+    """Those of the fork server."""
+    children = psutil.Process(cores.server().pid).children()
+    return [child for child in children if child.cmdline()[-1].endswith("(janitor)")]
+
+
+def test_a_server_that_is_killed_before_there_is_a_core_leaves_no_directory(tmp_path: Path) -> None:
+    directory = tmp_path / "server"
+    directory.mkdir()
+    (directory / "spec").write_text(STAY)
+    text = f"""
+import os, time
+from pathlib import Path
+from taichi_serve.cluster.vllm.server import forks
+forks.FORK_SERVER = "forkable"
+its = forks.Forks(Path({str(directory)!r}), print)
+core = its.begin(Path({str(directory / "spec")!r}), Path({str(directory / "log")!r}), os.environ)
+print(its.server.pid, flush=True)
+time.sleep(600)
+"""
+    env = {**os.environ, "FORKABLE_MODULES": "endless"}
+    with subprocess.Popen([sys.executable, "-c", text], env=env, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        assert eventually(lambda: psutil.Process(pid).children())
+        (janitor,) = psutil.Process(pid).children()
+        server.kill()
+    assert eventually(lambda: not directory.exists())
+    assert eventually(lambda: gone(pid) and gone(janitor.pid))
+
+
+def test_the_janitor_of_a_fork_server_ends_with_it_and_takes_nothing_from_a_server_that_lives(
+    cores: Cores,
+) -> None:
+    cores.running()
+    (janitor,) = janitors(cores)
+    assert not [f for f in janitor.open_files() if f.fd > 2]
+    assert len(list(Path(f"/proc/{janitor.pid}/fd").iterdir())) == 5, "0 to 2, and those whom it watches"
+    cores.forks.close()
+    assert eventually(lambda: gone(janitor.pid))
+    assert sorted(path.name for path in cores.directory.iterdir()) == ["i1.json", "i1.log"]
+
+
 def test_a_program_of_its_own_is_asked_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forks, "CORE", "runpy")
+    monkeypatch.setattr(spawned, "CORE", "runpy")
     spec, log = tmp_path / "spec", tmp_path / "log"
     core = Spawned(spec, log, os.environ)
     assert core.known()
     core.kill_group()
     assert core.wait(SECONDS) in (1, -signal.SIGKILL)
-    assert forks.ended(core.sentinel, SECONDS)
+    assert ended(core.sentinel, SECONDS)
     core.close()

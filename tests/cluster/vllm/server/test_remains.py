@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from taichi_serve.cluster.vllm.server.remains import ending, forget_logs, members, remove_files, wait_gone
+from taichi_serve.cluster.vllm.server.remains import (
+    ending,
+    exit_code,
+    forget_logs,
+    lives,
+    members,
+    remove_files,
+    wait_gone,
+)
 from taichi_serve.cluster.vllm.wire import copier_endpoint, direct_marker, flight_file, offer_file
 
 
@@ -93,3 +102,35 @@ def test_an_end_is_told_in_words() -> None:
     assert [ending(code) for code in (0, 3, -9, None)] == [
         "exit code 0", "exit code 3", "killed by SIGKILL", "it still runs",
     ]  # fmt: skip
+
+
+def test_a_server_that_orphans_come_to_has_no_dead_child_left() -> None:
+    text = """
+import ctypes, os, subprocess, sys
+from taichi_serve.cluster.vllm.server.remains import members, reap, wait_gone
+assert ctypes.CDLL(None).prctl(36, 1) == 0  # PR_SET_CHILD_SUBREAPER: as the first process of a container
+sleep = "import os, subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); os.read(1, 1)"
+other = subprocess.Popen(["sleep", "600"])
+leader = subprocess.Popen([sys.executable, "-c", sleep], process_group=0, stdout=subprocess.PIPE)
+orphan = int(leader.stdout.readline())
+os.killpg(leader.pid, 9)
+leader.wait()
+assert wait_gone(leader.pid, 20)
+assert os.path.exists(f"/proc/{orphan}"), "a dead child"
+reap(leader.pid)
+assert not os.path.exists(f"/proc/{orphan}")
+reap(leader.pid)
+assert other.poll() is None
+other.kill()
+"""
+    subprocess.run([sys.executable, "-c", text], check=True)
+
+
+def test_how_one_ended_is_known_as_long_as_nobody_has_asked() -> None:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert exit_code(child.pid) == 7
+        assert not lives(child.pid)
+        child.wait()
+        assert exit_code(child.pid) == -9, "nobody can tell"
+    assert lives(os.getpid())

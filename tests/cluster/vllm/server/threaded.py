@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
-threading.Thread(target=threading.Event().wait, name="eternal", daemon=True).start()
+threading.Thread(
+    target=threading.Event().wait, name="eternal", daemon=os.environ.get("THREADED_DAEMON") != "no"
+).start()

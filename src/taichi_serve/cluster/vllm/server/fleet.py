@@ -74,7 +74,8 @@ async def fleet(
     patience = Patience()
     ticking = asyncio.create_task(patience.run(), name="clock")
     all_of_them: list[Fleet] = []
-    forks = Forks() if current_platform.is_cpu() else None  # CUDA and forks do not go together
+    # CUDA and forks do not go together.
+    forks = Forks(here.path, say) if current_platform.is_cpu() else None
     began = time.monotonic()
     try:
         launcher = _launcher(args, argv, config, here, patience, forks, all_of_them)

@@ -1,4 +1,8 @@
-"""Engine cores as processes: programs of their own beside an accelerator, forked on a CPU (decision 137)."""
+"""Engine cores as processes: programs of their own beside an accelerator, forked on a CPU (decision 137).
+
+Where nobody can be forked, or who forks has ended, cores of a CPU are programs of their own too: it is told
+once, with what it costs. A core that its fork server has forsaken is started again as one (process.py).
+"""
 
 from __future__ import annotations
 
@@ -7,146 +11,52 @@ import errno
 import itertools
 import os
 import resource
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
-from taichi_serve.cluster.vllm.forking import LARGEST, Begun, Ended, Failed, Wanted
-from taichi_serve.cluster.vllm.server.remains import ending
+from taichi_serve.cluster.vllm.forking import LARGEST, Begun, Ended, Failed, Refused, Said, Wanted
+from taichi_serve.cluster.vllm.server.forked import Forked
+from taichi_serve.cluster.vllm.server.remains import ending, reap, wait_gone
+from taichi_serve.cluster.vllm.server.spawned import Spawned, ended
 from taichi_serve.cluster.vllm.server.surroundings import on_cpu
 
-CORE = "taichi_serve.cluster.vllm.core.main"
 FORK_SERVER = "taichi_serve.cluster.vllm.core.forks"
-END_SECONDS = 10.0  # between the end of a process and the word of it
+END_SECONDS = 10.0  # between the end of a fork server and that of its cores
 SAID = 1 << 20  # bytes
 # NumPy's threads would be there when it forks, and the cores' part of the work needs none.
 ALONE = {b"OPENBLAS_NUM_THREADS": b"1"}
-
-
-class Spawned(subprocess.Popen[bytes]):
-    """A core that is a program of its own. `sentinel` can be read when it has ended."""
-
-    def __init__(self, spec: Path, log: Path, env: Mapping[str, str]) -> None:
-        with log.open("wb") as output:
-            super().__init__(
-                [sys.executable, "-m", CORE, str(spec)],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-        self.sentinel = os.pidfd_open(self.pid)
-
-    def known(self) -> bool:
-        """It is there."""
-        return True
-
-    def kill_group(self) -> None:
-        """End its whole process group now."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """Nobody looks at the sentinel any more."""
-        with contextlib.suppress(OSError):
-            os.close(self.sentinel)
-
-
-class Forked:
-    """A core that is asked of a fork server, with what is used of a `subprocess.Popen`. `pid` is 0 until it
-    is there, and for ever where it never is."""
-
-    def __init__(self, server: ForkServer, log: Path) -> None:
-        self.pid = 0
-        self.sentinel = -1
-        self._server = server
-        self._log = log
-        self._settled = threading.Event()  # whether it is there or never will be
-        self._over = threading.Event()
-        self._code: int | None = None
-        self.unwanted = False
-
-    def known(self) -> bool:
-        """Wait until it is there; False where it never will be, or nobody wants it any more."""
-        self._settled.wait()
-        return bool(self.pid)
-
-    def poll(self) -> int | None:
-        """The exit code, None while it runs or is awaited."""
-        if not self._over.is_set() and self.sentinel >= 0 and ended(self.sentinel, 0.0):
-            self._over.wait(END_SECONDS)  # the word of it is under way
-        return self._code
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once there is one. Raises subprocess.TimeoutExpired."""
-        if not self._over.wait(timeout) or self._code is None:
-            raise subprocess.TimeoutExpired(CORE, timeout or 0.0)
-        return self._code
-
-    def send_signal(self, number: int) -> None:
-        """To this process alone; one that is gone gets none."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.sentinel, number)
-
-    def kill_group(self) -> None:
-        """End its whole process group now, or as soon as there is one."""
-        with self._server.lock:
-            self.unwanted = True
-            if self.pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
-            else:
-                self._settled.set()  # a fork server that hangs never answers
-                self._server.not_needed()
-
-    def close(self) -> None:
-        """Nobody looks at the sentinel any more."""
-        with contextlib.suppress(OSError):
-            os.close(self.sentinel)
-
-    # -------------------------------------------------------------- what the fork server tells, by thread
-
-    def begun(self, pid: int, sentinel: int) -> None:
-        """It is there."""
-        with self._server.lock:
-            self.pid, self.sentinel = pid, sentinel
-        self._settled.set()
-        if self.unwanted:
-            self.kill_group()
-
-    def ended(self, code: int, words: bytes = b"") -> None:
-        """It is gone, or never was; what is to be said of that goes into its log."""
-        if words:
-            with contextlib.suppress(OSError), self._log.open("ab") as log:
-                log.write(words)
-        self._code = code
-        self._over.set()
-        self._settled.set()
+COSTS = "each takes some 14 s of processor time more to start, and 0.6 GiB more of memory"
 
 
 class ForkServer:
-    """One fork server, which imports as soon as it is made. A thread hears what it says."""
+    """One fork server, which imports as soon as it is made. A thread hears what it says. `gone` is why there
+    is none any more, "" where nobody needed it. Raises OSError where there cannot be one."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         self.lock = threading.RLock()
+        self.forks = False  # it has imported all, and forked one
+        self.gone: str | None = None
+        self._refused: str | None = None
         self._cores: dict[int, Forked] = {}  # that are asked for, or run
         self._numbers = itertools.count()
-        self._gone = False
-        self._line, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._said = os.memfd_create("fork-server")  # what it writes, for the log of whom it could not fork
         kept = {name: value for name, value in os.environb.items() if name not in ALONE}
         self._env = kept | {name.encode(): value.encode() for name, value in on_cpu().items()}
-        with its:
+        with contextlib.ExitStack() as opened:
+            self._line, its = map(
+                opened.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            )
+            # What it writes, for the log of whom it could not fork.
+            self._said = opened.enter_context(os.fdopen(os.memfd_create("fork-server"), "rb"))
+            words = (str(its.fileno()), str(os.getpid()), str(directory))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", FORK_SERVER, str(its.fileno()), str(os.getpid())],
+                [sys.executable, "-m", FORK_SERVER, *words],
                 env={**self._env, **ALONE},
                 stdin=subprocess.DEVNULL,
                 stdout=self._said,
@@ -154,6 +64,8 @@ class ForkServer:
                 pass_fds=[its.fileno()],
                 process_group=0,
             )
+            opened.pop_all()
+        its.close()
         self._hearing = threading.Thread(target=self._hear, name="fork-server", daemon=True)
         self._hearing.start()
 
@@ -171,24 +83,24 @@ class ForkServer:
         differs.update(dict.fromkeys(self._env.keys() - whole.keys()))
         wanted = Wanted(number, str(spec), str(log), differs, resource.getrlimit(resource.RLIMIT_NOFILE))
         with self.lock:
-            if self._gone:
+            if self.gone is not None:
                 return None
             self._cores[number] = core
         packet = msgspec.msgpack.encode(wanted)
         try:
             if len(packet) > LARGEST:
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-            self._line.send(packet)
+            self._line.send(packet, socket.MSG_DONTWAIT)  # one that stands still does not read
         except ConnectionError:
             pass  # it is gone, and the thread that hears it says so to all
         except OSError as wrong:  # an environment that is too large for a packet
-            self._ended(number, 1, f"OSError: {wrong}\n".encode())
+            self._failed(number, f"OSError: {wrong}")
         return core
 
     def not_needed(self) -> None:
         """One that was asked for is not needed. If that is so of all, nobody waits until it has imported."""
         if all(core.unwanted and not core.pid for core in self._cores.values()):
-            self._gone = True
+            self.gone = "" if self.gone is None else self.gone
             self._process.kill()
 
     def close(self) -> None:
@@ -200,78 +112,109 @@ class ForkServer:
         while (heard := self._next()) is not None:
             match heard:
                 case Begun(number, pid), [sentinel]:
+                    self.forks = True
                     self._cores[number].begun(pid, sentinel)
-                case Begun(
-                    number, pid
-                ), _:  # there was no descriptor left for it, and nobody could see it end
+                case Begun(number, pid), _:  # no descriptor was left for it, and nobody could see it end
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
-                    self._ended(number, 1, b"OSError: too many open files: the server cannot watch it\n")
+                    self._failed(number, "OSError: too many open files: the server cannot watch it")
                 case Ended(number, code), _:
                     self._ended(number, code)
                 case Failed(number, why), _:
-                    self._ended(number, 1, f"OSError: fork: {why}\n".encode())
+                    self._failed(number, f"OSError: fork: {why}")
+                case Refused(why), _:
+                    self._refused = why
+        self._buried(self._end())
+
+    def _end(self) -> int:
+        """Wait for its end, and end its janitor: this server lives. The exit code."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # its number is not yet given again
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         code = self._process.wait()
+        if wait_gone(self.pid, END_SECONDS):
+            reap(self.pid)
+        return code
+
+    def _buried(self, code: int) -> None:
+        """Tell all who waited for it, and whose cores it took along."""
+        said = os.pread(self._said.fileno(), SAID, 0).decode(errors="replace")
+        self._said.close()
+        how = self._refused or f"its fork server ended first, {ending(code)}"
+        if code > 0 and self._refused is None and (lines := said.split("\n")[:-1]):
+            how = f"{how} ({lines[-1]})"
         with self.lock:
-            self._gone = True
+            self.gone = how if self.gone is None else self.gone
             left = list(self._cores.values())
             self._cores.clear()
-        said = os.pread(self._said, SAID, 0)
-        os.close(self._said)
         self._line.close()
         for core in left:
             if core.pid:
                 ended(core.sentinel, END_SECONDS)  # the kernel kills it
-        why = f"ForkServerError: its fork server ended first, {ending(code)}\n"
-        for core in left:
-            if core.pid:
-                core.ended(-signal.SIGKILL, why.encode())
+                core.ended(-signal.SIGKILL, f"ForkServerError: {how}\n", how)
             else:
-                core.ended(code or 1, said)
+                core.ended(code or 1, said, how)
 
-    def _next(self) -> tuple[Begun | Ended | Failed, list[int]] | None:
+    def _next(self) -> tuple[Said, list[int]] | None:
         """What it says next, with the descriptors that come along; None where it is gone."""
         try:
             packet, descriptors, _, _ = socket.recv_fds(self._line, LARGEST, 1, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return None
-        return (msgspec.msgpack.decode(packet, type=Begun | Ended | Failed), descriptors) if packet else None
+        return (msgspec.msgpack.decode(packet, type=Said), descriptors) if packet else None
 
-    def _ended(self, number: int, code: int, words: bytes = b"") -> None:
+    def _failed(self, number: int, why: str) -> None:
+        """It was not forked."""
+        self._ended(number, 1, f"{why}\n", why)
+
+    def _ended(self, number: int, code: int, words: str = "", forsaken: str | None = None) -> None:
         """Say so, once: whoever hears of an end first takes the core out."""
         with self.lock:
             core = self._cores.pop(number, None)
         if core is not None:
-            core.ended(code, words)
+            core.ended(code, words, forsaken)
 
 
 class Forks:
-    """The fork server of a server: one, as long as it lives, and then another."""
+    """The fork server of a server, as long as it forks: then cores are programs of their own. `directory` is
+    the server's, and `say` tells its operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
         self.server: ForkServer | None = None
+        self._directory = directory
+        self._say = say
+        self._given_up = False
 
     def preload(self) -> ForkServer:
         """Have one import, if none is there. Only from the main thread, as a fork server ends with the thread
-        that started it."""
-        self.server = self.server or ForkServer()
+        that started it. Raises OSError."""
+        self.server = self.server or ForkServer(self._directory)
         return self.server
 
-    def begin(self, spec: Path, log: Path, env: Mapping[str, str]) -> Forked:
-        """A core with this spec, log and environment. From the main thread, too."""
-        while (core := self.preload().fork(spec, log, env)) is None:
-            self.server = None
-        return core
+    def begin(self, spec: Path, log: Path, env: Mapping[str, str]) -> Forked | Spawned:
+        """A core with this spec, log and environment. From the main thread, too. Raises OSError."""
+        while not self._given_up:
+            try:
+                server = self.preload()
+            except OSError as wrong:
+                self.give_up(f"OSError: {wrong}")
+            else:
+                if (core := server.fork(spec, log, env)) is not None:
+                    return core
+                self.server = None
+                if server.gone:
+                    self.give_up(server.gone)
+        return Spawned(spec, log, env)
+
+    def give_up(self, why: str) -> None:
+        """Fork nobody any more."""
+        if not self._given_up:
+            self._given_up = True
+            self._say(f"engine processes are not forked but programs of their own: {why}; {COSTS}")
 
     def close(self) -> None:
         """End it; the cores have ended before."""
         if self.server is not None:
             self.server.close()
             self.server = None
-
-
-def ended(process: int, seconds: float) -> bool:
-    """Whether the process behind this descriptor ends within so many seconds."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))

@@ -24,8 +24,9 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
-from taichi_serve.cluster.vllm.server.forks import Forked, Forks, Spawned
-from taichi_serve.cluster.vllm.server.remains import ending, remove_files, shared_memory, wait_gone
+from taichi_serve.cluster.vllm.server.forks import Forked, Forks
+from taichi_serve.cluster.vllm.server.remains import ending, reap, remove_files, shared_memory, wait_gone
+from taichi_serve.cluster.vllm.server.spawned import Spawned
 from taichi_serve.cluster.vllm.wire import Spec
 from taichi_serve.ports import LOOPBACK, port_of, reserve
 
@@ -76,8 +77,10 @@ class EngineProcess:
         own = {**NO_TRACES, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env}
         # It leads a process group: its workers can be ended with it. Not a session: Linux gives each one a
         # scheduling group of its own, and 6.18 can leave such a group without CPU time for minutes.
+        self._forks = forks
+        self._program = path, self.log, {**os.environ, **own}
         begin = Spawned if forks is None else forks.begin
-        self._process: Spawned | Forked = begin(path, self.log, {**os.environ, **own})
+        self._process: Spawned | Forked = begin(*self._program)
         self.stopping = False
         self._shared: set[Path] = set()
         self._ending = threading.Lock()
@@ -129,6 +132,22 @@ class EngineProcess:
         finally:
             context.term()
 
+    def again(self) -> bool:
+        """Start it once more, as a program of its own, where its fork server failed it; whether that is so.
+        From the main thread, as whoever is started ends with the thread that did it. Raises StartError."""
+        if self.stopping or self._forks is None or self._process.forsaken is None:
+            return False
+        self._forks.give_up(self._process.forsaken)
+        if self.pid:
+            self._shared |= shared_memory(self.pid)
+        self._process.kill_group()  # it may come late
+        self._process.close()
+        try:
+            self._process = Spawned(*self._program)
+        except OSError as wrong:
+            raise StartError(f"instance {self.name} could not be started: {wrong}") from wrong
+        return True
+
     def cause(self) -> str:
         """The last line of its log that names an error; else its last line."""
         lines = self._last_lines()
@@ -178,6 +197,8 @@ class EngineProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
             gone = not self.pid or wait_gone(self.pid, END_SECONDS)
+            if self.pid and gone:
+                reap(self.pid)
             self._over = True
             for path in self._shared:  # whoever made it had no time to take it away
                 path.unlink(missing_ok=True)

@@ -50,6 +50,14 @@ def wait_gone(group: int, seconds: float) -> bool:
     return True
 
 
+def reap(group: int) -> None:
+    """Ask about the dead of a group whose leader was asked about. They are this process's children only where
+    it is the first one of a container, to which orphans come; nobody else would ask."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+
+
 def remove_files(directory: Path, name: str, engine_id: str) -> None:
     """Whatever a dead process left in its server's directory, but its log. Others read some of it while they
     meet: to them it looks as if it had never been there."""
@@ -86,6 +94,25 @@ def forget_logs(directory: Path, instance: str) -> None:
     logs = [p for p in directory.glob(f"{instance}*.log") if re.fullmatch(rf"{instance}(\.\d+)?", p.stem)]
     for path in sorted(logs, key=number)[1 : -KEPT_LOGS - 1]:
         path.unlink(missing_ok=True)
+
+
+def lives(process: int) -> bool:
+    """Whether a process with this number runs; one that nobody has asked about yet does not."""
+    return (_stat(process) or ["X"])[0] not in "ZX"
+
+
+def exit_code(process: int) -> int:
+    """How one ended that nobody has asked about yet; where nobody can tell, as if it was killed."""
+    stat = _stat(process)
+    return os.waitstatus_to_exitcode(int(stat[49])) if stat and stat[0] == "Z" else -signal.SIGKILL
+
+
+def _stat(process: int) -> list[str] | None:
+    """Its words from its state on; see proc(5)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
 
 
 def ending(code: int | None) -> str:

@@ -67,8 +67,7 @@ class Launcher:
         holder: list[Engine] = []
         client: InstanceClient | None = None
         try:
-            config = deepcopy(self.config)  # the start-up handshake writes into it
-            await in_thread(lambda: process.wait_ready(config))
+            config = await self._up(process)
             process.run_on(self.devices.spare())
             client = await in_thread(
                 lambda: InstanceClient(config, process, lambda item: self.receive(holder[0], item))
@@ -92,6 +91,18 @@ class Launcher:
         client.tell(Call.CHUNK, chunk)
         process.on_exit(lambda code: loop.call_soon_threadsafe(self.exited, engine, code))
         return engine
+
+    async def _up(self, process: EngineProcess) -> VllmConfig:
+        """Wait until it is up; its configuration."""
+        while True:
+            config = deepcopy(self.config)  # the start-up handshake writes into it
+            try:
+                await in_thread(partial(process.wait_ready, config))
+            except StartError:
+                if not process.again():
+                    raise
+            else:
+                return config
 
     async def all(self, kinds: list[tuple[Kind, int]], waiting: Waiting) -> list[Engine]:
         """Start every instance side by side and wait until all are up; `waiting` hears each second for whom.
