@@ -357,7 +357,7 @@ def test_nobody_waits_for_a_fork_server_that_stands_still(
     os.kill(cores.server().pid, signal.SIGSTOP)
     late = cores.begin(STAY)
     assert not late.known()
-    assert late.forsaken == "its fork server has not answered for 0.1 s"
+    assert late.forsaken == "its fork server has not answered for 0.2 s"
     late.kill_group()
     late.close()
     os.kill(cores.server().pid, signal.SIGCONT)
@@ -378,6 +378,18 @@ def test_an_end_is_known_although_the_fork_server_stands_still(
     os.kill(cores.server().pid, signal.SIGCONT)
     assert eventually(lambda: not psutil.pid_exists(core.pid))
     assert core.poll() == code
+
+
+def test_one_that_is_given_up_ends_with_its_last_core(cores: Cores) -> None:
+    one, other = cores.running(), cores.running()
+    server = cores.server()
+    cores.forks.give_up("of a test")
+    one.kill_group()
+    assert one.wait(SECONDS) == -signal.SIGKILL
+    assert server.gone is None and other.poll() is None
+    other.kill_group()
+    assert other.wait(SECONDS) == -signal.SIGKILL
+    assert eventually(lambda: gone(server.pid))
 
 
 def test_a_number_that_is_somebody_elses_by_now_is_not_killed(cores: Cores) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 from taichi_serve.cluster.vllm.server.remains import exit_code
 from taichi_serve.cluster.vllm.server.spawned import CORE, ended, kill_group
 
-FORK_SECONDS = 20.0  # that a fork server which has forked before may take: it needs milliseconds
+FORK_SECONDS = 10.0  # twice this may a fork server take that has forked before: it needs milliseconds
 WORD_SECONDS = 5.0  # between the end of a core and the word of it, from a fork server that runs
 
 
@@ -48,8 +48,11 @@ class Forked:
 
     def known(self) -> bool:
         """Wait until it is there; False where it never will be, or nobody wants it any more."""
-        if not self._settled.wait(self._within):
-            self.forsaken = f"its fork server has not answered for {self._within:g} s"
+        # Asked twice: when the whole machine stood still, the first time was over at once.
+        within = self._within
+        settled = self._settled.wait(within) or self._settled.wait(within)
+        if not settled and within is not None:
+            self.forsaken = f"its fork server has not answered for {2 * within:g} s"
         return bool(self.pid)
 
     def poll(self) -> int | None:

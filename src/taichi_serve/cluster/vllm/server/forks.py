@@ -44,6 +44,7 @@ class ForkServer:
         self.forks = False  # it has imported all, and forked one
         self.gone: str | None = None
         self._refused: str | None = None
+        self._retired = False
         self._cores: dict[int, Forked] = {}  # that are asked for, or run
         self._numbers = itertools.count()
         kept = {name: value for name, value in os.environb.items() if name not in ALONE}
@@ -102,6 +103,13 @@ class ForkServer:
         if all(core.unwanted and not core.pid for core in self._cores.values()):
             self.gone = "" if self.gone is None else self.gone
             self._process.kill()
+
+    def retire(self) -> None:
+        """It is asked for no more: it ends with the last core of it, for its memory."""
+        with self.lock:
+            self._retired = True
+            if not self._cores:
+                self._process.kill()
 
     def close(self) -> None:
         """End it, and every core of it that still runs."""
@@ -174,6 +182,8 @@ class ForkServer:
             core = self._cores.pop(number, None)
         if core is not None:
             core.ended(code, words, forsaken)
+        if self._retired:
+            self.retire()
 
 
 class Forks:
@@ -211,6 +221,8 @@ class Forks:
         """Fork nobody any more."""
         if not self._given_up:
             self._given_up = True
+            if self.server is not None:
+                self.server.retire()
             self._say(f"engine processes are not forked but programs of their own: {why}; {COSTS}")
 
     def close(self) -> None:
