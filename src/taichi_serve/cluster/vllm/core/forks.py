@@ -64,7 +64,7 @@ Environment = Callable[[Mapping[bytes, bytes | None]], dict[bytes, bytes]]
 class ForkServer:
     """Forks what `line` asks for. `blocked` are the signals that a child does not hear."""
 
-    def __init__(self, line: socket.socket, env: Environment, blocked: set[signal.Signals]) -> None:
+    def __init__(self, line: socket.socket, env: Environment, blocked: set[int | signal.Signals]) -> None:
         self._line = line
         self._env = env
         self._blocked = blocked

@@ -24,7 +24,8 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
-from taichi_serve.cluster.vllm.server.forks import Forked, Forks
+from taichi_serve.cluster.vllm.server.forked import Forked
+from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.remains import ending, reap, remove_files, shared_memory, wait_gone
 from taichi_serve.cluster.vllm.server.spawned import Spawned
 from taichi_serve.cluster.vllm.wire import Spec

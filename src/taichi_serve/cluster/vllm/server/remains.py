@@ -18,7 +18,6 @@ from pathlib import Path
 SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_|vllm_offload_)[^/\s]+)$", re.MULTILINE)
 # vLLM's own sockets inside an instance: their names say nothing of their owner.
 UNNAMED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-SETTLE_SECONDS = 2.0
 KEPT_LOGS = 4  # of an instance's dead processes
 
 
@@ -49,14 +48,6 @@ def wait_gone(group: int, seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def settle(group: int) -> None:
-    """The leader of a group has ended by itself: leave the others a moment. Python's tracker takes away the
-    shared memory that it knows of as soon as nobody holds it, and whoever ends it prevents that."""
-    until = time.monotonic() + SETTLE_SECONDS
-    while sum(1 for _ in members(group)) > 1 and time.monotonic() < until:  # the janitor stays
-        time.sleep(0.02)
 
 
 def reap(group: int) -> None:
