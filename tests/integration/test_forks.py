@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 from load import completed, wishes
 from servers import SOURCE, Server, processes, until
 
@@ -15,11 +16,13 @@ threading.Thread(target=threading.Event().wait, name="tracer", daemon=True).star
 BACK_SECONDS = 120
 
 
-async def test_a_tracer_in_every_python_costs_one_warning_and_no_request(tmp_path: Path) -> None:
+async def test_a_tracer_in_every_python_costs_one_warning_and_no_request(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (tmp_path / "traced").mkdir()
     (tmp_path / "traced" / "sitecustomize.py").write_text(TRACER)
     path = {"PYTHONPATH": f"{tmp_path / 'traced'}:{SOURCE}"}
-    server = Server(tmp_path / "server", "--d-heavy", "2", env=path)
+    server = Server(tmp_path_factory.mktemp("traced"), "--d-heavy", "2", env=path)
     wish = wishes(1, seed=5, prompt=(200, 300), output=(30, 40))[0]
     try:
         server.wait_ready()
