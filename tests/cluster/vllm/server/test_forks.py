@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from cores import HERE, SECONDS, SOURCE, STAY, Cores, eventually, gone
 
 from taichi_serve.cluster.vllm.server import forked, forks, spawned
-from taichi_serve.cluster.vllm.server.forked import Forked
-from taichi_serve.cluster.vllm.server.forks import COSTS, Forks, ForkServer
 from taichi_serve.cluster.vllm.server.spawned import CORE, Spawned, ended
 
-HERE = Path(__file__).parent
-SOURCE = Path(forks.__file__).parents[4]
-SECONDS = 20.0
-TELL = """
-import json, os, random, resource, signal, sys
-import numpy
-said = {
-    "env": dict(os.environ), "group": os.getpgid(0), "pid": os.getpid(),
-    "argv": sys.argv[1:], "files": resource.getrlimit(resource.RLIMIT_NOFILE),
-    "open": {f: os.readlink(f"/proc/self/fd/{f}") for f in os.listdir("/proc/self/fd") if int(f) < 3},
-    "more": [f for f in os.listdir("/proc/self/fd") if int(f) >= 3],
-    "chance": [random.random(), float(numpy.random.random())],
-    "signals": [signal.getsignal(n).name for n in (signal.SIGTERM, signal.SIGCHLD)],
-}
-print(json.dumps(said), flush=True)
-"""
 BLOCKED = "import os, signal; n = [signal.SIGUSR1]; signal.pthread_sigmask(signal.SIG_BLOCK, n)"
-STAY = "import time; time.sleep(600)"
 
 
 @pytest.fixture(autouse=True)
@@ -54,62 +32,6 @@ def cores(tmp_path: Path) -> Iterator[Cores]:
     those = Cores(tmp_path)
     yield those
     those.forks.close()
-
-
-class Cores:
-    """Forks what it is given the text of."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.said: list[str] = []
-        self.forks = Forks(directory, self.said.append)
-        self.count = 0
-
-    def begin(self, text: str, **env: str) -> Forked:
-        core = self.any(text, **env)
-        assert isinstance(core, Forked)
-        return core
-
-    def any(self, text: str, **env: str) -> Forked | Spawned:
-        """A core of whichever kind."""
-        self.count += 1
-        spec = self.directory / f"i{self.count}.json"
-        spec.write_text(text)
-        return self.forks.begin(spec, self.log(), {**os.environ, **env})
-
-    def server(self) -> ForkServer:
-        """The fork server."""
-        assert self.forks.server is not None
-        return self.forks.server
-
-    def log(self) -> Path:
-        """That of the last one."""
-        return self.directory / f"i{self.count}.log"
-
-    def told(self, **env: str) -> dict[str, Any]:
-        """What a core says of itself."""
-        assert self.begin(TELL, **env).wait(SECONDS) == 0
-        found: dict[str, Any] = json.loads(self.log().read_text())
-        return found
-
-    def running(self) -> Forked:
-        """A core that stays."""
-        core = self.begin(STAY)
-        assert core.known()
-        return core
-
-
-def eventually(holds: Callable[[], Any]) -> bool:
-    until = time.monotonic() + SECONDS
-    while not holds() and time.monotonic() < until:
-        time.sleep(0.02)
-    return bool(holds())
-
-
-def gone(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 def test_it_has_the_environment_that_it_was_given_and_no_other(cores: Cores) -> None:
@@ -197,43 +119,6 @@ def test_its_whole_group_is_killed_with_it(cores: Cores) -> None:
     core.kill_group()
     assert core.wait(SECONDS) == -signal.SIGKILL
     assert eventually(lambda: gone(below.pid))
-
-
-def test_a_fork_server_that_is_killed_takes_its_cores_along_and_the_next_core_is_a_program(
-    cores: Cores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core, log = cores.running(), cores.log()
-    os.kill(cores.server().pid, signal.SIGKILL)
-    assert core.wait(SECONDS) == -signal.SIGKILL
-    assert gone(core.pid)
-    why = "its fork server ended first, killed by SIGKILL"
-    assert log.read_text() == f"ForkServerError: {why}\n"
-    assert core.forsaken == why
-    monkeypatch.setattr(spawned, "CORE", "stay")
-    for _ in range(2):
-        program = cores.any(STAY)
-        assert isinstance(program, Spawned)
-        program.kill_group()
-        program.wait()
-        program.close()
-    assert cores.said == [f"engine processes are not forked but programs of their own: {why}; {COSTS}"]
-    assert cores.forks.server is None
-
-
-def test_where_none_can_be_made_cores_are_programs(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(name: str) -> int:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "memfd_create", forbidden)
-    monkeypatch.setattr(spawned, "CORE", "stay")
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    program = cores.any(STAY)
-    assert isinstance(program, Spawned)
-    program.kill_group()
-    program.wait()
-    program.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert "OSError: [Errno 1] Operation not permitted; each takes" in cores.said[0]
 
 
 def test_a_server_that_is_killed_takes_all_along(tmp_path: Path) -> None:

@@ -1,22 +1,22 @@
-"""A core that its fork server failed is started again at once, as a program, unless it is to end."""
+"""A core that its fork server failed is started again at once, unless it is to end."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cores import HERE, SOURCE, eventually
 
 pytest.importorskip("vllm")
 
-from taichi_serve.cluster.vllm.server import forks, process, spawned
+from taichi_serve.cluster.vllm.server import forks, spawned
 from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
 from taichi_serve.cluster.vllm.server.start import Launcher
-
-HERE = Path(__file__).parent
-SOURCE = Path(forks.__file__).parents[4]
 
 
 @pytest.fixture
@@ -48,6 +48,32 @@ def test_one_that_is_not_forked_is_a_program_with_the_same_name_log_and_director
     its.close()
 
 
+def test_one_whose_fork_server_is_killed_meanwhile_is_forked_by_another(
+    traced: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORKABLE_MODULES", "numpy")
+    said: list[str] = []
+    its = Forks(tmp_path, said.append)
+    config: Any = None
+    one = EngineProcess("i0", tmp_path, [], {}, its)
+    assert eventually(lambda: one.pid)
+    assert not one.again(), "nobody failed it"
+    assert its.server is not None
+    first = its.server.pid
+    os.kill(first, signal.SIGSTOP)
+    others = [EngineProcess(name, tmp_path, [], {}, its) for name in ("i1", "i2")]
+    os.kill(first, signal.SIGKILL)
+    for other in others:
+        with pytest.raises(StartError, match="killed by SIGKILL"):
+            other.wait_ready(config)
+    assert all(other.again() for other in others)
+    assert its.server.pid != first
+    assert eventually(lambda: all(other.pid for other in others))
+    assert said == []
+    assert all(process.end() for process in (one, *others))
+    its.close()
+
+
 def test_one_that_is_to_end_is_not_started_again(traced: None, tmp_path: Path) -> None:
     its = Forks(tmp_path, print)
     one = EngineProcess("i0", tmp_path, [], {}, its)
@@ -72,7 +98,7 @@ def test_where_there_can_be_no_program_either_the_error_says_so(
     def full(*args: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(process, "Spawned", full)
+    monkeypatch.setattr(forks, "Spawned", full)
     with pytest.raises(StartError, match=r"instance i0 could not be started: .* temporarily unavailable"):
         one.again()
     assert one.end()

@@ -23,6 +23,8 @@ class ForkServer(Protocol):
 
     lock: threading.RLock
     forks: bool
+    within: float | None
+    gone: str | None
 
     def not_needed(self) -> None:
         """One that was asked for is not needed."""
@@ -38,13 +40,13 @@ class Forked:
         self.sentinel = -1
         self.forsaken: str | None = None
         self.unwanted = False
-        self._server = server
+        self.server = server
         self._log = log
         self._settled = threading.Event()  # whether it is there or never will be
         self._over = threading.Event()
         self._code: int | None = None
         self._closed = False
-        self._within = FORK_SECONDS if server.forks else None
+        self._within = FORK_SECONDS if server.forks else server.within
 
     def known(self) -> bool:
         """Wait until it is there; False where it never will be, or nobody wants it any more."""
@@ -86,17 +88,17 @@ class Forked:
 
     def kill_group(self) -> None:
         """End its whole process group now, or as soon as there is one."""
-        with self._server.lock:
+        with self.server.lock:
             self.unwanted = True
             if self.pid:
                 kill_group(self.pid, self.sentinel)
             else:
                 self._settled.set()  # a fork server that hangs never answers
-                self._server.not_needed()
+                self.server.not_needed()
 
     def close(self) -> None:
         """Nobody looks at the sentinel any more, nor at one that comes late."""
-        with self._server.lock:
+        with self.server.lock:
             self._closed = True
             if self.sentinel >= 0:
                 os.close(self.sentinel)
@@ -106,7 +108,7 @@ class Forked:
 
     def begun(self, pid: int, sentinel: int) -> None:
         """It is there."""
-        with self._server.lock:
+        with self.server.lock:
             self.pid, self.sentinel = pid, sentinel
         self._settled.set()
         if self.unwanted:

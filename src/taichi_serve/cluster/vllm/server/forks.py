@@ -1,7 +1,8 @@
 """Engine cores as processes: programs of their own beside an accelerator, forked on a CPU (decision 137).
 
-Where nobody can be forked, or who forks has ended, cores of a CPU are programs of their own too: it is told
-once, with what it costs. A core that its fork server has forsaken is started again as one (process.py).
+One that had forked and is gone is followed by another. Where that one fails too, or nobody can be forked at
+all, cores of a CPU are programs of their own: it is told once, with what it costs (decision 142). A core that
+its fork server has forsaken is started again (process.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from taichi_serve.cluster.vllm.server.surroundings import on_cpu
 
 FORK_SERVER = "taichi_serve.cluster.vllm.core.forks"
 END_SECONDS = 10.0  # between the end of a fork server and that of its cores
+AGAIN_SECONDS = 600.0  # one that follows another and is gone before that was the last one
+IMPORT_SECONDS = 30.0  # twice this may it take to import and to fork for the first time
 SAID = 1 << 20  # bytes
 # NumPy's threads would be there when it forks, and the cores' part of the work needs none.
 ALONE = {b"OPENBLAS_NUM_THREADS": b"1"}
@@ -37,12 +41,16 @@ COSTS = "each takes some 14 s of processor time more to start, and 0.6 GiB more 
 
 class ForkServer:
     """One fork server, which imports as soon as it is made. A thread hears what it says. `gone` is why there
-    is none any more, "" where nobody needed it. Raises OSError where there cannot be one."""
+    is none any more, "" where nobody needed it. Twice `within` is how long it may take until it has forked
+    for the first time; None: as long as it takes. Raises OSError where there cannot be one."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, within: float | None = None) -> None:
         self.lock = threading.RLock()
         self.forks = False  # it has imported all, and forked one
+        self.within = within
         self.gone: str | None = None
+        self.lasted = 0.0  # seconds, once it is gone
+        self._began = time.monotonic()
         self._refused: str | None = None
         self._retired = False
         self._cores: dict[int, Forked] = {}  # that are asked for, or run
@@ -153,6 +161,7 @@ class ForkServer:
         if code > 0 and self._refused is None and (lines := said.split("\n")[:-1]):
             how = f"{how} ({lines[-1]})"
         with self.lock:
+            self.lasted = time.monotonic() - self._began
             self.gone = how if self.gone is None else self.gone
             left = list(self._cores.values())
             self._cores.clear()
@@ -187,19 +196,21 @@ class ForkServer:
 
 
 class Forks:
-    """The fork server of a server, as long as it forks: then cores are programs of their own. `directory` is
-    the server's, and `say` tells its operator."""
+    """The fork server of a server, and another when that one is gone, as long as it forks: then cores are
+    programs of their own. `directory` is the server's, and `say` tells its operator."""
 
     def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
         self.server: ForkServer | None = None
         self._directory = directory
         self._say = say
+        self._follows = False  # one that had forked, and was lost
         self._given_up = False
 
     def preload(self) -> ForkServer:
         """Have one import, if none is there. Only from the main thread, as a fork server ends with the thread
         that started it. Raises OSError."""
-        self.server = self.server or ForkServer(self._directory)
+        within = IMPORT_SECONDS if self._follows else None
+        self.server = self.server or ForkServer(self._directory, within)
         return self.server
 
     def begin(self, spec: Path, log: Path, env: Mapping[str, str]) -> Forked | Spawned:
@@ -212,10 +223,25 @@ class Forks:
             else:
                 if (core := server.fork(spec, log, env)) is not None:
                     return core
-                self.server = None
-                if server.gone:
-                    self.give_up(server.gone)
+                self._lost(server)
         return Spawned(spec, log, env)
+
+    def failed(self, core: Forked) -> None:
+        """A fork server did not do its part for this core. One that runs on forks nobody any more; what comes
+        after one that is gone is decided when the next core is begun."""
+        if core.forsaken is not None and core.server.gone is None:
+            self.give_up(core.forsaken)
+
+    def _lost(self, server: ForkServer) -> None:
+        """This one is gone. Another one follows it, but for one that never forked or was itself the second
+        in a short time: it would be lost of the same cause."""
+        self.server = None
+        if not server.gone:  # nobody needed it
+            return
+        if server.forks and (not self._follows or server.lasted >= AGAIN_SECONDS):
+            self._follows = True
+        else:
+            self.give_up(server.gone)
 
     def give_up(self, why: str) -> None:
         """Fork nobody any more."""

@@ -134,17 +134,19 @@ class EngineProcess:
             context.term()
 
     def again(self) -> bool:
-        """Start it once more, as a program of its own, where its fork server failed it; whether that is so.
-        From the main thread, as whoever is started ends with the thread that did it. Raises StartError."""
-        if self.stopping or self._forks is None or self._process.forsaken is None:
+        """Start it once more where its fork server failed it, forked by another one or as a program of its
+        own; whether that is so. From the main thread, as whoever is started ends with the thread that did it.
+        Raises StartError."""
+        failed = self._process
+        if self.stopping or self._forks is None or isinstance(failed, Spawned) or failed.forsaken is None:
             return False
-        self._forks.give_up(self._process.forsaken)
+        self._forks.failed(failed)
         if self.pid:
             self._shared |= shared_memory(self.pid)
-        self._process.kill_group()  # it may come late
-        self._process.close()
+        failed.kill_group()  # it may come late
+        failed.close()
         try:
-            self._process = Spawned(*self._program)
+            self._process = self._forks.begin(*self._program)
         except OSError as wrong:
             raise StartError(f"instance {self.name} could not be started: {wrong}") from wrong
         return True

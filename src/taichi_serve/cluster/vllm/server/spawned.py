@@ -41,11 +41,6 @@ class Spawned(subprocess.Popen[bytes]):
         """It is there."""
         return True
 
-    @property
-    def forsaken(self) -> str | None:
-        """Nobody else's fault: see forks.py."""
-        return None
-
     def kill_group(self) -> None:
         """End its whole process group now."""
         kill_group(self.pid, self.sentinel)
