@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 from cores import HERE, SECONDS, SOURCE, STAY, Cores, eventually, gone
 
+from taichi_serve.cluster.vllm.forking import Refused
 from taichi_serve.cluster.vllm.server import forks, spawned
-from taichi_serve.cluster.vllm.server.forks import COSTS
+from taichi_serve.cluster.vllm.server.forks import COSTS, ForkServer
 from taichi_serve.cluster.vllm.server.spawned import Spawned
 
 KILLED = "its fork server ended first, killed by SIGKILL"
@@ -113,6 +118,17 @@ def test_where_the_one_that_follows_refuses_cores_are_programs(
     assert core.wait(SECONDS) == 1
     program(cores)
     assert len(cores.said) == 1 and "runs threads (eternal)" in cores.said[0]
+
+
+def test_the_last_word_of_one_that_ended_before_it_read_all_is_heard() -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(b"unread")
+    its.send(msgspec.msgpack.encode(Refused("of a test")))
+    its.close()
+    server: Any = SimpleNamespace(_line=ours)
+    assert ForkServer._next(server) == (Refused("of a test"), [])
+    assert ForkServer._next(server) is None
+    ours.close()
 
 
 def test_nobody_waits_for_one_that_follows_and_does_not_come_up(

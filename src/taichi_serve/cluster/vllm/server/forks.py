@@ -175,10 +175,14 @@ class ForkServer:
 
     def _next(self) -> tuple[Said, list[int]] | None:
         """What it says next, with the descriptors that come along; None where it is gone."""
-        try:
-            packet, descriptors, _, _ = socket.recv_fds(self._line, LARGEST, 1, socket.MSG_CMSG_CLOEXEC)
-        except OSError:
-            return None
+        while True:
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(self._line, LARGEST, 1, socket.MSG_CMSG_CLOEXEC)
+                break
+            except ConnectionResetError:
+                continue  # once, where it ended with a request unread: before what it said last
+            except OSError:
+                return None
         return (msgspec.msgpack.decode(packet, type=Said), descriptors) if packet else None
 
     def _failed(self, number: int, why: str) -> None:
