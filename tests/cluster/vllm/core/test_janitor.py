@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from taichi_serve.cluster.vllm.core.janitor import _remove
+
 SERVER = """
 import subprocess, sys, time
 core = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], process_group=0)
@@ -100,3 +102,21 @@ def test_a_killed_core_takes_its_workers_along_and_leaves_the_server_its_directo
     assert eventually(lambda: not runs(family.worker))
     assert eventually(lambda: group(family.core) == [], 10)
     assert runs(family.server.pid) and family.directory.exists()
+
+
+def test_in_a_directory_of_several_only_what_is_of_one_engine_is_removed(tmp_path: Path) -> None:
+    theirs = ("i1.2.json", "taichi-x-i1.2.keys", "taichi-x-i10.flight", "direct-taichi-x-i3--taichi-x-i4--0")
+    mine = ("i1.json", "i1.log", "taichi-x-i1.keys", "direct-taichi-x-i1--taichi-x-i3--0")
+    for name in (*mine, *theirs):
+        (tmp_path / name).touch()
+    (tmp_path / "i1").mkdir()
+    _remove(tmp_path, "i1", "taichi-x-i1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
+
+
+def test_the_directory_goes_with_the_last_of_them(tmp_path: Path) -> None:
+    here = tmp_path / "taichi-x-node"
+    here.mkdir()
+    (here / "taichi-x-i1.keys").touch()
+    _remove(here, "i1", "taichi-x-i1")
+    assert not here.exists()

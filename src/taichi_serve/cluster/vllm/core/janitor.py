@@ -28,9 +28,10 @@ GRACE = 1.0  # seconds in which the engine's processes may end by themselves; Py
 LEFT_SECONDS = 3.0
 
 
-def watch(server: int, directory: Path) -> None:
+def watch(server: int, directory: Path, mine: tuple[str, str] | None = None) -> None:
     """Fork it. `server` is the parent of this process, whose own process group it looks after; nothing
-    happens where this process leads none."""
+    happens where this process leads none. Where the directory has other parents' engines too, only what has
+    the name and the engine id of `mine` is its to remove."""
     core = os.getpid()
     if os.getpgrp() != core:
         return
@@ -42,12 +43,12 @@ def watch(server: int, directory: Path) -> None:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         setproctitle(f"{getproctitle()} (janitor)")  # else it looks as if there were two cores
-        _run(core_fd, server_fd, os.getpgrp(), directory)
+        _run(core_fd, server_fd, os.getpgrp(), directory, mine)
     finally:
         os._exit(0)
 
 
-def _run(core: int, server: int, group: int, directory: Path) -> None:
+def _run(core: int, server: int, group: int, directory: Path, mine: tuple[str, str] | None) -> None:
     shared: set[str] = set()
     began = time.monotonic()
     while not _ended(core, LOOK_SECONDS if time.monotonic() - began < LOOK_RARELY else LOOK_RARELY):
@@ -62,11 +63,28 @@ def _run(core: int, server: int, group: int, directory: Path) -> None:
     for path in shared:
         Path(path).unlink(missing_ok=True)
     if _ended(server, LEFT_SECONDS):  # its other engines may be a moment behind
+        if mine is not None:
+            _remove(directory, *mine)
+            return
         for _ in range(10):
             shutil.rmtree(directory, ignore_errors=True)
             if not directory.exists():
                 return
             time.sleep(0.2)
+
+
+def _remove(directory: Path, name: str, engine_id: str) -> None:
+    """What one engine left there, and the directory with the last of them."""
+    # An id is not the beginning of a longer one: i1 not of i10, and not of i1.2.
+    named = re.compile(rf"{re.escape(engine_id)}(?!\d|\.\d)")
+    own = {name, *(f"{name}.{kind}" for kind in ("json", "log"))}
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            if path.is_dir() and path.name in own:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name in own or named.search(path.name):
+                path.unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def _ended(process: int, seconds: float) -> bool:

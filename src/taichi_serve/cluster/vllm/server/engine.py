@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from taichi_serve.cluster.vllm.server.copiers import Copiers
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient
-from taichi_serve.cluster.vllm.server.process import EngineProcess
+from taichi_serve.cluster.vllm.server.process import Process
 from taichi_serve.cluster.vllm.wire import Call, Drop, More, MovedIn, News
 from taichi_serve.messages import SetChunk
 from taichi_serve.sliders import Kind
@@ -27,7 +28,7 @@ class Engine:
 
     index: int
     name: str
-    process: EngineProcess
+    process: Process
     client: InstanceClient
     copiers: Copiers
     kind: Kind
@@ -161,6 +162,12 @@ class Engine:
     def copy(self, leg: str, source: str, blocks: list[int], note: str, whole: bool = False) -> None:
         """Have blocks of the engine `source` copied for a leg here."""
         self.copiers.send(More(leg, source, blocks, note, whole))
+
+    async def look_around(self) -> None:
+        """Ask whose memory it reads itself, where that is not to be seen here. Never raises."""
+        if self.process.direct is not None and self.alive:
+            with contextlib.suppress(Exception):  # it dies just now: that is noticed elsewhere
+                self.process.direct = set(await self._ask(Call.DIRECT))
 
     async def answers(self) -> None:
         """Come back when its core and every worker have answered. Raises what the core's client raises."""

@@ -12,7 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -24,10 +24,14 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
-from taichi_serve.cluster.vllm.server.forks import Forked, Forks, Spawned
+from taichi_serve.cluster.vllm.curve import write_keys, write_private
+from taichi_serve.cluster.vllm.interface import only
+from taichi_serve.cluster.vllm.server.forks import Forks, Spawned
+from taichi_serve.cluster.vllm.server.line import Line, engine_id, over_files
 from taichi_serve.cluster.vllm.server.remains import ending, remove_files, shared_memory, wait_gone
-from taichi_serve.cluster.vllm.wire import Spec
-from taichi_serve.ports import LOOPBACK, port_of, reserve
+from taichi_serve.cluster.vllm.spec import Spec
+from taichi_serve.cluster.vllm.wire import direct
+from taichi_serve.ports import port_of, reserve
 
 END_SECONDS = 60.0  # that the kernel may take to end a group: memory of a GPU is given back in it
 TAIL = 1 << 16  # bytes of a log in which its last error is looked for
@@ -45,43 +49,79 @@ def reason(wrong: Exception) -> str:
     return str(wrong) if isinstance(wrong, StartError) else f"{type(wrong).__name__}: {wrong}"
 
 
-class EngineProcess:
+class Child(Protocol):
+    """A process that was begun: of this host (forks.py), or of another one (hosts/held.py)."""
+
+    @property
+    def pid(self) -> int:
+        """Its number where it runs; 0 as long as it has none."""
+        ...
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that can be read when it has ended."""
+        ...
+
+    def known(self) -> bool:
+        """Wait until it is there; False where it never will be."""
+        ...
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once there is one. Raises subprocess.TimeoutExpired."""
+        ...
+
+    def send_signal(self, number: int) -> None:
+        """To this process alone."""
+        ...
+
+    def kill_group(self) -> None:
+        """End its whole process group, and do not wait for it."""
+        ...
+
+    def close(self) -> None:
+        """Nobody looks at the sentinel any more."""
+        ...
+
+
+class Process:
     """One process of an instance and the process group it leads: the next one has another name and id.
 
-    `sentinel`, `name` and `exitcode` are what vLLM's start-up handshake watches.
+    `sentinel`, `name` and `exitcode` are what vLLM's start-up handshake watches. `directory` is the server's,
+    and `log` is there, wherever the process runs.
     """
 
-    def __init__(
-        self, name: str, directory: Path, argv: list[str], env: Mapping[str, str], forks: Forks | None
-    ) -> None:
-        """Start it and return at once. `forks` forks it; without, it is a program of its own."""
+    _process: Child
+    host: str = ""  # an address of the one that it runs on; "" where that is the server's
+    direct: set[str] | None = None  # engines whose memory it reads itself, where that is not to be seen here
+
+    def __init__(self, name: str, directory: Path, line: Line) -> None:
+        """It is spoken to on `line`."""
         self.name = name
         self.directory = directory
         self.log = directory / f"{name}.log"
-        self.handshake = f"ipc://{directory}/{name}.start"
-        self.addresses = EngineZmqAddresses(
-            inputs=[f"ipc://{directory}/{name}.in"], outputs=[f"ipc://{directory}/{name}.out"]
-        )
-        self.engine_id = f"{directory.name}-{name}"
-        path = directory / f"{name}.json"
-        path.write_bytes(msgspec.json.encode(Spec(argv, self.engine_id, self.handshake, os.getpid())))
-        # The engine listens on it half a minute after it is chosen: time enough for it to be given away.
-        self._side_channel = reserve()
-        side_channel = {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port_of(self._side_channel)),
-        }
-        (directory / name).mkdir()  # for what it makes by itself and may leave behind (core/main.py)
-        # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
-        own = {**NO_TRACES, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env}
-        # It leads a process group: its workers can be ended with it. Not a session: Linux gives each one a
-        # scheduling group of its own, and 6.18 can leave such a group without CPU time for minutes.
-        begin = Spawned if forks is None else forks.begin
-        self._process: Spawned | Forked = begin(path, self.log, {**os.environ, **own})
+        self.engine_id = engine_id(directory, name)
+        self.line = line
+        self.addresses = EngineZmqAddresses(inputs=[line.inputs], outputs=[line.outputs])
         self.stopping = False
-        self._shared: set[Path] = set()
         self._ending = threading.Lock()
         self._over = False  # its number may be somebody else's by now
+
+    def look(self) -> None:
+        """See what it shares with others, while it is there to be asked."""
+
+    def clear(self) -> bool:
+        """Take away what it left, now that it has ended; False where the kernel has not ended all of it."""
+        raise NotImplementedError
+
+    def reads(self, source: str) -> bool:
+        """Whether every rank of it reads the memory of that engine itself."""
+        if self.direct is not None:
+            return source in self.direct
+        return direct(self.directory, self.engine_id, source, len(self.line.copiers))
 
     @property
     def pid(self) -> int:
@@ -104,16 +144,14 @@ class EngineProcess:
         try:
             if not self._process.known():
                 raise RuntimeError("it was never there")
-            with context.socket(zmq.ROUTER) as socket:
-                socket.linger = 0
-                socket.bind(self.handshake)
+            with self.line.listen(context, zmq.ROUTER, self.line.handshake) as socket:
                 launch = CoreEngineLaunch(None, None, self.addresses, None)
                 launch.watched_frontend_processes = [self]
                 engines = [CoreEngine(index=0, local=True)]
                 wait_for_engine_startup(
                     socket, engines, config.parallel_config, False, config.cache_config, launch
                 )
-            self._shared = shared_memory(self.pid)
+            self.look()
         except RuntimeError as error:
             raise StartError(
                 f"instance {self.name} did not start ({ending(self.exitcode)}): {self.cause()}; "
@@ -149,7 +187,7 @@ class EngineProcess:
         """Ask the engine core to stop."""
         self.stopping = True
         if self.pid and self.exitcode is None:
-            self._shared |= shared_memory(self.pid)  # once it has ended nobody can tell
+            self.look()
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -157,8 +195,7 @@ class EngineProcess:
         self.stopping = True
         if self._over:
             return
-        if self.pid:
-            self._shared |= shared_memory(self.pid)
+        self.look()
         self._process.kill_group()
 
     def end(self) -> bool:
@@ -170,13 +207,9 @@ class EngineProcess:
             self.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
-            gone = not self.pid or wait_gone(self.pid, END_SECONDS)
+            gone = self.clear()
             self._over = True
-            for path in self._shared:  # whoever made it had no time to take it away
-                path.unlink(missing_ok=True)
-            self._side_channel.close()
-            self._process.close()
-            remove_files(self.directory, self.name, self.engine_id)
+            self.line.close()
             return gone
 
     def stop(self, timeout: float) -> bool:
@@ -186,6 +219,59 @@ class EngineProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         return self.end()
+
+
+class EngineProcess(Process):
+    """One on this host."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        argv: list[str],
+        env: Mapping[str, str],
+        forks: Forks | None,
+        line: Line | None = None,
+    ) -> None:
+        """Start it and return at once. `forks` forks it; without, it is a program of its own. It is spoken to
+        on `line`, or over files."""
+        super().__init__(name, directory, line or over_files(directory, name))
+        line = self.line
+        path = directory / f"{name}.json"
+        write_private(path, msgspec.json.encode(Spec(argv, self.engine_id, line.handshake, os.getpid())))
+        if line.keys is not None:
+            write_keys(directory, self.engine_id, line.keys)
+        # The engine listens on it half a minute after it is chosen: time enough for it to be given away.
+        self._side_channel = reserve(line.host)
+        side_channel = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": line.host,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port_of(self._side_channel)),
+            **(only(line.host) if line.keys is not None else {}),
+        }
+        (directory / name).mkdir()  # for what it makes by itself and may leave behind (core/main.py)
+        # vLLM's own sockets inside an instance belong into our directory too: it leaves them behind.
+        own = {**NO_TRACES, "VLLM_RPC_BASE_PATH": str(directory), **side_channel, **env}
+        # It leads a process group: its workers can be ended with it. Not a session: Linux gives each one a
+        # scheduling group of its own, and 6.18 can leave such a group without CPU time for minutes.
+        begin = Spawned if forks is None else forks.begin
+        self._process = begin(path, self.log, {**os.environ, **own})
+        self._shared: set[Path] = set()
+
+    def look(self) -> None:
+        """Once it has ended nobody can tell."""
+        if self.pid:
+            self._shared |= shared_memory(self.pid)
+
+    def clear(self) -> bool:
+        """All but its log."""
+        gone = not self.pid or wait_gone(self.pid, END_SECONDS)
+        self._over = True
+        for path in self._shared:  # whoever made it had no time to take it away
+            path.unlink(missing_ok=True)
+        self._side_channel.close()
+        self._process.close()
+        remove_files(self.directory, self.name, self.engine_id)
+        return gone
 
 
 def _error(lines: list[str]) -> str:

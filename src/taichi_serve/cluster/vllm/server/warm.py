@@ -66,6 +66,8 @@ async def meet(
     LateError where nothing did and something was not over in time."""
     for turn in range(TURNS):
         await _turn(cluster, alone, pairs, turn, timeout)
+        if turn == 0:  # the turn after it already takes the way that all others will
+            await asyncio.gather(*(engine.look_around() for engine in _engines(alone, pairs)))
 
 
 # Every rehearsal has a name and a prompt of its own: requests of an earlier life may still be known.
@@ -80,7 +82,7 @@ async def _turn(
         return
     requests = [_request(a, b or a, turn, logprobs=None if b else LOGPROBS[turn]) for a, b in parts]
     waits = [cluster.rehearse(request, *part) for request, part in zip(requests, parts, strict=True)]
-    engines = list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
+    engines = _engines(alone, pairs)
     await _settled(waits, engines, timeout)
     for engine in engines:
         if not engine.alive:
@@ -101,6 +103,10 @@ async def _turn(
         only_late = all(x or y for x, y in zip(well, late, strict=True)) and all(well[len(pairs) :])
         kind = LateError if only_late else StartError
         raise kind(f"no request could be moved within {timeout:g} s: {'; '.join(bad)}; logs are {logs}")
+
+
+def _engines(alone: Sequence[Engine], pairs: Sequence[Pair]) -> list[Engine]:
+    return list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
 
 
 async def _settled(waits: Sequence[asyncio.Future[int]], engines: list[Engine], timeout: float) -> None:

@@ -1,0 +1,99 @@
+"""What a move costs between two hosts, beside what moves cost elsewhere: learned from moves.
+
+Between instances of one host KV goes through memory, between hosts over a network, and any of these may be
+slow for a while or lost. Nobody says which is which: a link is known by what its moves took. Where hosts are
+not told apart there is none, and nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from taichi_serve.instance import Instance
+from taichi_serve.messages import Flowed
+
+KEEP = 0.8  # the weight that the past of a link retains at each move
+KEEP_ALL = 0.98  # and that of all links together
+ALIKE = 2.0  # links up to so many times as dear as the cheapest are alike
+REST = 30.0  # seconds for which a link without moves is taken to be as it was
+HALF = 30.0  # seconds after those in which half of what it was dearer is forgotten
+# A move costs a step and words even where it has no KV to copy: as much as that of so many tokens.
+FIXED = 512
+# A move that is given up has cost seconds: no sample counts for more than so many times the mean, or a link
+# that is whole again would be avoided for ever.
+MOST = 50.0
+
+
+@dataclass(slots=True)
+class Link:
+    """From one host to another, or to itself: seconds a token, and when its last move was over."""
+
+    price: float
+    at: float
+
+
+@dataclass(slots=True, eq=False)
+class Links:
+    """All links that moves were seen on. Times are those of the facts (seconds)."""
+
+    seen: dict[tuple[str, str], Link] = field(default_factory=dict)
+    mean: float = 0.0  # seconds a token of all moves
+    now: float = 0.0
+    even: bool = True  # none is dearer than another: nobody need ask
+
+    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
+        """Learn from a move that is over."""
+        if not source.host or not target.host:
+            return
+        self.now = max(self.now, move.at)
+        sample = move.gap / (move.kv_tokens + FIXED)
+        if self.mean:
+            sample = min(sample, MOST * self.mean)
+        self.mean = KEEP_ALL * self.mean + (1.0 - KEEP_ALL) * sample if self.mean else sample
+        pair = source.host, target.host
+        known = self.seen.get(pair)
+        price = sample if known is None else KEEP * self._faded(known) + (1.0 - KEEP) * sample
+        self.seen[pair] = Link(price, self.now)
+        prices = [link.price for link in self.seen.values()]
+        self.even = max(prices) <= ALIKE * min(prices)
+
+    def near(self, source: Instance, targets: Sequence[Instance]) -> Sequence[Instance]:
+        """Those of these that are not much dearer to reach than the cheapest of them, in their order.
+
+        A link that nobody used yet counts as cheap: somebody has to go there to see. What was dear is
+        forgotten, slowly, for the same reason.
+        """
+        if self.even or len(targets) < 2:
+            return targets
+        prices = [self._price(source, target) for target in targets]
+        known = [price for price in prices if price is not None]
+        if not known:
+            return targets
+        most = ALIKE * min(known)
+        near = [t for t, price in zip(targets, prices, strict=True) if price is None or price <= most]
+        return near if len(near) < len(targets) else targets
+
+    def nearer(self, source: Instance, targets: Sequence[Instance]) -> Sequence[Instance]:
+        """The same, but nobody where all are alike."""
+        return () if (near := self.near(source, targets)) is targets else near
+
+    def dearer(self, source: Instance, target: Instance) -> float:
+        """How many times what moves take on the mean one between these takes; 1.0 where nothing is known."""
+        if self.even or not self.mean:
+            return 1.0
+        price = self._price(source, target)
+        return 1.0 if price is None else price / self.mean
+
+    def _price(self, source: Instance, target: Instance) -> float | None:
+        known = self.seen.get((source.host, target.host))
+        return None if known is None else self._faded(known)
+
+    def _faded(self, link: Link) -> float:
+        idle = self.now - link.at - REST
+        if link.price <= self.mean or idle <= 0.0:
+            return link.price
+        return self.mean + (link.price - self.mean) * float(0.5 ** (idle / HALF))
+
+
+EVEN = Links()  # of whoever knows of none; nobody writes into it

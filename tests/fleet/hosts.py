@@ -1,0 +1,70 @@
+"""Hosts that are pretended on one machine: network namespaces on one bridge. Needs root and `ip`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+NETWORK = "10.213.7"
+HERE = f"{NETWORK}.254"  # of the machine itself, on the bridge
+
+
+def possible() -> bool:
+    """Whether this machine lets us."""
+    return os.geteuid() == 0 and shutil.which("ip") is not None
+
+
+def ip(*words: str) -> None:
+    """The command, which raises where it fails."""
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of them."""
+
+    name: str
+    address: str
+    cable: str  # the bridge's end of it
+
+    def within(self, *words: str) -> list[str]:
+        """A command line that runs there."""
+        return ["ip", "netns", "exec", self.name, *words]
+
+    def run(self, *words: str, timeout: float = 60.0) -> str:
+        """What a command says that runs there."""
+        done = subprocess.run(
+            self.within(*words), capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def cut(self, on: bool = True) -> None:
+        """Take its cable out, or plug it in again."""
+        ip("link", "set", self.cable, "down" if on else "up")
+
+
+@contextlib.contextmanager
+def network(*names: str) -> Iterator[list[Host]]:
+    """Hosts of these names, each with an interface eth0 on one network, and this machine at `HERE`."""
+    number = os.getpid()  # names of interfaces have 15 characters at most
+    hosts = [Host(f"tf{number}{name}", f"{NETWORK}.{n}", f"v{number}n{n}") for n, name in enumerate(names, 1)]
+    with contextlib.ExitStack() as stack:
+        bridge = f"tf{number}"
+        ip("link", "add", bridge, "type", "bridge")
+        stack.callback(ip, "link", "del", bridge)
+        ip("addr", "add", f"{HERE}/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        for host in hosts:
+            ip("netns", "add", host.name)
+            stack.callback(ip, "netns", "del", host.name)
+            ip("link", "add", host.cable, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            ip("link", "set", host.cable, "master", bridge, "up")
+            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            ip("-n", host.name, "link", "set", "eth0", "up")
+            ip("-n", host.name, "link", "set", "lo", "up")
+        yield hosts
