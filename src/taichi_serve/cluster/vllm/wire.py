@@ -1,5 +1,6 @@
 """Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour. Users see
-none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
+none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds of whose they
+are: the server makes them its own (server/offset.py).
 
 | from   | to     | how                              | what                                        |
 |--------|--------|----------------------------------|---------------------------------------------|

@@ -19,6 +19,7 @@ from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.itinerary import Going, Road
 from taichi_serve.cluster.vllm.server.journey import Journey
 from taichi_serve.cluster.vllm.server.membership import Membership
+from taichi_serve.cluster.vllm.server.offset import arrived
 from taichi_serve.cluster.vllm.server.prefix import to_fetch
 from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed
 from taichi_serve.messages import (
@@ -174,6 +175,8 @@ class VllmCluster(Membership):
         if not engine.alive:
             return
         engine.heard_at = now = time.monotonic()
+        if engine.process.host:
+            arrived(outputs, engine.offset, now)
         if told := facts.told(engine, outputs, now):
             if self.serves(engine):
                 for fact in told:

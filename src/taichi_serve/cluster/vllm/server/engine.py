@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from taichi_serve.cluster.vllm.server.copiers import Copiers
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient
+from taichi_serve.cluster.vllm.server.offset import Offset
 from taichi_serve.cluster.vllm.server.process import Process
 from taichi_serve.cluster.vllm.wire import Call, Drop, More, MovedIn, News
 from taichi_serve.messages import SetChunk
@@ -37,11 +38,12 @@ class Engine:
     residents: dict[str, str] = field(default_factory=dict)  # of these, decoding: leg -> request
     alive: bool = True
     heard_at: float = field(default_factory=time.monotonic)
+    offset: Offset = field(default_factory=Offset)  # of its host's clock
     kv_tokens: int = 0  # see holds
     held_at: float = 0.0
     running: int = 0
     waiting: int = 0
-    made_at: float = 0.0  # when its last step was done, by its own word
+    made_at: float = 0.0  # when its last step was done
     moved_in: dict[str, MovedIn] = field(default_factory=dict)  # of its last step
     news: dict[str, News] = field(default_factory=dict)  # of its last step
     cached_blocks: int = 0  # of its prefix cache, by what it told
