@@ -24,9 +24,8 @@ def test_nothing_that_comes_over_a_wire_may_be_unpickled(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    assert "cannot be used with VLLM_ALLOW_INSECURE_SERIALIZATION" in refused(
-        capsys, "--cluster-host", "10.0.0.1"
-    )
+    for words in (("--cluster-host", "10.0.0.1"), ("--ray",)):
+        assert "cannot be used with VLLM_ALLOW_INSECURE_SERIALIZATION" in refused(capsys, *words)
 
 
 def test_an_address_of_ray_needs_ray(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,5 +118,14 @@ def test_the_directory_goes_with_the_last_of_them(tmp_path: Path) -> None:
     here = tmp_path / "taichi-x-node"
     here.mkdir()
     (here / "taichi-x-i1.keys").touch()
+    (here / "kv-4711.json").write_text('{"engine_id": "taichi-x-i1"}')
+    (here / "0a1b2c3d-0000-4000-8000-0123456789ab").touch()  # a socket of vLLM's own
     _remove(here, "i1", "taichi-x-i1")
     assert not here.exists()
+
+
+def test_what_others_say_of_their_memory_stays(tmp_path: Path) -> None:
+    (tmp_path / "kv-4711.json").write_text('{"engine_id": "taichi-x-i2"}')
+    (tmp_path / "0a1b2c3d-0000-4000-8000-0123456789ab").touch()
+    _remove(tmp_path, "i1", "taichi-x-i1")
+    assert len(list(tmp_path.iterdir())) == 2

@@ -10,6 +10,7 @@ does anything, and uses the standard library alone, but for its title.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -20,8 +21,9 @@ from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
 
-# In /proc/PID/maps: see process.py, which looks for the same.
-SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_)[^/\s]+)$", re.MULTILINE)
+# See remains.py of the server, which looks for the same.
+SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_|vllm_offload_)[^/\s]+)$", re.MULTILINE)
+UNNAMED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 LOOK_SECONDS = 15.0  # between two looks at what is shared, while the engine is young; rarer later
 LOOK_RARELY = 300.0
 GRACE = 1.0  # seconds in which the engine's processes may end by themselves; Python's tracker cleans up in it
@@ -78,13 +80,29 @@ def _remove(directory: Path, name: str, engine_id: str) -> None:
     # An id is not the beginning of a longer one: i1 not of i10, and not of i1.2.
     named = re.compile(rf"{re.escape(engine_id)}(?!\d|\.\d)")
     own = {name, *(f"{name}.{kind}" for kind in ("json", "log"))}
+    for path in _paths(directory):
+        if path.is_dir() and path.name in own:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name in own or named.search(path.name) or _offered_by(path, engine_id):
+            path.unlink(missing_ok=True)
+    # vLLM's own sockets inside an instance say nothing of their owner: they go with the last one.
+    if all(UNNAMED.fullmatch(path.name) for path in _paths(directory)):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _paths(directory: Path) -> list[Path]:
     with contextlib.suppress(OSError):
-        for path in directory.iterdir():
-            if path.is_dir() and path.name in own:
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name in own or named.search(path.name):
-                path.unlink(missing_ok=True)
-        directory.rmdir()
+        return list(directory.iterdir())
+    return []
+
+
+def _offered_by(path: Path, engine_id: str) -> bool:
+    """Whether it says how this engine's memory is reached (`wire.offer_file`)."""
+    if not (path.name.startswith("kv-") and path.suffix == ".json"):
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(path.read_text())["engine_id"] == engine_id)
+    return False
 
 
 def _ended(process: int, seconds: float) -> bool:

@@ -78,8 +78,9 @@ class Holder:
 
     def begin(self, order: bytes) -> bytes:
         """Start what this `Order` says; `Begun`. Raises OSError where this host does not let it."""
-        self._order = its = msgspec.msgpack.decode(order, type=Order)
+        its = msgspec.msgpack.decode(order, type=Order)
         self._directory = _directory(its.run, self._node)
+        self._order = its  # from here on there is something to take away
         self._log = self._directory / f"{its.name}.log"
         spec = Spec(its.argv, its.engine_id, its.handshake, os.getpid(), shared=True)
         path = self._directory / f"{its.name}.json"
@@ -168,18 +169,21 @@ class Holder:
 
     def end(self) -> bool:
         """End its whole group and take away what it left; False where the kernel has not ended all of it."""
-        if self._process is None or self._order is None or self._over:
+        if self._order is None or self._over:
             return True
-        self.kill()
-        gone = wait_gone(self._process.pid, END_SECONDS)
+        gone = True
+        if self._process is not None:
+            self.kill()
+            gone = wait_gone(self._process.pid, END_SECONDS)
+            self._process.close()
         self._over = True  # its number may be somebody else's by now
         for path in self._shared:
             path.unlink(missing_ok=True)
-        self._side_channel.close()
-        self._process.close()
+        if self._side_channel is not None:
+            self._side_channel.close()
         self._log.unlink(missing_ok=True)
-        remove_files(self._directory, self._order.name, self._order.engine_id)
-        with contextlib.suppress(OSError):  # others of this server are here
+        with contextlib.suppress(OSError):  # it has no directory, or others of this server are in it
+            remove_files(self._directory, self._order.name, self._order.engine_id)
             self._directory.rmdir()
         return gone
 
