@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from taichi_serve.instance import Instance
-from taichi_serve.latency.links import ALIKE, FIXED, HALF, MOST, REST, Links
+from taichi_serve.latency.links import ALIKE, FIXED, FORGOTTEN, HALF, MOST, REST, Links
 from taichi_serve.messages import Flowed
 from taichi_serve.sliders import Kind
 
@@ -82,6 +82,30 @@ def test_a_link_that_is_lost_is_avoided_after_one_move_that_was_given_up() -> No
         moved(links, A1, C, 0.010, at=float(number))
     moved(links, A1, B, 10.0, at=20.0)
     assert near(links, A1, B, C) == "c"
+
+
+def test_a_move_that_was_refused_after_seconds_makes_its_link_dear_and_one_that_was_at_once_does_not() -> None:
+    links = Links()
+    links.gave_up(A1, B, 10.0, 0.5)  # before anything is known
+    assert links.seen == {}
+    for number in range(20):
+        moved(links, A1, B, 0.010, at=float(number))
+        moved(links, A1, C, 0.010, at=float(number))
+    links.gave_up(A1, B, 0.001, 20.0)
+    assert links.even
+    links.gave_up(A1, B, 10.0, 21.0)
+    links.gave_up(None, C, 10.0, 21.0)
+    assert near(links, A1, B, C) == "c"
+
+
+def test_links_that_nobody_used_for_minutes_are_not_known_any_more() -> None:
+    links = Links()
+    moved(links, A1, A2, 0.010)
+    moved(links, A1, B, 0.100)
+    assert not links.even
+    moved(links, A1, A2, 0.010, at=1.0 + FORGOTTEN)
+    assert list(links.seen) == [("a", "a")]
+    assert links.even
 
 
 def test_what_a_link_was_dearer_is_forgotten_when_nobody_moves_over_it() -> None:

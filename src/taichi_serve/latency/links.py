@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Flowed
@@ -23,6 +24,8 @@ FIXED = 512
 # A move that is given up has cost seconds: no sample counts for more than so many times the mean, or a link
 # that is whole again would be avoided for ever.
 MOST = 50.0
+FORGOTTEN = REST + 10 * HALF  # seconds without moves after which nothing is known of a link any more
+LOOK = 1.0  # seconds between two looks at all links, as long as some are dearer than others
 
 
 @dataclass(slots=True)
@@ -41,22 +44,48 @@ class Links:
     mean: float = 0.0  # seconds a token of all moves
     now: float = 0.0
     even: bool = True  # none is dearer than another: nobody need ask
+    _least: float = inf  # of the prices since the last look at all of them
+    _most: float = 0.0
+    _looked: float = -inf
 
     def flowed(self, source: Instance, target: Instance, move: Flowed) -> None:
         """Learn from a move that is over."""
         if not source.host or not target.host:
             return
         self.now = max(self.now, move.at)
-        sample = move.gap / (move.kv_tokens + FIXED)
-        if self.mean:
-            sample = min(sample, MOST * self.mean)
+        sample = self._bounded(move.gap / (move.kv_tokens + FIXED))
         self.mean = KEEP_ALL * self.mean + (1.0 - KEEP_ALL) * sample if self.mean else sample
-        pair = source.host, target.host
+        self._learn((source.host, target.host), sample)
+
+    def gave_up(self, source: Instance | None, target: Instance | None, seconds: float, now: float) -> None:
+        """A move did not come about after so many seconds. Short ones say nothing of the link: there was no
+        room, or it was not asked for any more."""
+        if source is None or target is None or not source.host or not target.host or not self.mean:
+            return
+        self.now = max(self.now, now)
+        sample = self._bounded(seconds / FIXED)
+        if sample > ALIKE * self.mean:
+            self._learn((source.host, target.host), sample)
+
+    def _bounded(self, sample: float) -> float:
+        return min(sample, MOST * self.mean) if self.mean else sample
+
+    def _learn(self, pair: tuple[str, str], sample: float) -> None:
         known = self.seen.get(pair)
         price = sample if known is None else KEEP * self._faded(known) + (1.0 - KEEP) * sample
         self.seen[pair] = Link(price, self.now)
-        prices = [link.price for link in self.seen.values()]
-        self.even = max(prices) <= ALIKE * min(prices)
+        self._least, self._most = min(self._least, price), max(self._most, price)
+        may_be_even = self._most <= ALIKE * self._least
+        if not may_be_even and (self.even or self.now >= self._looked + LOOK):
+            self._look()
+
+    def _look(self) -> None:
+        """See whether all are alike: there may be thousands, so not at every move."""
+        self._looked = self.now
+        self.seen = {pair: link for pair, link in self.seen.items() if self.now - link.at < FORGOTTEN}
+        prices = [self._faded(link) for link in self.seen.values()]
+        self._least, self._most = min(prices), max(prices)
+        self.even = self._most <= ALIKE * self._least
 
     def near(self, source: Instance, targets: Sequence[Instance]) -> Sequence[Instance]:
         """Those of these that are not much dearer to reach than the cheapest of them, in their order.

@@ -180,6 +180,8 @@ class GlobalScheduler:
             return []
         if request.why:
             self.counters.refused[request.why] += 1
+        source, target = self.ledger.source(request), self.instances.get(request.target or "")
+        self._dispatcher.links.gave_up(source, target, event.at - request.moved_at, event.at)
         if request.instance is None:
             return self._dispatcher.rescue(request, event.at)
         self.ledger.stay(request, event.output_tokens)
