@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 NETWORK = "10.213.7"
+DAY = 86_400  # seconds
 HERE = f"{NETWORK}.254"  # of the machine itself, on the bridge
 
 
@@ -30,10 +31,12 @@ class Host:
     name: str
     address: str
     cable: str  # the bridge's end of it
+    up: int = 0  # seconds that it has been up longer than the machine: its clock says so
 
     def within(self, *words: str) -> list[str]:
         """A command line that runs there."""
-        return ["ip", "netns", "exec", self.name, *words]
+        clock = ["unshare", "--time", "--monotonic", str(self.up), "--fork"] if self.up else []
+        return ["ip", "netns", "exec", self.name, *clock, *words]
 
     def run(self, *words: str, timeout: float = 60.0) -> str:
         """What a command says that runs there."""
@@ -50,9 +53,13 @@ class Host:
 
 @contextlib.contextmanager
 def network(*names: str) -> Iterator[list[Host]]:
-    """Hosts of these names, each with an interface eth0 on one network, and this machine at `HERE`."""
+    """Hosts of these names, each with an interface eth0 on one network, and this machine at `HERE`. The first
+    has the machine's clock, and each of the others one that is a day ahead of the one before."""
     number = os.getpid()  # names of interfaces have 15 characters at most
-    hosts = [Host(f"tf{number}{name}", f"{NETWORK}.{n}", f"v{number}n{n}") for n, name in enumerate(names, 1)]
+    hosts = [
+        Host(f"tf{number}{name}", f"{NETWORK}.{n}", f"v{number}n{n}", (n - 1) * DAY)
+        for n, name in enumerate(names, 1)
+    ]
     with contextlib.ExitStack() as stack:
         bridge = f"tf{number}"
         ip("link", "add", bridge, "type", "bridge")

@@ -66,6 +66,15 @@ class Node:
                 os.kill(pid, signal.SIGKILL)
 
 
+    def engines(self) -> list[str]:
+        """Names of the processes of engines that run there."""
+        named = []
+        for pid in _pids(self.host):
+            with contextlib.suppress(OSError):
+                named.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return [name for name in named if "VLLM::" in name or "vllm.core.main" in name]
+
+
 def _pids(host: Host) -> list[int]:
     done = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=False)
     return [int(word) for word in done.stdout.split()]

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,9 @@ import pytest
 pytest.importorskip("ray")
 
 from hosts import Host, network, possible
-from load import PATH, moves, streamed, streamed_and_moved, wishes, wrong
+from load import PATH, moves, streamed, streamed_and_moved, view, wishes, wrong
 from rays import SETTINGS, Node, ended
-from servers import Server, until
+from servers import Server, eventually, until
 
 from taichi_serve.bench.client import Answer, stream
 
@@ -35,6 +38,7 @@ TIMES = 2  # moves of every request at least
 ROUNDS = 5
 LOST_SECONDS = 30  # within which a node that died is known to be gone
 BACK_SECONDS = 120  # within which an instance serves on a node that came
+GONE_SECONDS = 30  # within which nothing is left of a server that was killed
 
 
 class Cluster:
@@ -44,9 +48,13 @@ class Cluster:
         self.hosts, self.nodes, self.directory = hosts, nodes, directory
         nodes.append(Node(hosts[0], directory / "a", 1, None, 0))
         nodes.append(Node(hosts[1], directory / "b", 1, nodes[0].head, 1))
-        here = hosts[0]
-        words = ("--p-heavy", "1", "--d-heavy", "1", "--ray", "--ray-address", nodes[0].head)
-        self.server = Server(directory / "s", *words, host=here.address, under=here.within(), env=SETTINGS)
+        self.server = self.serve("s")
+
+    def serve(self, name: str) -> Server:
+        """A server on `a`, with a directory of this name."""
+        here = self.hosts[0]
+        words = ("--p-heavy", "1", "--d-heavy", "1", "--ray", "--ray-address", self.nodes[0].head)
+        return Server(self.directory / name, *words, host=here.address, under=here.within(), env=SETTINGS)
 
     def add(self) -> None:
         """One more node, on the third host."""
@@ -56,10 +64,11 @@ class Cluster:
         """The host of each instance."""
         return {one["name"]: one["devices"] for one in self.server.state()["instances"]}
 
-    def left(self) -> list[Path]:
-        """What instances have on the hosts that live."""
+    def left(self) -> list[Path | str]:
+        """What instances have on the hosts that live: directories and processes."""
         living = [node for node in self.nodes if not node.dead]
-        return [path for node in living for path in node.directory.glob("taichi-*")]
+        files = [path for node in living for path in node.directory.glob("taichi-*")]
+        return [*files, *(name for node in living for name in node.engines())]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             made.server.wait_ready()
             yield made
             made.server.stop(logs_stay=True)
-            assert made.left() == []
+            eventually(lambda: made.left() == [], 10, "nothing of it is on any host")
         finally:
             made.server.end()
 
@@ -117,6 +126,44 @@ async def test_32_of_32_streams_that_moved_between_hosts_say_what_one_instance_s
     assert state["moves"]["operator"] > 0
 
 
+async def test_an_engine_that_is_killed_costs_no_stream_and_comes_back(
+    cluster: Cluster, reference: list[Answer]
+) -> None:
+    async def decodes() -> bool:
+        return bool(cluster.server.instance("i1")["decodes"])
+
+    async def back() -> bool:
+        one = cluster.server.instance("i1")
+        return bool(one["alive"] and one["restarts"] == 1)
+
+    before = cluster.at()
+    async with cluster.server.client() as client:
+        tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
+        await until(decodes, 30, "i1 decodes")
+        os.kill(cluster.server.instance("i1")["pid"], signal.SIGKILL)
+        assert wrong(await asyncio.gather(*tasks), reference[len(WISHES) :]) == []
+        await until(back, BACK_SECONDS, "i1 serves again")
+        results = await streamed_and_moved(client, WISHES[:8], seed=8, times=2)
+    assert wrong([answer for answer, _ in results], reference[:8]) == []
+    assert sum(moves(legs) for _, legs in results) > 0
+    assert cluster.at() == before
+
+
+async def test_times_of_hosts_whose_clocks_differ_by_a_day_are_times_of_the_server(cluster: Cluster) -> None:
+    async with cluster.server.client() as client:
+        answers = await streamed(client, WISHES[:4])
+        legs = [leg for answer in answers for leg in (await view(client, answer.id))["legs"]]
+        lines = (await client.get("/metrics")).text.splitlines()
+    moved = [leg["timeline"] for leg in legs if leg.get("timeline")]
+    assert moved
+    for line in moved:
+        times = [line[name] for name in ("left", "arrived", "landed", "scheduled", "made", "at") if line[name]]
+        assert all(b > a - 0.05 for a, b in pairwise(times))
+        assert times[-1] - times[0] < 60
+    (spent,) = (line for line in lines if line.startswith("vllm:inter_token_latency_seconds_sum{"))
+    assert 0 < float(spent.rsplit(" ", 1)[1]) < 3600
+
+
 async def test_a_host_that_dies_costs_no_stream_that_can_move_and_another_one_takes_its_place(
     cluster: Cluster, reference: list[Answer]
 ) -> None:
@@ -131,8 +178,9 @@ async def test_a_host_that_dies_costs_no_stream_that_can_move_and_another_one_ta
 
     async def back() -> bool:
         one = cluster.server.instance(victim)
-        return bool(one["alive"] and one["restarts"] == 1)
+        return bool(one["alive"] and one["restarts"] == restarts + 1)
 
+    restarts = cluster.server.instance(victim)["restarts"]
     async with cluster.server.client() as client:
         tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
         await until(decodes, 30, f"{victim} decodes")
@@ -151,6 +199,23 @@ async def test_a_host_that_dies_costs_no_stream_that_can_move_and_another_one_ta
 def test_what_an_engine_writes_on_its_host_is_in_its_log_at_the_server(cluster: Cluster) -> None:
     (directory,) = (cluster.directory / "s").glob("taichi-*")
     assert "FlowConnector" in (directory / "i0.log").read_text()
+
+
+async def test_a_killed_server_leaves_nothing_on_its_hosts_and_the_next_one_serves_there(
+    cluster: Cluster, reference: list[Answer]
+) -> None:
+    async def clean() -> bool:
+        return cluster.left() == []
+
+    for process in cluster.server.family():
+        process.kill()
+    cluster.server.process.wait()
+    await until(clean, GONE_SECONDS, "nothing of it is on any host")
+    cluster.server = cluster.serve("again").wait_ready()
+    async with cluster.server.client() as client:
+        results = await streamed_and_moved(client, WISHES[:8], seed=10, times=2)
+    assert wrong([answer for answer, _ in results], reference[:8]) == []
+    assert sum(moves(legs) for _, legs in results) > 0
 
 
 def test_nothing_of_ray_is_imported_without_the_flag() -> None:
