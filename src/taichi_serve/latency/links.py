@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import TypeAlias
 
 from taichi_serve.instance import Instance
 from taichi_serve.messages import Flowed
+
+Pair: TypeAlias = tuple[str, str]  # two hosts: from, to
 
 KEEP = 0.8  # the weight that the past of a link retains at each move
 KEEP_ALL = 0.98  # and that of all links together
@@ -36,11 +39,22 @@ class Link:
     at: float
 
 
+@dataclass(slots=True)
+class Counted:
+    """What went over a link since the server began, for whoever watches it."""
+
+    moves: int = 0
+    kv_tokens: int = 0
+    gaps: float = 0.0  # their sum (seconds)
+    refused: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Links:
     """All links that moves were seen on. Times are those of the facts (seconds)."""
 
-    seen: dict[tuple[str, str], Link] = field(default_factory=dict)
+    seen: dict[Pair, Link] = field(default_factory=dict)
+    counted: dict[Pair, Counted] = field(default_factory=dict)
     mean: float = 0.0  # seconds a token of all moves
     now: float = 0.0
     even: bool = True  # none is dearer than another: nobody need ask
@@ -53,6 +67,10 @@ class Links:
         if not source.host or not target.host:
             return
         self.now = max(self.now, move.at)
+        counted = self.counted.setdefault((source.host, target.host), Counted())
+        counted.moves += 1
+        counted.kv_tokens += move.kv_tokens
+        counted.gaps += move.gap
         sample = self._bounded(move.gap / (move.kv_tokens + FIXED))
         self.mean = KEEP_ALL * self.mean + (1.0 - KEEP_ALL) * sample if self.mean else sample
         self._learn((source.host, target.host), sample)
@@ -60,17 +78,18 @@ class Links:
     def gave_up(self, source: Instance | None, target: Instance | None, seconds: float, now: float) -> None:
         """A move did not come about after so many seconds. Short ones say nothing of the link: there was no
         room, or it was not asked for any more."""
-        if source is None or target is None or not source.host or not target.host or not self.mean:
+        if source is None or target is None or not source.host or not target.host:
             return
         self.now = max(self.now, now)
+        self.counted.setdefault((source.host, target.host), Counted()).refused += 1
         sample = self._bounded(seconds / FIXED)
-        if sample > ALIKE * self.mean:
+        if 0.0 < ALIKE * self.mean < sample:
             self._learn((source.host, target.host), sample)
 
     def _bounded(self, sample: float) -> float:
         return min(sample, MOST * self.mean) if self.mean else sample
 
-    def _learn(self, pair: tuple[str, str], sample: float) -> None:
+    def _learn(self, pair: Pair, sample: float) -> None:
         known = self.seen.get(pair)
         price = sample if known is None else KEEP * self._faded(known) + (1.0 - KEEP) * sample
         self.seen[pair] = Link(price, self.now)
@@ -109,10 +128,17 @@ class Links:
 
     def dearer(self, source: Instance, target: Instance) -> float:
         """How many times what moves take on the mean one between these takes; 1.0 where nothing is known."""
-        if self.even or not self.mean:
-            return 1.0
-        price = self._price(source, target)
-        return 1.0 if price is None else price / self.mean
+        return 1.0 if self.even else self.ratio((source.host, target.host))
+
+    def prices(self, source: Instance, targets: Sequence[Instance]) -> list[float]:
+        """The same for each of these."""
+        to = {host: self.ratio((source.host, host)) for host in {target.host for target in targets}}
+        return [to[target.host] for target in targets]
+
+    def ratio(self, pair: Pair) -> float:
+        """The price of a link as a multiple of the mean; 1.0 where nothing is known."""
+        known = self.seen.get(pair)
+        return 1.0 if known is None or not self.mean else self._faded(known) / self.mean
 
     def _price(self, source: Instance, target: Instance) -> float | None:
         known = self.seen.get((source.host, target.host))

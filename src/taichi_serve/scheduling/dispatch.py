@@ -172,7 +172,8 @@ class Dispatcher:
         lender = placed.lender
         if lender is not None:
             missing = placed.cached - known.prefixes.get(placed.instance.name, NONE).cached
-            self.ledger.lend(lender, now, self.predictor.fetch(lender, placed.instance, missing))
+            seconds = self.predictor.fetch(lender, placed.instance, missing)
+            self.ledger.lend(lender, now, seconds * self.links.dearer(lender, placed.instance))
         return Prefill(
             request.id,
             request.leg,
@@ -199,7 +200,7 @@ class Dispatcher:
             return Known(prefixes, overtaken=overtaken)
         lender, lent = self.fleet.lender(prefixes)
         behind = max(0.0, lender.lends_until - now) if lender else 0.0
-        return Known(prefixes, lender, lent, behind, overtaken)
+        return Known(prefixes, lender, lent, behind, overtaken, self.links)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""

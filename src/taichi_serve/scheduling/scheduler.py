@@ -84,6 +84,7 @@ class GlobalScheduler:
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
         self._dispatcher = Dispatcher(self.ledger, predictor, policy, self.counters)
+        self.links = self._dispatcher.links
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
             Prefilled: self._prefilled,
@@ -158,7 +159,7 @@ class GlobalScheduler:
         source, target = self.ledger.source(request), self.instances[event.instance]
         if source:
             self.predictor.flowed(source, target, event)
-            self._dispatcher.links.flowed(source, target, event)
+            self.links.flowed(source, target, event)
         if request.why:
             self.counters.moves[request.why] += 1
         self.ledger.arrive(request)
@@ -181,7 +182,7 @@ class GlobalScheduler:
         if request.why:
             self.counters.refused[request.why] += 1
         source, target = self.ledger.source(request), self.instances.get(request.target or "")
-        self._dispatcher.links.gave_up(source, target, event.at - request.moved_at, event.at)
+        self.links.gave_up(source, target, event.at - request.moved_at, event.at)
         if request.instance is None:
             return self._dispatcher.rescue(request, event.at)
         self.ledger.stay(request, event.output_tokens)
