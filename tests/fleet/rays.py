@@ -65,7 +65,6 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-
     def engines(self) -> list[str]:
         """Names of the processes of engines that run there."""
         named = []

@@ -84,7 +84,9 @@ def test_a_link_that_is_lost_is_avoided_after_one_move_that_was_given_up() -> No
     assert near(links, A1, B, C) == "c"
 
 
-def test_a_move_that_was_refused_after_seconds_makes_its_link_dear_and_one_that_was_at_once_does_not() -> None:
+def test_a_move_that_was_refused_after_seconds_makes_its_link_dear_and_one_that_was_at_once_does_not() -> (
+    None
+):
     links = Links()
     links.gave_up(A1, B, 10.0, 0.5)  # before anything is known
     assert links.seen == {}

@@ -115,6 +115,27 @@ def test_nothing_of_it_is_left(held: Held) -> None:
     assert not held.directory.exists()
 
 
+def test_a_socket_whose_owner_is_slow_to_end_goes_with_the_directory(held: Held) -> None:
+    (held.directory / "0a1b2c3d-0000-4000-8000-0123456789ab").touch()
+    held.holder.end()
+    assert not held.directory.exists()
+
+
+def test_what_a_start_that_failed_left_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def begin(path: Path, log: Path, env: Mapping[str, str]) -> Any:
+        raise OSError("no more processes")
+
+    holder = Holder("127.0.0.1", "node-1234567890", begin)
+    keys = Keys("server", new_pair(), new_pair(), [])
+    order = Order("taichi-abc", "i0", ENGINE_ID, "tcp://10.0.0.1:1", ["some/model"], {}, keys)
+    with pytest.raises(OSError, match="no more processes"):
+        holder.begin(msgspec.msgpack.encode(order))
+    assert holder.end()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_others_of_the_server_have_on_the_node_stays(held: Held) -> None:
     (held.directory / "taichi-abc-i1.keys").touch()
     held.holder.end()

@@ -25,7 +25,7 @@ def test_no_time_stays_none() -> None:
 
 
 def test_clocks_that_drift_apart_are_followed() -> None:
-    """Its clock goes slower by one part in a thousand: after two windows what was true before is forgotten."""
+    """Its clock goes slower by one part in a thousand: what was true two windows ago is forgotten."""
     offset = Offset()
     for second in range(int(4 * WINDOW)):
         offset.heard(second * 0.999, float(second))

@@ -20,7 +20,12 @@ import msgspec
 from taichi_serve.cluster.vllm.curve import Keys, write_keys, write_private
 from taichi_serve.cluster.vllm.interface import only
 from taichi_serve.cluster.vllm.server.forks import Spawned
-from taichi_serve.cluster.vllm.server.remains import remove_files, shared_memory, wait_gone
+from taichi_serve.cluster.vllm.server.remains import (
+    remove_files,
+    remove_with_the_last,
+    shared_memory,
+    wait_gone,
+)
 from taichi_serve.cluster.vllm.spec import Spec
 from taichi_serve.cluster.vllm.wire import flight_file
 from taichi_serve.ports import port_of, reserve
@@ -182,9 +187,9 @@ class Holder:
         if self._side_channel is not None:
             self._side_channel.close()
         self._log.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it has no directory, or others of this server are in it
+        with contextlib.suppress(OSError):  # it never had a directory
             remove_files(self._directory, self._order.name, self._order.engine_id)
-            self._directory.rmdir()
+        remove_with_the_last(self._directory)
         return gone
 
 

@@ -29,7 +29,8 @@ def choose(kind: Kind, nodes: Iterable[Node]) -> Node | None:
 
     The kinds are mixed on every node: KV goes from P-heavy to D-heavy instances, and between two of a node it
     goes through memory. So the node with the fewest of this kind, and of these the one with the most of the
-    other; then the one with the most room, so that what is lost with a node is little.
+    other; then the one with the most room, so that what is lost with a node is little. Of equal nodes
+    the one with the first address: the same hosts get the same instances.
     """
     here = [node for node in nodes if node.free > 0]
     return min(here, key=lambda node: _rank(kind, node), default=None)
@@ -37,4 +38,4 @@ def choose(kind: Kind, nodes: Iterable[Node]) -> Node | None:
 
 def _rank(kind: Kind, node: Node) -> tuple[int, int, int, str]:
     own = node.has.get(kind, 0)
-    return own, own - sum(node.has.values()), -node.free, node.id
+    return own, own - sum(node.has.values()), -node.free, node.address
