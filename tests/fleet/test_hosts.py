@@ -20,17 +20,14 @@ import pytest
 
 pytest.importorskip("ray")
 
-from hosts import Host, network, possible
+from hosts import Host, network
 from load import PATH, moves, streamed, streamed_and_moved, view, wishes, wrong
 from rays import SETTINGS, Node, ended
 from servers import Server, eventually, until
 
 from taichi_serve.bench.client import Answer, stream
 
-pytestmark = [
-    pytest.mark.fleet,
-    pytest.mark.skipif(not possible(), reason="needs root and `ip` for network namespaces"),
-]
+pytestmark = pytest.mark.fleet
 
 WISHES = wishes(32, seed=4, prompt=(16, 700), output=(32, 120))
 LONG = wishes(12, seed=5, prompt=(64, 400), output=(200, 300))

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hosts import HERE, Host, network, possible
+from hosts import HERE, Host, network
 from servers import Server
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not possible(), reason="needs root and `ip` for network namespaces"),
-]
+pytestmark = pytest.mark.engine
 
 STRANGER = str(Path(__file__).with_name("stranger.py"))
 GREETING = 64  # bytes that every ZeroMQ socket says first
