@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 import pytest
 
@@ -67,6 +68,9 @@ class Host:
         ip("link", "set", self.cable, "down" if on else "up")
 
 
+_networks = count()
+
+
 @contextlib.contextmanager
 def network(*names: str) -> Iterator[list[Host]]:
     """Hosts of these names, each with an interface eth0 on one network, and this machine at `HERE`. The first
@@ -74,7 +78,8 @@ def network(*names: str) -> Iterator[list[Host]]:
     test where that cannot be."""
     if (why := impossible()) is not None:
         pytest.skip(why)
-    number = os.getpid()  # names of interfaces have 15 characters at most
+    # Another one for each: what is in a namespace may stay a while. A name of an interface is short.
+    number = f"{os.getpid()}{'abcdefgh'[next(_networks)]}"
     hosts = [
         Host(f"tf{number}{name}", f"{NETWORK}.{n}", f"v{number}n{n}", (n - 1) * DAY)
         for n, name in enumerate(names, 1)
