@@ -1,7 +1,7 @@
 # Every target does its own set-up first; it is redone when pyproject.toml or the script changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test torture demo bench paper clean
+.PHONY: help setup check test fleet torture demo bench paper clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -27,11 +27,14 @@ check: $(READY) ## format, lint, strict types, import contracts, tests without e
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
 	timeout --foreground --kill-after=10 $(CHECK_LIMIT) \
-		$(BIN)/pytest -m "not engine and not gpu and not long" --session-timeout=$(CHECK_LIMIT)
+		$(BIN)/pytest -m "not engine and not gpu and not long and not fleet" --session-timeout=$(CHECK_LIMIT)
 
 test: check ## the whole test suite: check, then the tests that start real vLLM engines
 	timeout --foreground --kill-after=30 $(ENGINE_LIMIT) \
-		$(BIN)/pytest -m "(engine or long) and not gpu" --durations=25 --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+		$(BIN)/pytest -m "(engine or long) and not gpu and not fleet" --durations=25 --timeout=$(ENGINE_TEST_LIMIT) --session-timeout=$(ENGINE_LIMIT)
+
+fleet: $(READY) ## several hosts: network namespaces with a raylet in each (root; Ray in an environment of its own)
+	scripts/fleet.sh
 
 torture: $(READY) ## 20,000 worlds of the server's side over pretended engines (RUNS=N for another number)
 	$(BIN)/python tests/torture/torture.py --runs $(or $(RUNS),20000)

@@ -41,6 +41,7 @@ class Instance:
     reserved_tokens: int = 0
     leaving_tokens: int = 0  # KV of requests that were told to go elsewhere and are not there yet
     lends_until: float = 0.0  # when all that is fetched from its prefix cache is expected to be copied (s)
+    host: str = ""  # where it runs; "" where hosts are not told apart
     closing: bool = False  # takes no new prompts, and gets chunk 0 once the queued ones are through
 
     @property

@@ -219,6 +219,15 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """An instance runs on this host, by an address of it. Told where instances may be on several."""
+
+    at: float
+    instance: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Removed:
     """An instance left for good. What is still on it waits for another place, as after a Lost."""
 
@@ -304,6 +313,7 @@ Event = (
     | Lost
     | Joined
     | Added
+    | Placed
     | Removed
     | Hopeless
     | Cancelled

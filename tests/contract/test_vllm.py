@@ -724,6 +724,45 @@ def test_the_startup_handshake_watches_any_process_that_looks_like_one() -> None
     assert {"index", "local"} <= set(names(CoreEngine.__init__))
 
 
+def test_sockets_between_processes_are_made_by_one_function_that_three_modules_know_by_name() -> None:
+    """So its place can be taken there (curve.through). It asks its context for a socket first, and binds or
+    connects it then."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, base_worker, utils
+    from vllm.utils.network_utils import make_zmq_socket
+    from vllm.v1.engine import core, core_client
+
+    for module in (core, core_client, utils):
+        stock = getattr(module.make_zmq_socket, "__wrapped__", module.make_zmq_socket)
+        assert stock is make_zmq_socket
+    assert names(make_zmq_socket)[:3] == ["ctx", "path", "socket_type"]
+    source = inspect.getsource(make_zmq_socket)
+    assert re.findall(r"ctx\.\w+", source) == ["ctx.socket"]
+    assert source.index("ctx.socket(socket_type)") < source.index("socket.bind(path)")
+    # None of these is made otherwise: the core's three, the client's two, both ends of the side channel.
+    inside = (core.EngineCoreProc, core_client.MPClient, base_scheduler.NixlBaseConnectorScheduler)
+    for owner in (*inside, base_worker.NixlBaseConnectorWorker):
+        assert not re.search(r"\bctx\.socket\(|\.(bind|connect)\(", inspect.getsource(owner))
+    for method in ("_perform_handshake", "process_input_sockets", "process_output_sockets"):
+        assert not mentions(getattr(core.EngineCoreProc, method), "make_zmq_socket(")
+    assert not mentions(utils.zmq_ctx, "make_zmq_socket(")
+    assert not mentions(
+        base_scheduler.NixlBaseConnectorScheduler._nixl_handshake_listener, "zmq_ctx(zmq.ROUTER"
+    )
+    assert not mentions(base_worker.NixlBaseConnectorWorker._nixl_handshake, "zmq_ctx(zmq.REQ")
+
+
+def test_what_comes_over_a_wire_is_unpickled_only_where_the_environment_says_so() -> None:
+    from vllm import envs
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    assert not envs.VLLM_ALLOW_INSECURE_SERIALIZATION
+    source = inspect.getsource(MsgpackDecoder)
+    assert source.count("pickle.loads") == 2  # the second is cloudpickle's
+    assert source.index("if envs.VLLM_ALLOW_INSECURE_SERIALIZATION:\n            if code") < source.index(
+        "pickle.loads"
+    )
+
+
 def test_an_engine_core_runs_in_the_process_that_calls_it() -> None:
     from vllm.v1.engine.core import EngineCoreProc
 

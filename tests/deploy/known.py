@@ -18,7 +18,7 @@ from taichi_serve.frontend.metrics import TaichiCollector
 Labels = dict[str, frozenset[str] | None]
 SCRAPED: Labels = {"job": None, "instance": None}
 # Labels with values that no list can have.
-OPEN = {"engine", "class", "by", "reading", "model_name", "le", "handler", "status"}
+OPEN = {"engine", "class", "by", "reading", "model_name", "le", "handler", "status", "source", "target"}
 KINDS = {"_counter_cls": "counter", "_gauge_cls": "gauge", "_histogram_cls": "histogram"}
 
 

@@ -24,6 +24,11 @@ WITH_A_FLAG = {
     "taichi_front_end_serves": "--api-server-count",
     "taichi_front_end_requests": "--api-server-count",
     "taichi_front_end_restarts_total": "--api-server-count",
+    "taichi_link_moves_total": "--ray",
+    "taichi_link_moved_tokens_total": "--ray",
+    "taichi_link_gap_seconds_total": "--ray",
+    "taichi_link_refused_total": "--ray",
+    "taichi_link_price": "--ray",
 }
 # What appears with its first value.
 WITH_A_VALUE = {"taichi_bound_requests_total"}

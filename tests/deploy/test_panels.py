@@ -52,6 +52,9 @@ def grown(here: Any) -> None:
         recorder.outcomes[outcome] += 2
     for move in Move:
         recorder.moves[move] += 2
+    for count in here.scheduler.links.counted.values():
+        count.moves, count.kv_tokens, count.gaps = count.moves + 2, count.kv_tokens + 200, count.gaps + 0.02
+        count.refused += 1
     counters.attained["default"] = Attained(*(Kept(8, 2) for _ in range(3)))
     for name in ("i0", "i1"):
         counters.through(name, prompt_tokens=100, predicted=50, actual=40)

@@ -120,11 +120,11 @@ def said(one: Requirement) -> str:
     return f"{one.name.lower()}{one.specifier}"
 
 
-@pytest.mark.parametrize("extra", ["cpu", "cuda", "dev"])
+@pytest.mark.parametrize("extra", ["cpu", "cuda", "dev", "ray"])
 def test_an_extra_asks_for_what_the_project_says(extra: str, metadata: Message) -> None:
     wanted = PROJECT["optional-dependencies"][extra]
     assert asked(metadata, extra) == {said(Requirement(one)) for one in wanted}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "cuda", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "cuda", "dev", "ray"}
 
 
 def test_engines_come_with_an_extra_only(metadata: Message) -> None:

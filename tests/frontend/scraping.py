@@ -12,7 +12,7 @@ from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.frontend.metrics import TaichiCollector
 from taichi_serve.frontend.record import Recorder
 from taichi_serve.latency.predict import Learned
-from taichi_serve.messages import Arrived, Finished, Prefilled
+from taichi_serve.messages import Arrived, Finished, Flowed, Placed, Prefilled
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
@@ -61,12 +61,16 @@ def scraped(system: Any, name: str) -> dict[tuple[str, ...], float]:
 
 
 def with_everything() -> Any:
-    """The same with a request that ended, one that was bound, a tuner that has looked, and one of
-    several front ends: every metric."""
+    """The same with a request that ended, one that was bound, a tuner that has looked, one of
+    several front ends, and two hosts: every metric."""
     here, now = system(), time.monotonic()
     for event in (Arrived(now - 2, "a", 100, 50), Prefilled(now - 1, "a", 0, "i1"), Finished(now, "a", 11)):
         here.recorder.attainment.on(event)
     here.recorder.bound["an image"] += 1
+    for name, host in (("i0", "10.0.0.1"), ("i1", "10.0.0.2")):
+        here.scheduler.on(Placed(now, name, host))
+    one, other = here.scheduler.instances.values()
+    here.scheduler.links.flowed(one, other, Flowed(now, "a", 1, "i1", 11, 100, 0.01))
     here.recorder.prompts.append(100)
     here.tuner = SimpleNamespace(made=1, suggested=0, view=SimpleNamespace(ttft=0.5, tpot=0.9, good=0.95))
     here.front.processes = lambda: [{"name": "f0", "serves": True, "requests": 3, "restarts": 1}]

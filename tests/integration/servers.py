@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +72,26 @@ class Server:
         api_key: str | None = None,
         env: Mapping[str, str] | None = None,
         config: Path | None = None,
+        host: str = "127.0.0.1",
+        under: Sequence[str] = (),
     ) -> None:
-        """With a file for `--config` the command line has this, the port and `flags` only."""
+        """With a file for `--config` the command line has this, the port and `flags` only. `under` are words
+        before it, of a command that has it run at `host`."""
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.reserved = reserve()  # vLLM binds its port seconds from now
         self.port = port or port_of(self.reserved)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.host = host
+        self.url = f"http://{host}:{self.port}"
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         key = ("--api-key", api_key) if api_key else ()
         usual = (str(model or cached_tiny_model()), *FLAGS) if config is None else ("--config", str(config))
-        words = [*usual, "--port", str(self.port), *key, *flags]
+        there = ("--host", host) if under else ()
+        words = [*usual, "--port", str(self.port), *there, *key, *flags]
         self.log = directory / "server.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "taichi_serve.cli", "serve", *words],
+                [*under, sys.executable, "-m", "taichi_serve.cli", "serve", *words],
                 env={**os.environ, **ENVIRONMENT, "TMPDIR": str(directory), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -206,7 +211,7 @@ class Server:
         assert str(self.directory) not in sockets, "a unix socket is left"
         assert not [path for path in shared if path.exists()], "shared memory is left"
         with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", self.port)) != 0, "the port still answers"
+            assert probe.connect_ex((self.host, self.port)) != 0, "the port still answers"
 
     def end(self) -> None:
         """End whatever is left of it, however the test went."""

@@ -29,6 +29,7 @@ from taichi_serve.messages import (
     Flowed,
     Joined,
     Lost,
+    Placed,
     Prefill,
     Prefilled,
     Refused,
@@ -131,6 +132,9 @@ def live(pair: Pair, chance: Random, rounds: int) -> None:
     names = list(pair.few.instances)
     systems = [tuple(chance.getrandbits(64) for _ in range(40)) for _ in range(2)]
     now, number = 0.0, 0
+    if chance.random() < 0.5:  # on three hosts, between which moves take longer (act)
+        for name in names:
+            pair.on(Placed(now, name, chance.choice("abc")))
     for _ in range(rounds):
         now += chance.choice([0.0, 0.001, 0.02, 2.0 if chance.random() < 0.05 else 0.01])
         requests = list(pair.few.requests.values())
@@ -165,7 +169,9 @@ def act(pair: Pair, chance: Random, now: float, request: Request, names: list[st
         case State.PREFILLING if sure:
             pair.on(Prefilled(now, request.id, leg, request.instance or "", 0, request.hand_over))
         case State.MOVING if sure:
-            pair.on(Flowed(now, request.id, leg, request.target or "", 2, request.prompt_tokens, 0.02))
+            hosts = {pair.few.instances[n].host for n in (request.instance, request.target) if n}
+            gap = 0.02 if len(hosts) < 2 else chance.choice([0.1, 0.5])
+            pair.on(Flowed(now, request.id, leg, request.target or "", 2, request.prompt_tokens, gap))
         case State.PREFILLING | State.MOVING:
             pair.on(Refused(now, request.id, leg, "no room"))
         case State.DECODING if chance.random() < 0.5:

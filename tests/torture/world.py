@@ -79,7 +79,8 @@ class World:
         self.lives[name] += 1
         engine_id = f"{name}.{self.lives[name]}"
         core = self.cores[engine_id] = Core(self, engine_id, chunk)
-        process: Any = SimpleNamespace(engine_id=engine_id, log=self.directory / f"{engine_id}.log")
+        log = self.directory / f"{engine_id}.log"
+        process: Any = SimpleNamespace(engine_id=engine_id, log=log, host="")
         client: Any = core
         copiers: Any = core.copiers
         return Engine(index, name, process, client, copiers, kind, chunk)

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from taichi_serve.cluster.vllm.server.supervisor import Standing
 from taichi_serve.dashboard.attainment import MINUTE, TEN_MINUTES
+from taichi_serve.frontend.links import links
 from taichi_serve.frontend.scale import scale
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import UNCLASSED, Attained, PrefixTokens
@@ -38,6 +39,7 @@ class TaichiCollector(Collector):
         parts: tuple[tuple[Callable[..., Iterable[Metric]], object], ...] = (
             (_requests, recorder),
             (_moves, recorder),
+            (links, scheduler),
             (_instances, scheduler),
             (_supervised, self._system),
             (_predictions, scheduler.accuracy),

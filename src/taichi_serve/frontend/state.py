@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from taichi_serve.classes import SLOClass
 from taichi_serve.cluster.vllm.server.passage import Passing
 from taichi_serve.cluster.vllm.server.supervisor import Standing
-from taichi_serve.cluster.vllm.wire import direct
 from taichi_serve.dashboard.attainment import MINUTE, WINDOWS
 from taichi_serve.messages import Move, Outcome
 from taichi_serve.scheduling.counters import Attained
@@ -162,8 +161,7 @@ def _kv_paths(engines: list[Engine]) -> dict[str, str]:
     """How KV gets from one instance to another: "i0 -> i1": "direct" (same host) or "nixl"."""
     paths = {}
     for source, reader in permutations(engines, 2):
-        ids = reader.process.engine_id, source.process.engine_id
-        found = direct(reader.process.log.parent, *ids)
+        found = reader.process.reads(source.engine_id)
         paths[f"{source.name} -> {reader.name}"] = "direct" if found else "nixl"
     return paths
 

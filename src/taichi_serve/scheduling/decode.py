@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from taichi_serve.instance import Instance
+from taichi_serve.latency.links import EVEN, Links
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Outlook
 from taichi_serve.request import Request
@@ -58,6 +59,21 @@ class Search:
 
     match: Match = lambda _: NOTHING
     find: Find = choose_target
+    links: Links = EVEN
+
+    def target(
+        self,
+        source: Instance,
+        among: Sequence[Instance],
+        kv_tokens: int,
+        mark: float,
+        policy: Policy,
+        prefixes: Prefixes,
+    ) -> Instance | None:
+        """Of those that are near `source` by price, whom `choose_target` takes; else of all of them."""
+        near = self.links.near(source, among)
+        found = self.find(near, kv_tokens, mark, policy, prefixes)
+        return found if found or near is among else self.find(among, kv_tokens, mark, policy, prefixes)
 
 
 ONE_BY_ONE = Search()
@@ -86,18 +102,22 @@ def choose_start(
     instances: Sequence[Instance],
     policy: Policy,
     prefixes: Prefixes = NOTHING,
+    near: Sequence[Instance] = (),
 ) -> tuple[Instance, str]:
     """Low-interference start: the D-heavy instance where the decode of a prefilled request begins, and why.
 
     One that stays below the watermark comes first; past it, any that has room at all (its longest output is
     then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). With no room
     anywhere the request stays where it prefilled, unless nobody may decode on P-heavy instances: then it
-    waits for the emptiest D-heavy one.
+    waits for the emptiest D-heavy one. Of those below the watermark the D-heavy ones that are `near` go
+    first; there are none where it costs the same to reach them all.
     """
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
     if here.kind is Kind.D_HEAVY and here in decoders and load_after(here, 0, policy) <= policy.full_mark:
         return here, "it prefilled on a D-heavy instance with room"
     kv_tokens = request.prompt_tokens + 1
+    if target := choose_target(near, kv_tokens, policy.full_mark, policy, prefixes):
+        return target, "of the D-heavy instances that are near the one with most room"
     if target := choose_target(decoders, kv_tokens, policy.full_mark, policy, prefixes):
         return target, "the D-heavy instance with most room"
     if target := choose_target(decoders, kv_tokens, 1.0, policy, prefixes):
@@ -132,10 +152,11 @@ def choose_degrade(
         output = request.output_tokens(source.ticks)
         kv_tokens = request.prompt_tokens + output
         prefixes = by.match(request)
-        target = by.find(helpers, kv_tokens, policy.full_mark, policy, prefixes)
+        target = by.target(source, helpers, kv_tokens, policy.full_mark, policy, prefixes)
         if target is None:
             continue
         gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).device)
+        gap *= by.links.dearer(source, target)
         if residents.slack(request, now, source.ticks) <= gap or request.max_tokens - output <= policy.growth:
             continue
         return request, target
@@ -165,11 +186,12 @@ def choose_backflow(
         output = request.output_tokens(source.ticks)
         kv_tokens = request.prompt_tokens + output
         prefixes = by.match(request)
-        target = by.find(decoders, kv_tokens, policy.return_mark, policy, prefixes)
+        target = by.target(source, decoders, kv_tokens, policy.return_mark, policy, prefixes)
         if target is None:
             continue
         saved = predictor.tpot(source, 0) - predictor.tpot(target, kv_tokens)
         gap = predictor.move(source, target, kv_tokens, prefixes.get(target.name, NONE).device)
+        gap *= by.links.dearer(source, target)
         if saved * (request.max_tokens - output) > gap:
             return request, target
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from taichi_serve.instance import Instance
+from taichi_serve.latency.links import Links
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
     Abort,
@@ -25,16 +26,16 @@ from taichi_serve.messages import (
 )
 from taichi_serve.request import Request
 from taichi_serve.scheduling.counters import Counters
-from taichi_serve.scheduling.decode import choose_start, outlooks
+from taichi_serve.scheduling.decode import Search, choose_start, outlooks
 from taichi_serve.scheduling.door import Door
-from taichi_serve.scheduling.fleet import Fleet
+from taichi_serve.scheduling.fleet import Fleet, Starts
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.narrow import narrowed
 from taichi_serve.scheduling.policy import SERVE, Policy
 from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import Placement, choose_prefill
 from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
-from taichi_serve.scheduling.residency import NONE, Prefixes
+from taichi_serve.scheduling.residency import NONE
 from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.standing import able, decoders, of_kind, serving
 from taichi_serve.scheduling.triage import Triage, drained
@@ -52,6 +53,8 @@ class Dispatcher:
         self.policy = policy
         self.counters = counters
         self.fleet = Fleet(ledger, predictor)
+        self.links = Links()
+        self.search = Search(self.fleet.prefixes, self.fleet.find, self.links)
         self.triage = Triage(ledger, predictor, Precedence(policy))
 
     def serving(self) -> list[Instance]:
@@ -169,7 +172,8 @@ class Dispatcher:
         lender = placed.lender
         if lender is not None:
             missing = placed.cached - known.prefixes.get(placed.instance.name, NONE).cached
-            self.ledger.lend(lender, now, self.predictor.fetch(lender, placed.instance, missing))
+            seconds = self.predictor.fetch(lender, placed.instance, missing)
+            self.ledger.lend(lender, now, seconds * self.links.dearer(lender, placed.instance))
         return Prefill(
             request.id,
             request.leg,
@@ -196,24 +200,25 @@ class Dispatcher:
             return Known(prefixes, overtaken=overtaken)
         lender, lent = self.fleet.lender(prefixes)
         behind = max(0.0, lender.lends_until - now) if lender else 0.0
-        return Known(prefixes, lender, lent, behind, overtaken)
+        return Known(prefixes, lender, lent, behind, overtaken, self.links)
 
     def hand_over(self, request: Request, here: Instance, now: float) -> Decode:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
-        among, prefixes = self._starts(request, here)
-        target, why = choose_start(request, here, among, self.policy, prefixes)
+        among, prefixes, near = self._starts(request, here)
+        target, why = choose_start(request, here, among, self.policy, prefixes, near)
         for known in decoders(among):
             # What it takes there is in that instance's own figures already.
             if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
                 target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, among)
 
-    def _starts(self, request: Request, here: Instance) -> tuple[list[Instance], Prefixes]:
-        """Where the decode of a request that prefilled `here` can begin, and what they have of it."""
-        prefixes = self.fleet.prefixes(request)
-        if self.fleet.many:
-            return self.fleet.starts(request, here, self.policy, prefixes), prefixes
-        return self.serving(), prefixes
+    def _starts(self, request: Request, here: Instance) -> Starts:
+        """Where the decode of a request that prefilled `here` can begin."""
+        prefixes, near = self.fleet.prefixes(request), self.links.nearer(here, self.low())
+        if not self.fleet.many:
+            return self.serving(), prefixes, near
+        among = self.fleet.starts(request, here, self.policy, prefixes, near)
+        return among, prefixes, [one for one in among if one in near]
 
     def copy_ahead(self, here: Instance) -> list[Command]:
         """Where the prompt that is being computed on `here` will decode, if more chunks of it are to come."""
@@ -222,8 +227,8 @@ class Dispatcher:
             return []
         if not 0 < here.progress_tokens < request.prompt_tokens - request.cached:
             return []
-        among, prefixes = self._starts(request, here)
-        target, why = choose_start(request, here, among, self.policy, prefixes)
+        among, prefixes, near = self._starts(request, here)
+        target, why = choose_start(request, here, among, self.policy, prefixes, near)
         if target is here:
             return []
         request.ahead = target.name

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.accuracy import Accuracy
-from taichi_serve.messages import Added, Command, Lost, Removed, SetChunk
+from taichi_serve.messages import Added, Command, Lost, Placed, Removed, SetChunk
 from taichi_serve.scheduling.dispatch import Dispatcher
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.operations import slide
@@ -46,6 +46,13 @@ def add(books: Books, dispatcher: Dispatcher, event: Added) -> list[Command]:
     for request in ledger.waiting():
         commands += dispatcher.place(request, event.at, sliders)
     return [*commands, *relieve(dispatcher, event.at, sliders)]
+
+
+def placed(ledger: Ledger, event: Placed) -> list[Command]:
+    """An instance runs on this host."""
+    if (here := ledger.instances.get(event.instance)) is not None:
+        here.host = event.host
+    return []
 
 
 def remove(books: Books, dispatcher: Dispatcher, event: Removed) -> list[Command]:

@@ -28,6 +28,9 @@ from taichi_serve.scheduling.standing import Standing
 FEW = 32  # instances: asking all of them takes less time than looking who can win
 Status = tuple[object, ...]
 
+# Where a decode can begin, what these instances have of it, and who of them is near (Links.nearer).
+Starts = tuple[list[Instance], Prefixes, Sequence[Instance]]
+
 
 class Fleet:
     """The instances of a ledger, for decisions among many of them. It changes nothing in the books."""
@@ -180,7 +183,14 @@ class Fleet:
             instances = self.targets(instances, kv_tokens, [mark], policy, prefixes)
         return choose_target(instances, kv_tokens, mark, policy, prefixes)
 
-    def starts(self, request: Request, here: Instance, policy: Policy, prefixes: Prefixes) -> list[Instance]:
+    def starts(
+        self,
+        request: Request,
+        here: Instance,
+        policy: Policy,
+        prefixes: Prefixes,
+        near: Sequence[Instance] = (),
+    ) -> list[Instance]:
         """Of those that serve, who `choose_start` can take for a request that prefilled `here`, and where its
         KV may have been copied ahead."""
         standing = self.standing()
@@ -189,7 +199,10 @@ class Fleet:
         marks = policy.full_mark, 1.0
         found: list[Instance] = []
         if standing.low:
-            found = self.targets(standing.low, request.prompt_tokens + 1, marks, policy, prefixes)
+            size = request.prompt_tokens + 1
+            found = self.targets(standing.low, size, marks, policy, prefixes)
+            if near:
+                found += self.targets(near, size, marks, policy, prefixes)
         ahead = self.ledger.instances.get(request.ahead or here.name, here)
         mask = self.mask(standing.serving)
         found += [one for one in (here, ahead) if mask[self.rows[one.name]]]

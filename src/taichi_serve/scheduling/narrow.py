@@ -78,6 +78,7 @@ class Narrowing:
     claimed: Floats | int
     to_come: Floats
     tpots: Floats
+    prices: Floats | float  # what copying from the lender costs, as a multiple of what it costs on the mean
 
     @property
     def length(self) -> int:
@@ -135,7 +136,8 @@ class Narrowing:
         """Which of those that `could` get the prefix may be chosen with it (Prompt.fetching)."""
         assert known.lender is not None
         within, ahead = self.prompt.policy.fetch_within, self.columns.ahead
-        copied = known.behind + self.asked.fetches(self.columns, known.lender, known.lent - self.cached)
+        fetches = self.asked.fetches(self.columns, known.lender, known.lent - self.cached)
+        copied = known.behind + self.prices * fetches
         queue = computed * ahead / (ahead + self.length - self.cached)
         later = np.maximum(0.0, self.asked.ttfts(self.columns, self.length, known.lent))
         seconds = np.maximum(0.0, copied - queue) + later
@@ -158,7 +160,8 @@ class Narrowing:
             return [*map(int, rows)]
         numbers = [self.columns.numbers[:ALIKE, rows], self.asked.alike(self.columns, rows)]
         numbers.append(self.fits()[None, rows].astype(np.float64))
-        numbers += [of[None, rows] for of in (self.cached, self.claimed) if not isinstance(of, int)]
+        others_too = (self.cached, self.claimed, self.prices)
+        numbers += [of[None, rows] for of in others_too if isinstance(of, np.ndarray)]
         left = np.concatenate(numbers)
         while len(rows) > LEFT and len(found) < LEFT:
             others = (left != left[:, :1]).any(axis=0)
@@ -197,6 +200,9 @@ def narrowed(
     cached = np.maximum(claimed, fleet.column(known.prefixes, "held")) if known.prefixes else 0
     to_come = np.where(columns.low, waited, later)
     tpots = asked.tpots(columns, request.prompt_tokens)
-    narrowing = Narrowing(prompt, columns, asked, cached, claimed, to_come, tpots)
+    prices: Floats | float = 1.0
+    if known.lender is not None and not known.links.even:
+        prices = np.array(known.links.prices(known.lender, fleet.instances))
+    narrowing = Narrowing(prompt, columns, asked, cached, claimed, to_come, tpots, prices)
     lender = None if known.lender is None else fleet.rows[known.lender.name]
     return fleet.at(narrowing.different(narrowing.rows(mask, known, lender))), low

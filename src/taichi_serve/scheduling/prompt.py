@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from taichi_serve.instance import Instance
+from taichi_serve.latency.links import EVEN, Links
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import Forecast
 from taichi_serve.request import Request
@@ -42,6 +43,7 @@ class Known:
     lent: int = 0
     behind: float = 0.0
     overtaken: Mapping[str, Behind] = field(default_factory=dict)
+    links: Links = EVEN  # what copying over them costs
 
 
 UNKNOWN = Known(NOTHING)
@@ -154,7 +156,8 @@ class Prompt:
         queue = computed * queued / (queued + prompt - alone.cached)  # its part of that time
         if queue > within:
             return alone
-        copied = known.behind + self.predictor.fetch(lender, instance, known.lent - alone.cached)
+        price = known.links.dearer(lender, instance)
+        copied = known.behind + price * self.predictor.fetch(lender, instance, known.lent - alone.cached)
         if copied > within or copied >= computed:
             return alone
         after = known.overtaken.get(instance.name, ALL_BEFORE)

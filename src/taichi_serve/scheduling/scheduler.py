@@ -32,6 +32,7 @@ from taichi_serve.messages import (
     Lost,
     Move,
     Outcome,
+    Placed,
     Prefilled,
     Promised,
     Refused,
@@ -44,9 +45,9 @@ from taichi_serve.messages import (
 from taichi_serve.request import Request, State
 from taichi_serve.scheduling.behind import sort
 from taichi_serve.scheduling.counters import Counters
-from taichi_serve.scheduling.decode import Search, choose_backflow, choose_degrade
+from taichi_serve.scheduling.decode import choose_backflow, choose_degrade
 from taichi_serve.scheduling.dispatch import Dispatcher
-from taichi_serve.scheduling.elastic import add, remove
+from taichi_serve.scheduling.elastic import add, placed, remove
 from taichi_serve.scheduling.ledger import Ledger
 from taichi_serve.scheduling.operations import ask, close, drain, empty, slide
 from taichi_serve.scheduling.policy import Policy
@@ -83,7 +84,7 @@ class GlobalScheduler:
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
         self._dispatcher = Dispatcher(self.ledger, predictor, policy, self.counters)
-        self._search = Search(self._dispatcher.fleet.prefixes, self._dispatcher.fleet.find)
+        self.links = self._dispatcher.links
         self._deciders: dict[type[Event], Callable[..., list[Command]]] = {
             Arrived: self._arrived,
             Prefilled: self._prefilled,
@@ -96,6 +97,7 @@ class GlobalScheduler:
             Lost: lambda event: lose(self._dispatcher, event, self.sliders),
             Joined: self._joined,
             Added: self._added,
+            Placed: partial(placed, self.ledger),
             Removed: partial(remove, self, self._dispatcher),
             Hopeless: self._hopeless,
             Cancelled: self._cancelled,
@@ -157,6 +159,7 @@ class GlobalScheduler:
         source, target = self.ledger.source(request), self.instances[event.instance]
         if source:
             self.predictor.flowed(source, target, event)
+            self.links.flowed(source, target, event)
         if request.why:
             self.counters.moves[request.why] += 1
         self.ledger.arrive(request)
@@ -178,6 +181,8 @@ class GlobalScheduler:
             return []
         if request.why:
             self.counters.refused[request.why] += 1
+        source, target = self.ledger.source(request), self.instances.get(request.target or "")
+        self.links.gave_up(source, target, event.at - request.moved_at, event.at)
         if request.instance is None:
             return self._dispatcher.rescue(request, event.at)
         self.ledger.stay(request, event.output_tokens)
@@ -230,10 +235,10 @@ class GlobalScheduler:
         if source.kv_tokens - source.leaving_tokens <= self.policy.watermark * source.kv_capacity:
             return []
         commands: list[Command] = []
-        helpers = self._dispatcher.of_kind(Kind.P_HEAVY)
+        helpers, search = self._dispatcher.of_kind(Kind.P_HEAVY), self._dispatcher.search
         residents = self.ledger.residents[source.name]
         while choice := choose_degrade(
-            source, residents, self.requests, helpers, now, self.predictor, self.policy, self._search
+            source, residents, self.requests, helpers, now, self.predictor, self.policy, search
         ):
             request, target = choice
             why = f"KV of {source.name} at {source.kv_usage:.3f}, watermark {self.policy.watermark:g}"
@@ -245,9 +250,9 @@ class GlobalScheduler:
         if not any(True for _ in residents.crossing(now, source.ticks)):
             return []
         commands: list[Command] = []
-        decoders = self._dispatcher.of_kind(Kind.D_HEAVY)
+        decoders, search = self._dispatcher.of_kind(Kind.D_HEAVY), self._dispatcher.search
         while choice := choose_backflow(
-            source, residents, self.requests, decoders, now, self.predictor, self.policy, self._search
+            source, residents, self.requests, decoders, now, self.predictor, self.policy, search
         ):
             request, target = choice
             why = f"running TPOT reached {self.policy.alpha:g} of {request.slo.tpot:g} s"

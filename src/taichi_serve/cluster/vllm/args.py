@@ -21,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from taichi_serve.classes import Classes, read_classes
 from taichi_serve.cluster.vllm import unsaid
+from taichi_serve.cluster.vllm.cluster_host import cluster_host, on_hosts
 from taichi_serve.cluster.vllm.edges import edges
 from taichi_serve.cluster.vllm.front_ends import front_ends
 from taichi_serve.cluster.vllm.misuse import given, one_line_given
@@ -95,6 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         slo(args)
         classes(args)
         supervision(args)
+        cluster_host(args)
+        on_hosts(args)
         host_bytes(args)
         policy(args)
         patience(args)

@@ -53,6 +53,13 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         None,
         "classes of requests with SLOs of their own: a YAML or JSON file, or a JSON object",
     ),
+    (
+        "cluster-host",
+        str,
+        None,
+        "IPv4 address of this host that engines are spoken to at: over TCP, encrypted, instead of over files",
+    ),
+    ("ray-address", str, None, "address of the cluster of Ray to join with --ray; its own host's otherwise"),
     ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     (
         "profile",
@@ -64,6 +71,7 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
 )
 # And those that are said or not.
 SWITCHES = (
+    ("ray", "run the instances on the nodes of a cluster of Ray, each in an actor of its own"),
     ("slo-response-headers", "say in each answer's headers by which SLO, and as which class, it is judged"),
     (
         "fair-classes",

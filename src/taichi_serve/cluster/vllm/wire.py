@@ -1,9 +1,10 @@
 """Everything that crosses between the processes of a cluster, typed: one vocabulary, no behaviour. Users see
-none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds.
+none of it, and may set none of it (frontend/client.py). All times are time.monotonic() seconds of whose they
+are: the server makes them its own (server/offset.py).
 
 | from   | to     | how                              | what                                        |
 |--------|--------|----------------------------------|---------------------------------------------|
-| server | core   | file, read once at its start     | Spec                                        |
+| server | core   | file, read once at its start     | Spec (spec.py)                              |
 | server | core   | SamplingParams.extra_args[KEY]   | Marks                                       |
 | server | core   | kv_transfer_params               | TransferParams                              |
 | server | core   | utility calls                    | the names in Call                           |
@@ -32,15 +33,6 @@ UNREAD = "taichi:unread"  # stop reason of a leg whose KV could not be read with
 HASH_BYTES = 8  # of each hash of a block its first are told: an unsigned little-endian number
 
 # ------------------------------------------------------------------------------------------ server to core
-
-
-class Spec(msgspec.Struct, frozen=True):
-    """What one engine process is started with: vLLM's command line, and what differs between instances."""
-
-    argv: list[str]
-    engine_id: str
-    handshake: str  # where vLLM's start-up handshake is spoken
-    parent: int  # the server's process: the engine ends with it
 
 
 class Marks(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -94,6 +86,7 @@ class Call(StrEnum):
     CHUNK = "taichi_chunk"  # (tokens)
     DROP = "taichi_drop"  # (leg) -> True, once nothing is read for it here any more, however long that takes
     FETCHED = "taichi_fetched"  # (leg, blocks): so many from the first one on are here, and no more will come
+    DIRECT = "taichi_direct"  # () -> ids of the engines whose memory every rank here reads itself
     HERE = "taichi_here"  # (): the core runs
     KV = "taichi_kv"  # () -> why requests of this engine stay, a sentence each; empty: they move
     LEAVE = "taichi_leave"  # (legs): they end with LEFT after the token they are on, and are held
@@ -266,6 +259,12 @@ def direct_marker(directory: Path, reader: str, source: str, rank: int) -> Path:
 def direct(directory: Path, reader: str, source: str, ranks: int = 1) -> bool:
     """Whether every rank of the engine `reader` reads the memory of `source` itself."""
     return all(direct_marker(directory, reader, source, rank).exists() for rank in range(ranks))
+
+
+def direct_sources(directory: Path, reader: str, ranks: int = 1) -> list[str]:
+    """All engines whose memory every rank of `reader` reads itself."""
+    markers = (path.name.split("--") for path in directory.glob(f"direct-{reader}--*--0"))
+    return [source for _, source, _ in markers if direct(directory, reader, source, ranks)]
 
 
 # --------------------------------------------------------------------- the flight recorder of an engine core

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from taichi_serve.cluster.vllm.core import janitor
+from taichi_serve.cluster.vllm.core.janitor import _remove
 from taichi_serve.cluster.vllm.server import remains
 
 SERVER = """
@@ -117,3 +118,30 @@ def test_it_holds_nothing_open_that_somebody_waits_for_the_end_of(family: Family
     held = Path(f"/proc/{family.core}/task/{family.core}/children").read_text().split()
     janitors = [pid for pid in held if int(pid) != family.worker]
     assert eventually(lambda: [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in janitors] == [5])
+
+
+def test_in_a_directory_of_several_only_what_is_of_one_engine_is_removed(tmp_path: Path) -> None:
+    theirs = ("i1.2.json", "taichi-x-i1.2.keys", "taichi-x-i10.flight", "direct-taichi-x-i3--taichi-x-i4--0")
+    mine = ("i1.json", "i1.log", "taichi-x-i1.keys", "direct-taichi-x-i1--taichi-x-i3--0")
+    for name in (*mine, *theirs):
+        (tmp_path / name).touch()
+    (tmp_path / "i1").mkdir()
+    _remove(tmp_path, "i1", "taichi-x-i1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
+
+
+def test_the_directory_goes_with_the_last_of_them(tmp_path: Path) -> None:
+    here = tmp_path / "taichi-x-node"
+    here.mkdir()
+    (here / "taichi-x-i1.keys").touch()
+    (here / "kv-4711.json").write_text('{"engine_id": "taichi-x-i1"}')
+    (here / "0a1b2c3d-0000-4000-8000-0123456789ab").touch()  # a socket of vLLM's own
+    _remove(here, "i1", "taichi-x-i1")
+    assert not here.exists()
+
+
+def test_what_others_say_of_their_memory_stays(tmp_path: Path) -> None:
+    (tmp_path / "kv-4711.json").write_text('{"engine_id": "taichi-x-i2"}')
+    (tmp_path / "0a1b2c3d-0000-4000-8000-0123456789ab").touch()
+    _remove(tmp_path, "i1", "taichi-x-i1")
+    assert len(list(tmp_path.iterdir())) == 2

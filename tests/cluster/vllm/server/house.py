@@ -32,7 +32,7 @@ class Launcher:
     made: list[Engine] = field(default_factory=list)
     loads: asyncio.Event | None = None  # where there is one, they are up when it is set
 
-    def begin(self, index: int, turn: int) -> Any:
+    def begin(self, index: int, kind: Any, turn: int) -> Any:
         engine = instance(self.directory, index, turn)
         self.begun.append(engine.process.name)
         self.made.append(engine)

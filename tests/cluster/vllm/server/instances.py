@@ -49,6 +49,8 @@ class Process:
     """A process of an instance; killed when it is told so."""
 
     pid = 4711
+    direct = None
+    host = ""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.directory = name, directory
@@ -70,6 +72,9 @@ class Process:
 
     def cause(self) -> str:
         return "it wrote nothing"
+
+    def reads(self, source: str) -> bool:
+        return False
 
     def end_of(self, what: str) -> str:
         return what

@@ -134,7 +134,12 @@ class Two:
     def __init__(self, directory: Path, move_timeout: float = 10.0) -> None:
         self.clients = Told(), Told()
         self.orders = Orders(), Orders()
-        processes = [SimpleNamespace(engine_id=f"e{k}", log=directory / f"i{k}.log") for k in range(2)]
+        processes = [
+            SimpleNamespace(
+                engine_id=f"e{k}", log=directory / f"i{k}.log", reads=lambda source: False, host=""
+            )
+            for k in range(2)
+        ]
         self.engines = [
             Engine(k, f"i{k}", processes[k], self.clients[k], self.orders[k], Kind.D_HEAVY, 256)  # type: ignore[arg-type]
             for k in range(2)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import cast
+from typing import Any, cast
 
 from vllm.v1.engine.core import EngineCore
 
+from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
 from taichi_serve.cluster.vllm.core.order import put_off
 from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
 from taichi_serve.cluster.vllm.heap import settle
@@ -34,6 +35,12 @@ def taichi_release(
 def taichi_drop(core: EngineCore, leg: str) -> Future[bool] | bool:
     """Utility call: see FlowScheduler.drop. vLLM answers when the future is done."""
     return _scheduler(core).drop(leg)
+
+
+def taichi_direct(core: EngineCore) -> list[str]:
+    """Utility call: engines whose memory every rank here reads itself. Who is on another host cannot look."""
+    side = cast(FlowConnectorScheduler, cast(Any, _scheduler(core).connector).connector_scheduler)
+    return side.directly()
 
 
 def taichi_here(core: EngineCore) -> None:
@@ -97,6 +104,7 @@ CALLS = {
     Call.CHUNK: taichi_chunk,
     Call.DROP: taichi_drop,
     Call.FETCHED: taichi_fetched,
+    Call.DIRECT: taichi_direct,
     Call.HERE: taichi_here,
     Call.KV: taichi_kv,
     Call.LEAVE: taichi_leave,

@@ -23,7 +23,8 @@ from taichi_serve.cluster.vllm.core.groups import stays
 from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.reads import Reads
 from taichi_serve.cluster.vllm.nothing import NOTHING, is_nothing
-from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct
+from taichi_serve.cluster.vllm.sockets import dress_peers
+from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct, direct_sources
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +49,8 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self.stays = stays(kv_cache_config, vllm_config)  # why no request of this engine moves
         directory = self.vllm_config.kv_transfer_config.get_from_extra_config("taichi_directory", "")
         self.directory = Path(directory) if directory else None
+        if self.directory is not None:
+            dress_peers(self.directory, engine_id)
         # Requests about to be read for: tokens that are here already, and whether the step reads the others.
         self._known: dict[str, tuple[int, bool]] = {}
         self._direct: set[str] = set()  # engines whose memory every rank here reads directly
@@ -103,6 +106,12 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         if self.directory is not None and direct(self.directory, *ids, self.transfer_tp_size):
             self._direct.add(engine_id)
         return engine_id in self._direct
+
+    def directly(self) -> list[str]:
+        """Engines whose memory every rank here reads itself, as far as they have met."""
+        if self.directory is None:
+            return []
+        return direct_sources(self.directory, self.engine_id, self.transfer_tp_size)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -10,6 +10,7 @@ does anything, and uses the standard library alone, but for its title.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -20,17 +21,19 @@ from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
 
-# In /proc/PID/maps: see remains.py, which looks for the same.
+# See remains.py of the server, which looks for the same.
 SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_|vllm_offload_)[^/\s]+)$", re.MULTILINE)
+UNNAMED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 LOOK_SECONDS = 15.0  # between two looks at what is shared, while the engine is young; rarer later
 LOOK_RARELY = 300.0
 GRACE = 1.0  # seconds in which the engine's processes may end by themselves; Python's tracker cleans up in it
 LEFT_SECONDS = 3.0
 
 
-def watch(server: int, directory: Path) -> None:
+def watch(server: int, directory: Path, mine: tuple[str, str] | None = None) -> None:
     """Fork it. `server` is the parent of this process, whose own process group it looks after; nothing
-    happens where this process leads none."""
+    happens where this process leads none. Where the directory has other parents' engines too, only what has
+    the name and the engine id of `mine` is its to remove."""
     core = os.getpid()
     if os.getpgrp() != core:
         return
@@ -43,12 +46,12 @@ def watch(server: int, directory: Path) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _close_all_but(0, 1, 2, core_fd, server_fd)  # whoever waits for the end of a socket would wait for us
         setproctitle(f"{getproctitle()} (janitor)")  # else it looks as if there were two cores
-        _run(core_fd, server_fd, os.getpgrp(), directory)
+        _run(core_fd, server_fd, os.getpgrp(), directory, mine)
     finally:
         os._exit(0)
 
 
-def _run(core: int, server: int, group: int, directory: Path) -> None:
+def _run(core: int, server: int, group: int, directory: Path, mine: tuple[str, str] | None) -> None:
     shared: set[str] = set()
     began = time.monotonic()
     while not _ended(core, LOOK_SECONDS if time.monotonic() - began < LOOK_RARELY else LOOK_RARELY):
@@ -63,6 +66,9 @@ def _run(core: int, server: int, group: int, directory: Path) -> None:
     for path in shared:
         Path(path).unlink(missing_ok=True)
     if _ended(server, LEFT_SECONDS):  # its other engines may be a moment behind
+        if mine is not None:
+            _remove(directory, *mine)
+            return
         for _ in range(10):
             shutil.rmtree(directory, ignore_errors=True)
             if not directory.exists():
@@ -75,6 +81,36 @@ def _close_all_but(*kept: int) -> None:
         if int(path.name) not in kept:
             with contextlib.suppress(OSError):  # that of the list itself is closed
                 os.close(int(path.name))
+
+
+def _remove(directory: Path, name: str, engine_id: str) -> None:
+    """What one engine left there, and the directory with the last of them."""
+    # An id is not the beginning of a longer one: i1 not of i10, and not of i1.2.
+    named = re.compile(rf"{re.escape(engine_id)}(?!\d|\.\d)")
+    own = {name, *(f"{name}.{kind}" for kind in ("json", "log"))}
+    for path in _paths(directory):
+        if path.is_dir() and path.name in own:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name in own or named.search(path.name) or _offered_by(path, engine_id):
+            path.unlink(missing_ok=True)
+    # vLLM's own sockets inside an instance say nothing of their owner: they go with the last one.
+    if all(UNNAMED.fullmatch(path.name) for path in _paths(directory)):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _paths(directory: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return list(directory.iterdir())
+    return []
+
+
+def _offered_by(path: Path, engine_id: str) -> bool:
+    """Whether it says how this engine's memory is reached (`wire.offer_file`)."""
+    if not (path.name.startswith("kv-") and path.suffix == ".json"):
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(path.read_text())["engine_id"] == engine_id)
+    return False
 
 
 def _ended(process: int, seconds: float) -> bool:

@@ -18,7 +18,7 @@ import msgspec
 
 from taichi_serve.cluster.vllm.core.janitor import watch
 from taichi_serve.cluster.vllm.naps import nap_between_looks
-from taichi_serve.cluster.vllm.wire import Spec
+from taichi_serve.cluster.vllm.spec import Spec
 
 PR_SET_PDEATHSIG = 1
 # Seconds after which a thread that waits for the interpreter gets it. Where kernels are launched from Python
@@ -48,7 +48,8 @@ def main(path: str) -> None:
 
 def run(path: str, spec: Spec, forked: bool = False) -> None:
     """Build vLLM's configuration from the spec and run its engine core until told to stop."""
-    watch(spec.parent, Path(path).parent)
+    mine = (Path(path).stem, spec.engine_id) if spec.shared else None
+    watch(spec.parent, Path(path).parent, mine)
     # The terminal's Ctrl-C reaches the whole process group; the server alone decides when engines stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # vLLM leaves the file that its ranks meet at: in this directory it goes with the others.
@@ -63,6 +64,7 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
     from taichi_serve.cluster.vllm.args import engine_config
     from taichi_serve.cluster.vllm.core.calls import install
     from taichi_serve.cluster.vllm.core.ending import end_at_once
+    from taichi_serve.cluster.vllm.sockets import dress_core
 
     if not current_platform.is_cpu():  # there the model runs in a process of its own
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -75,6 +77,7 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
 
     install()
     end_at_once()
+    dress_core(Path(path).parent, spec.engine_id)
     config = engine_config(spec.argv, spec.engine_id, str(Path(path).parent))
     EngineCoreProc.run_engine_core(
         vllm_config=config,

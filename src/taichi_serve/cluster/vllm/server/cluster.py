@@ -19,8 +19,9 @@ from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.itinerary import Going, Road
 from taichi_serve.cluster.vllm.server.journey import Journey
 from taichi_serve.cluster.vllm.server.membership import Membership
+from taichi_serve.cluster.vllm.server.offset import arrived
 from taichi_serve.cluster.vllm.server.prefix import to_fetch
-from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed, direct
+from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Failed
 from taichi_serve.messages import (
     Abort,
     Ahead,
@@ -103,6 +104,7 @@ class VllmCluster(Membership):
         """From here on facts count; those of the rehearsals before are forgotten."""
         self._events = asyncio.Queue()
         for engine in self.engines:
+            self.locate(engine)
             engine.recomputed_late = 0
             engine.follow(self.hasher)
 
@@ -166,14 +168,15 @@ class VllmCluster(Membership):
 
     def direct(self, source: Seat, reader: Seat) -> bool:
         """Whether one instance reads the memory of another itself."""
-        here = self._known.get(source.name) or self.engines[0]
-        return direct(here.process.log.parent, reader.engine_id, source.engine_id, here.copiers.ranks)
+        return cast("Engine", reader).process.reads(source.engine_id)
 
     def receive(self, engine: Engine, outputs: EngineCoreOutputs) -> None:
         """The outputs of one step: facts first, then the users' tokens."""
         if not engine.alive:
             return
         engine.heard_at = now = time.monotonic()
+        if engine.process.host:
+            arrived(outputs, engine.offset, now)
         if told := facts.told(engine, outputs, now):
             if self.serves(engine):
                 for fact in told:

@@ -5,33 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq
 import zmq.asyncio
 
-from taichi_serve.cluster.vllm.wire import Copied, Failed, Order, Ping, Pong, Said, Word, copier_endpoint
+from taichi_serve.cluster.vllm.server.line import Line
+from taichi_serve.cluster.vllm.wire import Copied, Failed, Order, Ping, Pong, Said, Word
 
 
 class Copiers:
     """Orders go to every rank; a word is handed on once all ranks have said it, a failure at once."""
 
-    def __init__(self, directory: Path, engine_id: str, ranks: int, hear: Callable[[Word], None]) -> None:
+    def __init__(self, line: Line, hear: Callable[[Word], None]) -> None:
         self._context = zmq.asyncio.Context()
         self._hear = hear
-        self.ranks = ranks
+        self.ranks = len(line.copiers)
         # By leg, until all of it is copied or dropped: how many ranks have said what.
         self._said: dict[str, Counter[tuple[int, bool]]] = {}
         self._pings = 0
         self._waiting: dict[int, list[Any]] = {}  # by number: who waits, and for how many ranks
-        self._sockets = []
-        for rank in range(ranks):
-            socket = self._context.socket(zmq.PAIR)
-            socket.linger = 0
-            socket.connect(copier_endpoint(directory, engine_id, rank))
-            self._sockets.append(socket)
+        self._sockets: list[Any] = [line.copier(self._context, rank) for rank in range(self.ranks)]
         self._tasks = [asyncio.ensure_future(self._listen(socket)) for socket in self._sockets]
 
     def send(self, order: Order) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from taichi_serve.cluster.vllm.server.copiers import Copiers
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient
-from taichi_serve.cluster.vllm.server.process import EngineProcess
+from taichi_serve.cluster.vllm.server.offset import Offset
+from taichi_serve.cluster.vllm.server.process import Process
 from taichi_serve.cluster.vllm.wire import Call, Drop, More, MovedIn, News
 from taichi_serve.messages import SetChunk
 from taichi_serve.sliders import Kind
@@ -27,7 +29,7 @@ class Engine:
 
     index: int
     name: str
-    process: EngineProcess
+    process: Process
     client: InstanceClient
     copiers: Copiers
     kind: Kind
@@ -36,11 +38,12 @@ class Engine:
     residents: dict[str, str] = field(default_factory=dict)  # of these, decoding: leg -> request
     alive: bool = True
     heard_at: float = field(default_factory=time.monotonic)
+    offset: Offset = field(default_factory=Offset)  # of its host's clock
     kv_tokens: int = 0  # see holds
     held_at: float = 0.0
     running: int = 0
     waiting: int = 0
-    made_at: float = 0.0  # when its last step was done, by its own word
+    made_at: float = 0.0  # when its last step was done
     moved_in: dict[str, MovedIn] = field(default_factory=dict)  # of its last step
     news: dict[str, News] = field(default_factory=dict)  # of its last step
     cached_blocks: int = 0  # of its prefix cache, by what it told
@@ -161,6 +164,12 @@ class Engine:
     def copy(self, leg: str, source: str, blocks: list[int], note: str, whole: bool = False) -> None:
         """Have blocks of the engine `source` copied for a leg here."""
         self.copiers.send(More(leg, source, blocks, note, whole))
+
+    async def look_around(self) -> None:
+        """Ask whose memory it reads itself, where that is not to be seen here. Never raises."""
+        if self.process.direct is not None and self.alive:
+            with contextlib.suppress(Exception):  # it dies just now: that is noticed elsewhere
+                self.process.direct = set(await self._ask(Call.DIRECT))
 
     async def answers(self) -> None:
         """Come back when its core and every worker have answered. Raises what the core's client raises."""

@@ -13,12 +13,15 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from taichi_serve.cluster.vllm.server.process import EngineProcess
+from taichi_serve.cluster.vllm.curve import through
+from taichi_serve.cluster.vllm.server.line import DRESSES
+from taichi_serve.cluster.vllm.server.process import Process
 
 Outputs: TypeAlias = EngineCoreOutputs | Exception
 
 # Seconds that an engine core which is up may take to reach its client. vLLM's own is that of a whole start.
 core_client.VLLM_ENGINE_READY_TIMEOUT_S = 60
+through(core_client, DRESSES.get)
 
 
 class Inbox:
@@ -37,9 +40,7 @@ class InstanceClient(AsyncMPClient):
     order.
     """
 
-    def __init__(
-        self, config: VllmConfig, process: EngineProcess, receive: Callable[[Outputs], None]
-    ) -> None:
+    def __init__(self, config: VllmConfig, process: Process, receive: Callable[[Outputs], None]) -> None:
         super().__init__(
             copy.deepcopy(config),  # the engine's answer (blocks, lengths) is written into it
             Executor.get_class(config),

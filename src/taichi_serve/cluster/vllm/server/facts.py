@@ -27,7 +27,8 @@ def told(engine: Engine, outputs: EngineCoreOutputs, now: float) -> list[Cached 
         return []
     stats.kv_connector_stats = stats.kv_connector_stats or None
     step = msgspec.convert(record, Record)
-    engine.made_at, engine.moved_in, engine.news = step.made, step.moved_in, step.news
+    engine.made_at = engine.offset.here(step.made)
+    engine.moved_in, engine.news = step.moved_in, step.news
     engine.holds(step.kv_tokens, step.made)
     engine.running, engine.waiting = stats.num_running_reqs, stats.num_waiting_reqs
     found: list[Cached | Stepped] = []
@@ -98,19 +99,19 @@ def _fetch(copied: Times | None) -> tuple[float, float] | None:
 
 
 def _timeline(engine: Engine, journey: Journey, moved_in: MovedIn, heard: float) -> Timeline:
-    copied = journey.passage.times if journey.passage is not None else None
+    copied, here = journey.passage.times if journey.passage is not None else None, engine.offset.here
     if copied is None or not copied.tail_began:  # it was not copied ahead
-        copied = Times(tail_began=moved_in.began, landed=moved_in.landed)
+        copied = Times(tail_began=here(moved_in.began), landed=here(moved_in.landed))
     return Timeline(
         left=journey.left_at,
         heard=heard,
-        arrived=moved_in.arrived,
+        arrived=here(moved_in.arrived),
         began=copied.tail_began,
         landed=copied.landed,
-        scheduled=moved_in.scheduled,
+        scheduled=here(moved_in.scheduled),
         made=engine.made_at,
         at=journey.last_at,
-        before=moved_in.before,
+        before=here(moved_in.before),
         ahead=copied.began,
         copied=copied.copied,
         copied_blocks=copied.blocks,

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.hosts.launching import Hosts, on_ray
 from taichi_serve.cluster.vllm.moved import cli_env_setup
 from taichi_serve.cluster.vllm.server.blocks import agreed
 from taichi_serve.cluster.vllm.server.clock import Patience
@@ -23,9 +24,11 @@ from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import Outputs
 from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
+from taichi_serve.cluster.vllm.server.line import MakeLine, Wires, over_files
+from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
-from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, stop, vanish
+from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, in_thread, stop, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
@@ -35,6 +38,33 @@ from taichi_serve.scheduling.policy import BLIND
 __all__ = ["Fleet", "Scratch", "fleet", "prepare", "scratch"]
 
 Deliver = Callable[[EngineCoreOutputs], None]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What instances are begun by: their devices; what forks them, or the hosts that they run on; and what
+    they are spoken to on."""
+
+    devices: Devices
+    line: MakeLine
+    forks: Forks | None = None
+    hosts: Hosts | None = None
+
+    def close(self) -> None:
+        """All of them have ended."""
+        if self.forks is not None:
+            self.forks.close()
+
+
+async def _made(args: argparse.Namespace, config: VllmConfig, here: Scratch, say: Say) -> Made:
+    world = config.parallel_config.world_size
+    if args.ray:
+        hosts, address = await in_thread(lambda: on_ray(args, world, say))
+        return Made(hosts.devices, _lines(address), hosts=hosts)
+    line = _lines(args.cluster_host)
+    devices = Devices(flags.sliders(args).instances, world, args.devices)
+    # CUDA and forks do not go together.
+    return Made(devices, line, Forks(here.path, say) if current_platform.is_cpu() else None)
 
 
 def prepare() -> None:
@@ -74,11 +104,11 @@ async def fleet(
     patience = Patience()
     ticking = asyncio.create_task(patience.run(), name="clock")
     all_of_them: list[Fleet] = []
-    # CUDA and forks do not go together.
-    forks = Forks(here.path, say) if current_platform.is_cpu() else None
+    made: Made | None = None
     began = time.monotonic()
     try:
-        launcher = _launcher(args, argv, config, here, patience, forks, all_of_them)
+        made = await _made(args, config, here, say)
+        launcher = _launcher(argv, config, here, patience, made, all_of_them)
         sliders = flags.sliders(args)
         engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], waiting)
         cluster = VllmCluster(engines, deliver, args.move_timeout, patience.call_later)
@@ -100,8 +130,8 @@ async def fleet(
             await _stop(cluster.engines)
     finally:
         ticking.cancel()
-        if forks is not None:
-            forks.close()
+        if made is not None:
+            made.close()
 
 
 async def _stays(engine: Engine, say: Say) -> str | None:
@@ -114,12 +144,11 @@ async def _stays(engine: Engine, say: Say) -> str | None:
 
 
 def _launcher(
-    args: argparse.Namespace,
     argv: list[str],
     config: VllmConfig,
     here: Scratch,
     patience: Patience,
-    forks: Forks | None,
+    made: Made,
     fleets: list[Fleet],
 ) -> Launcher:
     """How its instances are started. `fleets` will have the one that they are of."""
@@ -142,8 +171,16 @@ def _launcher(
         else:  # others still load: whoever asks it something will see it
             vanish(engine)
 
-    devices = Devices(flags.sliders(args).instances, config.parallel_config.world_size, args.devices)
-    return Launcher(config, argv, devices, here.path, receive, hear, exited, patience, forks)
+    heard, begun_by = (receive, hear, exited), (made.forks, made.line, made.hosts)
+    return Launcher(config, argv, made.devices, here.path, *heard, patience, *begun_by)
+
+
+def _lines(host: str | None) -> MakeLine:
+    """What instances are spoken to on. Raises StartError where this host does not have the address."""
+    try:
+        return over_files if host is None else Wires(host)
+    except OSError as wrong:
+        raise StartError(f"--cluster-host {host}: {wrong.strerror}") from wrong
 
 
 async def _stop(engines: list[Engine]) -> None:

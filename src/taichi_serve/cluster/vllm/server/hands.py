@@ -89,14 +89,14 @@ class Hands:
         journey = self.journeys.get(passage.request) if passage is not None else None
         if passage is None or journey is None:
             return
-        times = passage.times
+        times, here = passage.times, _engine(passage.target).offset.here
         match word:
             case Copied(last=True):
-                times.tail_began, times.landed = word.began, word.ended
+                times.tail_began, times.landed = here(word.began), here(word.ended)
                 times.blocks, times.seconds = word.copied, word.seconds
                 self.take(journey, journey.landed, passage)
             case Copied():
-                times.began, times.copied = times.began or word.began, word.ended
+                times.began, times.copied = times.began or here(word.began), here(word.ended)
                 times.blocks, times.seconds = word.copied, word.seconds
                 self.take(journey, journey.copied, passage)
             case Failed(why=why):

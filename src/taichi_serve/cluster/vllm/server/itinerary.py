@@ -73,7 +73,7 @@ class Itinerary:
     request: Any = None  # as the front end made it
     last_at: float = 0.0  # when its last token came
     accepted_at: float = 0.0
-    left_at: float = 0.0  # when the engine before had made its last token, by that engine's word
+    left_at: float = 0.0  # when the engine before had made its last token
     warm: Any = None  # the future of a rehearsal: no user gets its tokens
     stage: Stage = Stage.WAITING
     tokens: list[int] = field(default_factory=list)  # output so far

@@ -261,7 +261,7 @@ class Keeper:
     async def bring(self, index: int, kind: Kind, chunk: int, enter: Callable[[Engine], None]) -> Engine:
         """Start its next process, which meets the others and may then `enter`. Raises StartError."""
         self._turns[index] += 1
-        process = self._launcher.begin(index, self._turns[index])
+        process = self._launcher.begin(index, kind, self._turns[index])
         engine = await self._launcher.ready(process, index, kind, chunk)
         try:
             async with self._meetings.one_by_one:

@@ -10,7 +10,7 @@ from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.hands import Hands
 from taichi_serve.cluster.vllm.server.start import vanish
 from taichi_serve.cluster.vllm.wire import Gone
-from taichi_serve.messages import Added, Event, Hopeless, Joined, Lost, Outcome, Removed, Silent
+from taichi_serve.messages import Added, Event, Hopeless, Joined, Lost, Outcome, Placed, Removed, Silent
 from taichi_serve.stage import Stage
 
 Tell = Callable[[Event], None]
@@ -37,6 +37,11 @@ class Membership:
             self._known[event.instance] = self._joined[event.instance]
         elif isinstance(event, Removed):
             self._known.pop(event.instance, None)
+
+    def locate(self, engine: Engine) -> None:
+        """Say where it runs, if that may be elsewhere than the others do."""
+        if engine.process.host:
+            self.tell(Placed(time.monotonic(), engine.name, engine.process.host))
 
     def serves(self, engine: Engine) -> bool:
         """Whether this incarnation is, or was until it was lost, the one that work goes to."""
@@ -72,6 +77,7 @@ class Membership:
         # Nothing fails from here on: an instance is in, or it is not.
         self.engines[place] = self._joined[engine.name] = engine
         self.tell(joined)
+        self.locate(engine)
 
     def add(self, engine: Engine, chunk: int | None) -> None:
         """A new instance, warm and empty, of a name that nobody had. `chunk`: see Added."""
@@ -81,6 +87,7 @@ class Membership:
         self.engines.append(engine)
         self._joined[engine.name] = engine
         self.tell(added)
+        self.locate(engine)
 
     def remove(self, name: str) -> Engine:
         """An instance leaves for good, alive or lost; the one that it was last, whose process is the caller's

@@ -74,6 +74,14 @@ def remove_files(directory: Path, name: str, engine_id: str) -> None:
                 path.unlink(missing_ok=True)
 
 
+def remove_with_the_last(directory: Path) -> None:
+    """Take away a directory of several engines, of which none is there any more. Sockets may be left whose
+    owner's last thread has not ended yet: nobody will come for them."""
+    with contextlib.suppress(OSError):
+        if all(UNNAMED.fullmatch(path.name) for path in directory.iterdir()):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
 def _offered_by(path: Path, engine_id: str) -> bool:
     """Whether it says how this engine's memory is reached (`wire.offer_file`)."""
     if not (path.name.startswith("kv-") and path.suffix == ".json"):

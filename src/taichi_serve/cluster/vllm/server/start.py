@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -21,9 +21,13 @@ from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import InstanceClient, Outputs
 from taichi_serve.cluster.vllm.server.forks import Forks
-from taichi_serve.cluster.vllm.server.process import EngineProcess, StartError
+from taichi_serve.cluster.vllm.server.line import MakeLine, over_files
+from taichi_serve.cluster.vllm.server.process import EngineProcess, Process, StartError
 from taichi_serve.cluster.vllm.wire import Call, Word
 from taichi_serve.sliders import Kind
+
+if TYPE_CHECKING:
+    from taichi_serve.cluster.vllm.hosts.launching import Hosts
 
 STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
 
@@ -51,14 +55,20 @@ class Launcher:
     exited: Exited
     patience: Patience
     forks: Forks | None  # of a CPU
+    make_line: MakeLine = over_files
+    hosts: Hosts | None = None  # that instances run on; None: on this one
 
-    def begin(self, index: int, turn: int = 1) -> EngineProcess:
+    def begin(self, index: int, kind: Kind, turn: int = 1) -> Process:
         """Start the process of instance `index`, for the `turn`th time, and return at once. Each has ids of
         its own: who knew the one before must not take this one for it."""
         name = f"i{index}" if turn == 1 else f"i{index}.{turn}"
-        return EngineProcess(name, self.directory, self.argv, self.devices.environment(index), self.forks)
+        line = self.make_line(self.directory, name, self.config.parallel_config.world_size)
+        if self.hosts is not None:
+            return self.hosts.begin(index, kind, self.argv, line, (name, self.directory))
+        made = self.devices.environment(index), self.forks, line
+        return EngineProcess(name, self.directory, self.argv, *made)
 
-    async def ready(self, process: EngineProcess, index: int, kind: Kind, chunk: int) -> Engine:
+    async def ready(self, process: Process, index: int, kind: Kind, chunk: int) -> Engine:
         """Wait until it is up and can be spoken to. Raises StartError when it ends instead, or takes longer
         than vLLM's own limit; then nothing is left of it."""
         loop = asyncio.get_running_loop()
@@ -74,8 +84,7 @@ class Launcher:
             )
             if process.exitcode is not None:
                 raise StartError(f"instance {process.name} ended as it came up: {process.cause()}")
-            ranks = config.parallel_config.world_size
-            copiers = Copiers(process.directory, process.engine_id, ranks, self.hear)
+            copiers = Copiers(process.line, self.hear)
             engine = Engine(index, f"i{index}", process, client, copiers, kind, chunk)
         except BaseException as wrong:
             if client is not None:
@@ -92,7 +101,7 @@ class Launcher:
         process.on_exit(lambda code: loop.call_soon_threadsafe(self.exited, engine, code))
         return engine
 
-    async def _up(self, process: EngineProcess) -> VllmConfig:
+    async def _up(self, process: Process) -> VllmConfig:
         """Wait until it is up; its configuration."""
         while True:
             config = deepcopy(self.config)  # the start-up handshake writes into it
@@ -109,7 +118,7 @@ class Launcher:
 
         If one fails, all are ended and its StartError is raised.
         """
-        processes = [self.begin(index) for index in range(len(kinds))]
+        processes = [self.begin(index, kind) for index, (kind, _) in enumerate(kinds)]
         tasks = [
             asyncio.create_task(self.ready(process, index, *kinds[index]), name=process.name)
             for index, process in enumerate(processes)

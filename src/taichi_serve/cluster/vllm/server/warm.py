@@ -66,6 +66,8 @@ async def meet(
     LateError where nothing did and something was not over in time."""
     for turn in range(TURNS):
         await _turn(cluster, alone, pairs, turn, timeout)
+        if turn == 0:  # the turn after it already takes the way that all others will
+            await asyncio.gather(*(engine.look_around() for engine in _engines(alone, pairs)))
 
 
 # Every rehearsal has a name and a prompt of its own: requests of an earlier life may still be known.
@@ -80,7 +82,7 @@ async def _turn(
         return
     requests = [_request(a, b or a, turn, logprobs=None if b else LOGPROBS[turn]) for a, b in parts]
     waits = [cluster.rehearse(request, *part) for request, part in zip(requests, parts, strict=True)]
-    engines = list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
+    engines = _engines(alone, pairs)
     try:
         await _settled(waits, engines, timeout)
     except BaseException:  # cancelled
@@ -112,6 +114,10 @@ def _abandon(
     for request, wait in zip(requests, waits, strict=True):
         if not wait.done():
             cluster.abandon(request.request_id, cancelled=False)
+
+
+def _engines(alone: Sequence[Engine], pairs: Sequence[Pair]) -> list[Engine]:
+    return list(dict.fromkeys([*alone, *itertools.chain(*pairs)]))
 
 
 async def _settled(waits: Sequence[asyncio.Future[int]], engines: list[Engine], timeout: float) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from taichi_serve.cluster.vllm.naps import nap_between_looks
 from taichi_serve.cluster.vllm.nothing import NOTHING
+from taichi_serve.cluster.vllm.sockets import dress_peers
 from taichi_serve.cluster.vllm.wire import Orders
 from taichi_serve.cluster.vllm.worker.copier import Copier
 from taichi_serve.cluster.vllm.worker.host import HostAgent, Memory
@@ -119,6 +120,7 @@ class FlowConnectorWorker(NixlPullConnectorWorker):
         self._unseen = 0  # steps since it was last looked what transfers did
         self._in_step: set[str] = set()  # requests whose KV is read within the step they are in
         if directory := settings("taichi_directory", ""):
+            dress_peers(Path(directory), engine_id)
             memory = _memory() if settings("taichi_direct", True) else None
             me = (engine_id, self.tp_rank)
             self.nixl_wrapper = self._host = HostAgent(self.nixl_wrapper, Path(directory), memory, *me)

@@ -18,10 +18,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
 
+from taichi_serve.cluster.vllm.curve import as_client, read_keys
 from taichi_serve.cluster.vllm.wire import (
     Copied,
     Drop,
@@ -58,8 +60,7 @@ class Copier:
         self._returned: deque[str] = deque()
         self._changed = threading.Condition()
         self._context = zmq.Context()
-        self._server = self._context.socket(zmq.PAIR)
-        self._server.bind(copier_endpoint(directory, engine_id, rank))
+        self._server = _to_server(self._context, directory, engine_id, rank)
         self._bell = self._context.socket(zmq.PAIR)
         self._bell.bind("inproc://bell")
         self._rope = self._context.socket(zmq.PAIR)
@@ -265,3 +266,15 @@ class Copier:
     def _say(self, word: Said) -> None:
         with contextlib.suppress(zmq.Again):  # the server is gone, and this process is about to be
             self._server.send(msgspec.msgpack.encode(word), zmq.NOBLOCK)
+
+
+def _to_server(context: zmq.Context[Any], directory: Path, engine_id: str, rank: int) -> zmq.Socket[Any]:
+    """The worker's end of the server's socket: a file that it makes, or a port of the server's."""
+    if (keys := read_keys(directory, engine_id)) is None:
+        socket = context.socket(zmq.PAIR)
+        socket.bind(copier_endpoint(directory, engine_id, rank))
+    else:
+        socket = context.socket(zmq.DEALER)
+        as_client(keys.own, keys.server)(context, socket)
+        socket.connect(keys.copiers[rank])
+    return socket

@@ -1,0 +1,196 @@
+"""An engine process that somebody holds on another host, as the server has it: its log, its end, its files.
+
+One thread for each asks its holder what it wrote, and whether it runs. What it wrote goes into the server's
+directory, as if it were here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from taichi_serve.cluster.vllm.hosts.holder import Begun, Order, Said
+from taichi_serve.cluster.vllm.server.line import Line
+from taichi_serve.cluster.vllm.server.process import Process
+from taichi_serve.cluster.vllm.wire import flight_file
+
+END_SECONDS = 60.0
+WHAT = "an engine process on another host"
+
+
+class GoneError(RuntimeError):
+    """Whoever held it is gone, and so is it. The message says why."""
+
+
+class Holding(Protocol):
+    """A holder somewhere. All methods block, and raise GoneError."""
+
+    def begin(self, order: Order) -> Begun:
+        """Start it."""
+        ...
+
+    def follow(self, at: int) -> Said:
+        """What it wrote since, soon."""
+        ...
+
+    def signal(self, number: int) -> None:
+        """Send its process a signal."""
+        ...
+
+    def kill(self) -> None:
+        """End its group."""
+        ...
+
+    def end(self) -> bool:
+        """End its group and take away what it left."""
+        ...
+
+    def leave(self) -> None:
+        """Give its place back; the holder is gone then, and never raises."""
+        ...
+
+
+# Finds a place and a holder there. Asks from time to time whether it is still wanted; None where not.
+Place = Callable[[Callable[[], bool]], Holding | None]
+
+
+class Held:
+    """A child (process.py) that a holder has. `told` hears of it when it is there."""
+
+    def __init__(self, order: Order, directory: Path, place: Place, told: Callable[[Begun], None]) -> None:
+        self.pid = 0
+        self.sentinel, self._end = os.pipe2(os.O_CLOEXEC)
+        self._order, self._directory, self._place, self._told = order, directory, place, told
+        self._log = directory / f"{order.name}.log"
+        self._log.write_bytes(b"")
+        self._holding: Holding | None = None
+        self._settled = threading.Event()
+        self._over = threading.Event()
+        self._code: int | None = None
+        self._unwanted = threading.Event()
+        self._following = threading.Thread(target=self._run, name=f"held-{order.name}", daemon=True)
+        self._following.start()
+
+    # ------------------------------------------------------------------------------------- what it is asked
+
+    def known(self) -> bool:
+        """Wait until it is there; False where it never will be."""
+        self._settled.wait()
+        return bool(self.pid)
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs or is awaited."""
+        return self._code if self._over.is_set() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once there is one. Raises subprocess.TimeoutExpired."""
+        if not self._over.wait(timeout) or self._code is None:
+            raise subprocess.TimeoutExpired(WHAT, timeout or 0.0)
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        """To its process alone; one that is gone gets none."""
+        self._ask(lambda holding: holding.signal(number))
+
+    def kill_group(self) -> None:
+        """End its group now, or as soon as there is one; does not wait."""
+        self._unwanted.set()
+        if self._holding is None:
+            self._settled.set()
+        else:
+            threading.Thread(target=self._ask, args=(lambda holding: holding.kill(),), daemon=True).start()
+
+    def clear(self) -> bool:
+        """Have what it left taken away, and its place given back."""
+        gone: list[bool] = []
+        self._ask(lambda holding: gone.append(holding.end()))
+        if self._holding is not None:
+            self._holding.leave()
+        return all(gone)
+
+    def close(self) -> None:
+        """Nobody looks at the sentinel any more."""
+        with contextlib.suppress(OSError):
+            os.close(self.sentinel)
+
+    def _ask(self, what: Callable[[Holding], object]) -> None:
+        if self._holding is not None:
+            with contextlib.suppress(GoneError):  # the thread hears of it, too
+                what(self._holding)
+
+    # ------------------------------------------------------------------------------------------ the thread's
+
+    def _run(self) -> None:
+        words, code = b"", -signal.SIGKILL
+        try:
+            self._holding = self._place(lambda: not self._unwanted.is_set())
+            if self._holding is not None:
+                begun = self._holding.begin(self._order)
+                self._told(begun)
+                self.pid = begun.pid
+                self._settled.set()
+                code = self._follow(self._holding)
+        except GoneError as gone:
+            words = f"HostError: {gone}\n".encode()
+        except Exception as wrong:  # noqa: BLE001  whoever waits for it has to hear of it
+            words = f"HostError: {type(wrong).__name__}: {wrong}\n".encode()
+        with contextlib.suppress(OSError), self._log.open("ab") as log:
+            log.write(words)
+        self._code = code
+        self._over.set()
+        self._settled.set()
+        os.close(self._end)  # the sentinel can be read
+
+    def _follow(self, holding: Holding) -> int:
+        at = 0
+        if self._unwanted.is_set():
+            holding.kill()
+        with self._log.open("ab", buffering=0) as log:
+            while True:
+                said = holding.follow(at)
+                log.write(said.words)
+                at += len(said.words)
+                if said.code is not None:
+                    if said.flight:
+                        flight_file(self._directory, self._order.engine_id).write_bytes(said.flight)
+                    return said.code
+
+
+class HeldProcess(Process):
+    """A process of an instance on another host."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        line: Line,
+        place: Place,
+        words: tuple[list[str], dict[str, str]],
+        told: Callable[[Begun], None],
+    ) -> None:
+        """`words` are its command line and what its environment has beside its host's; `told` hears of it
+        when it is there."""
+        super().__init__(name, directory, line)
+        assert line.keys is not None
+        argv, env = words
+        order = Order(directory.name, name, self.engine_id, line.handshake, argv, env, line.keys)
+        self._told = told
+        self._held = self._process = Held(order, directory, place, self._begun)
+        self.direct = set()  # by what it was asked (Engine.look_around)
+
+    def _begun(self, begun: Begun) -> None:
+        self.host = begun.host
+        self._told(begun)
+
+    def clear(self) -> bool:
+        """On its host, and what was kept of it here but for its log."""
+        gone = self._held.clear()
+        self._process.close()
+        flight_file(self.directory, self.engine_id).unlink(missing_ok=True)
+        return gone
