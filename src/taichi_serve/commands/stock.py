@@ -17,7 +17,7 @@ OURS = (
     *("watermark", "alpha", "move-timeout", "stall-timeout", "restarts", "event-log", "profile", "kv-over"),
     *("prefixes", "devices", "autotune", "overload", "slo-classes"),
 )
-SWITCHES = ("metrics-without-key", "slo-response-headers", "fair-classes")
+SWITCHES = ("metrics-without-key", "slo-response-headers", "fair-classes", "ray")
 KV_SPACE, BINDING = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"
 
 

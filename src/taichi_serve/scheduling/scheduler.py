@@ -73,10 +73,8 @@ class GlobalScheduler:
         """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first. A
         hash of a block stands for `block_size` tokens; with 0 nothing is known of prefixes. `slo` is that of
         requests that bring none."""
-        self.sliders = sliders
-        self.slo = slo
-        self.predictor = predictor
-        self.policy = policy
+        self.sliders, self.slo = sliders, slo
+        self.predictor, self.policy = predictor, policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
         self.ledger.strictest.bound(slo, policy.classes)
         self.requests, self.instances = self.ledger.requests, self.ledger.instances

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from vllm.v1.request import Request
 from taichi_serve.cluster.vllm.server.cluster import VllmCluster
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.itinerary import ROOM
-from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, Copied, Drop, Failed, Gone, More, Order
+from taichi_serve.cluster.vllm.wire import KEY, LEFT, UNREAD, Copied, Drop, Failed, Gone, More, Order, direct
 from taichi_serve.messages import (
     Abort,
     Ahead,
@@ -136,7 +137,10 @@ class Two:
         self.orders = Orders(), Orders()
         processes = [
             SimpleNamespace(
-                engine_id=f"e{k}", log=directory / f"i{k}.log", reads=lambda source: False, host=""
+                engine_id=f"e{k}",
+                log=directory / f"i{k}.log",
+                reads=partial(direct, directory, f"e{k}"),
+                host="",
             )
             for k in range(2)
         ]
