@@ -1,4 +1,4 @@
-"""What becomes of every request of a simulated run. For scripts/overload.py and scripts/overload_classes.py."""
+"""What becomes of each request of a simulated run. For overload.py and overload_classes.py."""
 
 from __future__ import annotations
 

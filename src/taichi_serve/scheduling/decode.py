@@ -38,7 +38,7 @@ def choose_target(
     """
     best, best_load = None, mark
     for instance in instances:
-        if instance.decodes + instance.arriving >= instance.max_decodes:
+        if instance.seats_left < 1:
             continue
         here = prefixes.get(instance.name)
         load = load_after(instance, kv_tokens - (here.claimed if here else 0), policy)
@@ -90,9 +90,10 @@ def choose_start(
     """Low-interference start: the D-heavy instance where the decode of a prefilled request begins, and why.
 
     One that stays below the watermark comes first; past it, any that has room at all (its longest output is
-    then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). With no room
-    anywhere the request stays where it prefilled, unless nobody may decode on P-heavy instances: then it
-    waits for the emptiest D-heavy one.
+    then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). Where there is
+    room but no seat it waits for one: somebody ends in each few steps. With no room anywhere the request
+    stays where it prefilled, unless nobody may decode on P-heavy instances: then it waits for the emptiest
+    D-heavy one.
     """
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
     if here.kind is Kind.D_HEAVY and here in decoders and load_after(here, 0, policy) <= policy.full_mark:
@@ -102,8 +103,12 @@ def choose_start(
         return target, "the D-heavy instance with most room"
     if target := choose_target(decoders, kv_tokens, 1.0, policy, prefixes):
         return target, "no D-heavy instance below the watermark; this one has room"
-    if decoders and not policy.degrades:
-        return min(decoders, key=lambda i: load_after(i, kv_tokens, policy)), "waits for room: none has any"
+    if decoders:
+        emptiest = min(decoders, key=lambda i: load_after(i, kv_tokens, policy))
+        if load_after(emptiest, kv_tokens, policy) <= 1.0:
+            return emptiest, "waits for a seat: none with room has any"
+        if not policy.degrades:
+            return emptiest, "waits for room: none has any"
     return here, "no D-heavy instance has room"
 
 
