@@ -201,7 +201,7 @@ def test_long_prompts_are_protected_when_those_in_time_are_shorter_than_all() ->
     triage = s._dispatcher.triage
     for n in range(100):
         triage.came(Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10, s.slo))
-        triage.through(Request(f"r{n}", 0.0, 100, 10, s.slo))
+        triage.through(Request(f"r{n}", 0.0, 100, 10, s.slo), 1.0)
     assert triage.unfair() == 1.0
     short, long = Request("short", 0.0, 100, 10, s.slo), Request("long", 0.0, 2400, 10, s.slo)
     here = s.instances["i0"]
@@ -221,7 +221,7 @@ def test_nothing_is_reserved_while_all_lengths_are_served_alike() -> None:
     for n in range(100):
         request = Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10, s.slo)
         triage.came(request)
-        triage.through(request)
+        triage.through(request, 1.0)
     assert triage.unfair() == 0.0
 
 

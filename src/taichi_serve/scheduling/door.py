@@ -14,7 +14,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.request import Request
 from taichi_serve.scheduling.policy import REFUSE, Policy
 from taichi_serve.scheduling.prefill import Placement
-from taichi_serve.scheduling.triage import SPARE, Lack, Triage
+from taichi_serve.scheduling.triage import Lack, Triage
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Door:
     def _seat(self, request: Request, here: Instance) -> float:
         """Seconds that it has to wait for a seat, where that is too long."""
         wait = self.triage.seats.wait(here)
-        in_time = request.slo.ttft * (1.0 - SPARE) - (self.now - request.arrived_at)
+        in_time = request.slo.ttft * (1.0 - self.triage.margin.share) - (self.now - request.arrived_at)
         return wait if wait > in_time else 0.0
 
     def _late(self, request: Request, placed: Placement, lack: Lack) -> Verdict:

@@ -143,7 +143,7 @@ class GlobalScheduler:
         self.ledger.dequeue(request, event.cached)
         self.counters.through(here.name, request.prompt_tokens, request.cached, event.cached)
         if not request.best_effort:  # nobody knew how many would go before it
-            self._dispatcher.triage.through(request)
+            self._dispatcher.triage.through(request, event.at)
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks

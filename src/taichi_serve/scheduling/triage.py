@@ -19,6 +19,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Average, Predictor
 from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.margin import Margin
 from taichi_serve.scheduling.pace import Pace
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.precedence import Precedence
@@ -26,9 +27,9 @@ from taichi_serve.scheduling.prefill import Placement
 from taichi_serve.scheduling.prompt import Behind
 from taichi_serve.scheduling.seats import Seats
 
-# Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
-# who is queued keeps its place until it is predicted to be later than its deadline by so much.
-SPARE, GRACE = 0.05, 0.05
+# Share of the TTFT SLO: who is queued keeps its place until it is predicted to be later than its deadline by
+# so much.
+GRACE = 0.05
 LARGE = 512  # prompt tokens of a step that is long enough to ask when it began
 KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
 # Mean length of the prompts that are in time over that of all: down to FAIR nothing is done about it, from
@@ -53,7 +54,7 @@ class Triage:
         self.ledger = ledger
         self.predictor = predictor
         self.precedence = precedence
-        self.seats = Seats()
+        self.seats, self.margin = Seats(), Margin()
         self.arrived = Average()  # mean length of all prompts, and of those that were in time
         self.kept = Average()
         self.longer = Average()  # mean length of the prompt that a token belongs to
@@ -66,9 +67,11 @@ class Triage:
         self.longer.add(length * length, length, KEEP)
         self.precedence.came(request)
 
-    def through(self, request: Request) -> None:
-        """The first token of one that kept its deadline is out."""
+    def through(self, request: Request, now: float) -> None:
+        """The first token of one that kept its deadline so far is out."""
         self.kept.add(float(request.prompt_tokens), 1.0, KEEP)
+        if request.predicted_ttft <= request.slo.ttft:
+            self.margin.through(now - request.arrived_at > request.slo.ttft)
 
     def unfair(self) -> float:
         """How much long prompts have to be protected, 0 to 1: those in time are shorter than all."""
@@ -138,7 +141,7 @@ class Triage:
             following = self.predictor.work(here, length) * (1.0 + self.unfair())
             after = sum(o.work for o in put_off if o.instance == here.name and o.by > now + slo.ttft)
             due = end - after + min(following, slo.ttft / 2)
-            if here.queued_requests and due > slo.ttft * (1.0 - SPARE):
+            if here.queued_requests and due > slo.ttft * (1.0 - self.margin.share):
                 return one.of
             if self.pace.slow(request, placed, decoders, slo.tpot, keep=True):
                 return one.of
@@ -146,7 +149,7 @@ class Triage:
 
     def lacking(self, request: Request, placed: Placement) -> Lack | None:
         """What the newcomer lacks to be in time in its place."""
-        seconds = placed.ttft - request.slo.ttft * (1.0 - SPARE)
+        seconds = placed.ttft - request.slo.ttft * (1.0 - self.margin.share)
         return Lack(seconds, request) if seconds > 0.0 else None
 
     def harming(self, request: Request, here: Instance, now: float, everybody: bool = False) -> Lack | None:
