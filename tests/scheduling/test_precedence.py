@@ -220,6 +220,20 @@ def test_they_leave_it_two_decodes_too() -> None:
         assert [type(c) for c in s.on(Arrived(0.0, f"b{decodes}", 100, 50, slo_class="batch"))] == [kind]
 
 
+@pytest.mark.parametrize("overload", [DEMOTE, REFUSE])
+def test_of_many_decodes_they_leave_it_a_fifth_and_are_turned_away_for_that_in_both_modes(
+    overload: str,
+) -> None:
+    # 20 + 2 n ms: 41 decodes are too slow. Batch gets in beside 32, of which 6.4 are to spare.
+    s = scheduler(BATCH, CHAT, overload=overload)
+    s._dispatcher.predictor.each = 0.002  # type: ignore[attr-defined]
+    s.instances["i0"].decodes = 40
+    assert [type(c) for c in s.on(Arrived(0.0, "a", 100, 50, slo_class="chat"))] == [Decline]
+    for decodes, kind in ((33, Decline), (32, Prefill)):
+        s.instances["i0"].decodes = decodes
+        assert [type(c) for c in s.on(Arrived(0.0, f"b{decodes}", 100, 50, slo_class="batch"))] == [kind]
+
+
 def test_a_request_that_an_idle_server_could_not_serve_in_time_makes_no_class_fall_short() -> None:
     s = scheduler(BATCH, CHAT)
     (placed,) = arrive(s, "chat", slo=SLO(0.01, 0.1), a=500)

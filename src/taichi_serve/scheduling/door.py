@@ -65,7 +65,9 @@ class Door:
         above = self.triage.crowded(request, placed, self.decoders, self.now)
         if above is None:
             return SERVED
-        why = f"it would leave no room for class {above.name}"
+        why = f"it would leave no room for class {above.of.name}"
+        if above.decoding:
+            return self._away(request, why)
         return self._instead(request, why, self._refusing(request))
 
     def _seat(self, request: Request, here: Instance) -> float:

@@ -13,7 +13,9 @@ from taichi_serve.scheduling.prefill import Placement
 from taichi_serve.sliders import Kind
 
 SOON = 0.5  # of the prompts queued, the share that will decode before somebody who decodes now ends
-LEAST = 2  # decodes that are kept on each instance for a class that falls short
+# Decodes that are kept on each instance for a class that falls short: such a share of those there, and so
+# many at least. One prompt in a step changes the predicted TPOT by as much as a few decodes.
+KEPT, LEAST = 0.2, 2
 
 
 class Pace:
@@ -53,7 +55,7 @@ class Pace:
             now = tpot(one, 0)
             each = tpot(one, length) - now
             idle = now - one.decodes * each  # where that is too slow already it is not for want of room
-            soon = coming + LEAST if keep else coming
+            soon = coming + max(LEAST, KEPT * one.decodes) if keep else coming
             full = 1.0
             if handed:
                 full = max(full, (one.decodes + one.arriving + soon) / one.seats)

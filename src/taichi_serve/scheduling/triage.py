@@ -47,6 +47,14 @@ class Lack:
     of: Request
 
 
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """No room is left for the next prompt of a class; or none for it while it is `decoding`."""
+
+    of: SLOClass
+    decoding: bool = False
+
+
 class Triage:
     """What the queues say about deadlines, as predicted."""
 
@@ -125,7 +133,7 @@ class Triage:
 
     def crowded(
         self, request: Request, placed: Placement, decoders: Sequence[Instance], now: float
-    ) -> SLOClass | None:
+    ) -> Crowd | None:
         """The class for whose next prompt no room would be left in this place, or no decode, if the newcomer
         gives way to it. All that is queued counts, whatever its deadline: it will be due, too. Not so best
         effort, unless its patience is about to end."""
@@ -142,9 +150,9 @@ class Triage:
             after = sum(o.work for o in put_off if o.instance == here.name and o.by > now + slo.ttft)
             due = end - after + min(following, slo.ttft / 2)
             if here.queued_requests and due > slo.ttft * (1.0 - self.margin.share):
-                return one.of
+                return Crowd(one.of)
             if self.pace.slow(request, placed, decoders, slo.tpot, keep=True):
-                return one.of
+                return Crowd(one.of, decoding=True)
         return None
 
     def lacking(self, request: Request, placed: Placement) -> Lack | None:
