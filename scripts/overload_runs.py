@@ -4,54 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
 
+from overload_fates import Fate, Watch
 from overload_settings import Setting, scene
 
 from taichi_serve.bench.arrivals import Arrivals
 from taichi_serve.cluster.base import run
-from taichi_serve.messages import Arrived, Command, Event, Finished, Outcome, Prefilled
-from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.goodput import Contender, Scene, attain
 from taichi_serve.search.sliders import under
-from taichi_serve.slo import SLO, tpot
-
-
-@dataclass(slots=True)
-class Fate:
-    """A request: when it came (s), its prompt tokens, its TTFT (s; None: no token), and what became of it."""
-
-    at: float
-    prompt: int
-    ttft: float | None = None
-    good: bool = False
-    refused: bool = False
-
-
-@dataclass
-class Watch:
-    """Stands before a scheduler, and notes what becomes of every request."""
-
-    inner: GlobalScheduler
-    slo: SLO
-    fates: dict[str, Fate] = field(default_factory=dict)
-
-    def on(self, event: Event) -> Sequence[Command]:
-        """Note it, and pass it on."""
-        if isinstance(event, Arrived):
-            self.fates.setdefault(event.request, Fate(event.at, event.prompt_tokens))
-        elif isinstance(event, Prefilled):
-            fate = self.fates[event.request]
-            fate.ttft = event.at - fate.at if fate.ttft is None else fate.ttft
-        elif isinstance(event, Finished):
-            fate = self.fates[event.request]
-            fate.refused = event.outcome is Outcome.REFUSED
-            if event.outcome is Outcome.FINISHED and fate.ttft is not None:
-                each = tpot(fate.at + fate.ttft, event.at, event.output_tokens)
-                fate.good = self.slo.good(fate.ttft, each)
-        return self.inner.on(event)
+from taichi_serve.slo import SLO
 
 
 @dataclass(frozen=True)
@@ -73,12 +37,12 @@ def figures(fates: Sequence[Fate], best_effort: int, slo: SLO) -> Figures:
     lengths = sorted(fates, key=lambda fate: fate.prompt)
     parts = [lengths[n * sent // 4 : (n + 1) * sent // 4] for n in range(4)]
     return Figures(
-        fmean(fate.good for fate in fates),
-        sum(fate.good for fate in fates) / (fates[-1].at - fates[0].at),
+        fmean(fate.good(slo) for fate in fates),
+        sum(fate.good(slo) for fate in fates) / (fates[-1].at - fates[0].at),
         waits[math.ceil(0.99 * len(waits)) - 1] / slo.ttft,
         fmean(fate.refused for fate in fates),
         best_effort / sent,
-        tuple(fmean(fate.good for fate in part) for part in parts),
+        tuple(fmean(fate.good(slo) for fate in part) for part in parts),
     )
 
 
@@ -109,7 +73,7 @@ def simulated(task: Task) -> Figures:
     made, sliders = _scene(task.setting, task.arrivals), task.contender.sliders
     cluster = made.cluster(sliders, task.rate, task.requests, task.seed)
     scheduler = made.scheduler(sliders, under(task.mode, task.contender).policy, cluster.capacities)
-    watch = Watch(scheduler, made.slo)
+    watch = Watch(scheduler)
     run(watch, cluster)
     return figures([*watch.fates.values()], scheduler.counters.best_effort, made.slo)
 

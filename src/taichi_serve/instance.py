@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from taichi_serve.sliders import Kind
 
+UNBOUNDED = 1 << 30  # seats, where nobody said how many there are
+
 
 @dataclass(slots=True, eq=False)
 class Instance:
@@ -19,7 +21,7 @@ class Instance:
     kind: Kind
     chunk: int
     kv_capacity: int
-    max_decodes: int = 1 << 30
+    seats: int = UNBOUNDED  # requests that may run at once (--max-num-seqs)
     alive: bool = True
     silent: bool = False  # does not answer: it may be slow, or lost
     draining: bool = False
@@ -63,6 +65,13 @@ class Instance:
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens that a new request would have to wait for here."""
         return self.queued_tokens - self.progress_tokens  # the ledger keeps progress within the queue
+
+    @property
+    def seats_left(self) -> int:
+        """Seats for newcomers, once all who decode, are on their way, or are queued where they will decode
+        have theirs. Prompts that will decode elsewhere have one for a step or two, and are not counted."""
+        left = self.seats - self.decodes - self.arriving
+        return left - self.queued_requests if self.kind is Kind.D_HEAVY else left
 
     @property
     def context_tokens(self) -> int:

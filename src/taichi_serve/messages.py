@@ -356,7 +356,8 @@ class Outlook:
     fits: bool
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, like a Forecast: one is made at each arrival.
+@dataclass(slots=True, unsafe_hash=True)
 class Prefill:
     """Start the request here. With `hand_over` the leg ends after the first token and a Decode follows. With
     `prefix_from` the KV of its first `prefix_tokens` tokens is fetched from that instance's prefix cache.

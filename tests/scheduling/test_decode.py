@@ -115,7 +115,7 @@ def test_equal_targets_are_taken_in_order() -> None:
 
 def test_target_with_all_its_decode_slots_taken_is_no_target() -> None:
     full = d_heavy("i1")
-    full.decodes, full.arriving, full.max_decodes = 3, 1, 4
+    full.decodes, full.arriving, full.seats = 3, 1, 4
     assert choose_target([full], 1_000, 0.95, STILL) is None
 
 

@@ -77,10 +77,12 @@ def plain(commands: Iterable[Command]) -> list[Command]:
 class Pair:
     """Two schedulers that are told the same: one that asks everybody, and one that asks a few."""
 
-    def __init__(self, make: type[Learned], sliders: Sliders, policy: Policy, capacity: int) -> None:
+    def __init__(
+        self, make: type[Learned], sliders: Sliders, policy: Policy, capacity: int, seats: int
+    ) -> None:
         room = {f"i{n}": capacity for n in range(sliders.instances)}
         self.everybody, self.few = (
-            GlobalScheduler(sliders, SLO(1.0, 0.05), make(), policy, room, BLOCK) for _ in range(2)
+            GlobalScheduler(sliders, SLO(1.0, 0.05), make(), policy, room, BLOCK, seats) for _ in range(2)
         )
         self.few._dispatcher.fleet.least = 1
         self.everybody._dispatcher.fleet.least = 1_000
@@ -124,7 +126,8 @@ def town(chance: Random, make: type[Learned], overload: str = SERVE) -> Pair:
         ahead=chance.random() < 0.5,
         overload=overload,
     )
-    return Pair(make, Sliders(high, COUNT - high, 1024, d_chunk), policy, chance.choice([4_000, 40_000]))
+    sliders = Sliders(high, COUNT - high, 1024, d_chunk)
+    return Pair(make, sliders, policy, chance.choice([4_000, 40_000]), chance.choice([2, 256]))
 
 
 def live(pair: Pair, chance: Random, rounds: int) -> None:

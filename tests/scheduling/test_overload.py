@@ -7,11 +7,9 @@ where it is predicted within 95 % of its SLO, 3.8 s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
+from even import Even
 
-from taichi_serve.instance import Instance
 from taichi_serve.messages import (
     Arrived,
     Cancelled,
@@ -36,35 +34,6 @@ from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
 
 ONE = Sliders(0, 1, 0, 100)
-
-
-@dataclass
-class Even:
-    """1 ms for each prompt token, 30 ms for each output token, 50 ms for a move."""
-
-    per_token: float = 0.001
-
-    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
-        return (instance.queued_prefill_tokens + prompt_tokens - cached) * self.per_token
-
-    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
-        return (prompt_tokens - cached) * self.per_token
-
-    def since(self, instance: Instance, elapsed: float) -> float:
-        return 0.0
-
-    def tpot(self, instance: Instance, kv_tokens: int) -> float:
-        return 0.03
-
-    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
-        return 0.05
-
-    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
-        return 0.05
-
-    def stepped(self, instance: Instance, step: Stepped) -> None: ...
-
-    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None: ...
 
 
 def scheduler(overload: str = DEMOTE, sliders: Sliders = ONE, leftover: float = 0.25) -> GlobalScheduler:
@@ -232,7 +201,7 @@ def test_long_prompts_are_protected_when_those_in_time_are_shorter_than_all() ->
     triage = s._dispatcher.triage
     for n in range(100):
         triage.came(Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10, s.slo))
-        triage.through(Request(f"r{n}", 0.0, 100, 10, s.slo))
+        triage.through(Request(f"r{n}", 0.0, 100, 10, s.slo), 1.0)
     assert triage.unfair() == 1.0
     short, long = Request("short", 0.0, 100, 10, s.slo), Request("long", 0.0, 2400, 10, s.slo)
     here = s.instances["i0"]
@@ -252,24 +221,14 @@ def test_nothing_is_reserved_while_all_lengths_are_served_alike() -> None:
     for n in range(100):
         request = Request(f"r{n}", 0.0, 100 if n % 2 else 1900, 10, s.slo)
         triage.came(request)
-        triage.through(request)
+        triage.through(request, 1.0)
     assert triage.unfair() == 0.0
 
 
-@dataclass
-class Filling(Even):
-    """A token takes 20 ms, and 10 ms more for each decode."""
-
-    base: float = 0.02
-
-    def tpot(self, instance: Instance, kv_tokens: int) -> float:
-        return self.base + 0.01 * (instance.decodes + (kv_tokens > 0))
-
-
 def with_decodes(decodes: int, base: float) -> GlobalScheduler:
-    """An instance on which so many requests decode; SLO 100 ms for each token."""
+    """An instance on which so many requests decode: each adds 10 ms to a token; SLO 100 ms."""
     policy = Policy(overload=DEMOTE, dwell=0.0)
-    s = GlobalScheduler(ONE, SLO(4.0, 0.1), Filling(base=base), policy, {"i0": 1_000_000})
+    s = GlobalScheduler(ONE, SLO(4.0, 0.1), Even(base=base, each=0.01), policy, {"i0": 1_000_000})
     s.instances["i0"].decodes = decodes
     return s
 
@@ -309,7 +268,7 @@ def test_a_decode_that_waits_for_room_that_nobody_else_has_is_late(
     # 90 or 108 ms. Where decodes may be degraded it would find room on the P-heavy instance.
     policy = Policy(overload=DEMOTE, dwell=0.0, watermark=watermark)
     sizes = {"i0": 1_000_000, "i1": 10_000}
-    s = GlobalScheduler(Sliders(1, 1, 100, 0), SLO(4.0, 0.1), Filling(per_token=1e-4), policy, sizes)
+    s = GlobalScheduler(Sliders(1, 1, 100, 0), SLO(4.0, 0.1), Even(1e-4, base=0.02, each=0.01), policy, sizes)
     low = s.instances["i1"]
     low.decodes, low.kv_tokens = 3, used
     assert isinstance(arrive(s, a=9_000)[0], kind)

@@ -1,25 +1,25 @@
 """Classes of requests under overload, by hand-made numbers: a prompt token takes 1 ms on the only instance.
 
 SLO: TTFT 4 s; a prompt is in time where it is predicted within 3.8 s. Steps take 100 tokens, and the prompts
-of the first two are not put off any more. Best effort has 4 s of work (see test_overload.py).
+of the first two are not put off any more. Best effort has 4 s of work (see test_overload.py). An output token
+takes 20 ms, and 10 ms more for each decode.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
+from even import Even
 
 from taichi_serve.classes import SLOClass
-from taichi_serve.instance import Instance
 from taichi_serve.messages import (
     Arrived,
     Command,
     Decline,
     Demote,
     Finished,
-    Flowed,
     Prefill,
     Prefilled,
     Stepped,
@@ -35,38 +35,12 @@ SERVERS = SLO(4.0, 0.1)
 BATCH, CHAT = SLOClass("batch", weight=0.5), SLOClass("chat", weight=2.0)
 
 
-@dataclass
-class Even:
-    """1 ms for each prompt token; an output token takes 20 ms, and 10 ms more for each decode."""
-
-    def ttft(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
-        return (instance.queued_prefill_tokens + prompt_tokens - cached) * 0.001
-
-    def work(self, instance: Instance, prompt_tokens: int, cached: int = 0) -> float:
-        return (prompt_tokens - cached) * 0.001
-
-    def since(self, instance: Instance, elapsed: float) -> float:
-        return 0.0
-
-    def tpot(self, instance: Instance, kv_tokens: int) -> float:
-        return 0.02 + 0.01 * (instance.decodes + (kv_tokens > 0))
-
-    def move(self, source: Instance, target: Instance, kv_tokens: int, held: int = 0) -> float:
-        return 0.05
-
-    def fetch(self, source: Instance, target: Instance, kv_tokens: int) -> float:
-        return 0.05
-
-    def stepped(self, instance: Instance, step: Stepped) -> None: ...
-
-    def flowed(self, source: Instance, target: Instance, move: Flowed) -> None: ...
-
-
 def scheduler(
     *classes: SLOClass, overload: str = DEMOTE, fair: bool = False, leftover: float = 0.25
 ) -> GlobalScheduler:
     policy = Policy(overload=overload, leftover=leftover, dwell=0.0, classes=classes, fair=fair)
-    return GlobalScheduler(Sliders(0, 1, 0, 100), SERVERS, Even(), policy, {"i0": 10_000_000})
+    asked = Even(base=0.02, each=0.01)
+    return GlobalScheduler(Sliders(0, 1, 0, 100), SERVERS, asked, policy, {"i0": 10_000_000})
 
 
 def arrive(
@@ -242,6 +216,20 @@ def test_they_leave_it_two_decodes_too() -> None:
     s.instances["i0"].decodes = 8
     assert [type(c) for c in s.on(Arrived(0.0, "a", 100, 50, slo_class="chat"))] == [Decline]
     for decodes, kind in ((6, Decline), (5, Prefill)):
+        s.instances["i0"].decodes = decodes
+        assert [type(c) for c in s.on(Arrived(0.0, f"b{decodes}", 100, 50, slo_class="batch"))] == [kind]
+
+
+@pytest.mark.parametrize("overload", [DEMOTE, REFUSE])
+def test_of_many_decodes_they_leave_it_a_fifth_and_are_turned_away_for_that_in_both_modes(
+    overload: str,
+) -> None:
+    # 20 + 2 n ms: 41 decodes are too slow. Batch gets in beside 32, of which 6.4 are to spare.
+    s = scheduler(BATCH, CHAT, overload=overload)
+    s._dispatcher.predictor.each = 0.002  # type: ignore[attr-defined]
+    s.instances["i0"].decodes = 40
+    assert [type(c) for c in s.on(Arrived(0.0, "a", 100, 50, slo_class="chat"))] == [Decline]
+    for decodes, kind in ((33, Decline), (32, Prefill)):
         s.instances["i0"].decodes = decodes
         assert [type(c) for c in s.on(Arrived(0.0, f"b{decodes}", 100, 50, slo_class="batch"))] == [kind]
 

@@ -151,8 +151,9 @@ def assemble(
     policy = flags.policy(args)
     if cluster.stays is not None:  # KV that cannot move cannot be fetched
         policy = replace(policy, fetch=False)
-    scheduler = GlobalScheduler(flags.sliders(args), slo, predictor, policy, capacities, block_size)
     config = cluster.engines[0].client.vllm_config
+    seats = config.scheduler_config.max_num_seqs
+    scheduler = GlobalScheduler(flags.sliders(args), slo, predictor, policy, capacities, block_size, seats)
     written = _event_log(args.event_log)
     trouble, ending, attendance = Trouble(say), Ending(), Attendance(cluster, keeper)
     recorder = Recorder(scheduler, bytes_per_token(config), written.write if written else None, trouble)

@@ -50,7 +50,7 @@ class Columns:
         self.used: Floats  # KV tokens in use, promised, or about to be
         self.kv_tokens: Floats  # KV tokens in use
         self.capacity: Floats  # KV tokens in all
-        self.open: Floats  # whether it may have one more decode
+        self.open: Floats  # whether it has a seat for one more
         self.answers: Floats
         self.lends_until: Floats  # seconds
         self.stepped_at: Floats  # seconds
@@ -85,7 +85,7 @@ def row(instance: Instance, last_by: float) -> tuple[float, ...]:
         instance.kv_tokens + instance.reserved_tokens + ahead + instance.queued_unused,
         instance.kv_tokens,
         instance.kv_capacity,
-        decodes + instance.arriving < instance.max_decodes,
+        instance.seats_left > 0,
         instance.alive and not instance.silent,
         instance.lends_until,
         instance.stepped_at,

@@ -134,19 +134,27 @@ class Profiled:
 
     def tpot(self, instance: Instance, kv_tokens: int) -> float:
         """Mean step (s): as many of them with prompt tokens, and as large, as were seen lately."""
-        joined = 1 if kv_tokens else 0
-        decodes, context = instance.decodes + joined, instance.context_tokens + kv_tokens
-        seconds = self.model.of(0, 0.0, decodes, context)
+        # Written out as in `ttft`, for the same reason.
+        model, decodes = self.model, instance.decodes
+        context = instance.context_base + decodes * instance.ticks + kv_tokens
+        if kv_tokens:
+            decodes += 1
+        work = model.token * (decodes if decodes > model.knee else model.knee)
+        seconds = model.launch + work + model.decode * decodes + model.kv * context
         seen = self.seen.get(instance.name)
         if seen is None:
             return seconds
         idle = self.now - seen.at
-        seconds *= self._relaxed(seen.plain_bias, idle)
-        share = seen.share.value(0.0) * kept(idle)
+        if idle <= FRESH:
+            seconds *= seen.plain_bias
+            share = seen.share.value(0.0)
+        else:
+            seconds *= self._relaxed(seen.plain_bias, idle)
+            share = seen.share.value(0.0) * kept(idle)
         if share == 0.0:
             return seconds
         prompt = seen.usual
-        mixed = self.model.of(prompt, prompt * self._pairs(instance), decodes, context)
+        mixed = model.of(prompt, prompt * self._pairs(instance), decodes, context)
         return (1 - share) * seconds + share * mixed * self._relaxed(seen.mixed_bias, idle)
 
     def _relaxed(self, bias: float, idle: float) -> float:

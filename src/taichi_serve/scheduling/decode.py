@@ -39,7 +39,7 @@ def choose_target(
     """
     best, best_load = None, mark
     for instance in instances:
-        if instance.decodes + instance.arriving >= instance.max_decodes:
+        if instance.seats_left < 1:
             continue
         here = prefixes.get(instance.name)
         load = load_after(instance, kv_tokens - (here.claimed if here else 0), policy)
@@ -107,10 +107,11 @@ def choose_start(
     """Low-interference start: the D-heavy instance where the decode of a prefilled request begins, and why.
 
     One that stays below the watermark comes first; past it, any that has room at all (its longest output is
-    then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). With no room
-    anywhere the request stays where it prefilled, unless nobody may decode on P-heavy instances: then it
-    waits for the emptiest D-heavy one. Of those below the watermark the D-heavy ones that are `near` go
-    first; there are none where it costs the same to reach them all.
+    then degraded to make way: a young request has no TPOT slack to live on a P-heavy one). Where there is
+    room but no seat it waits for one: somebody ends in each few steps. With no room anywhere the request
+    stays where it prefilled, unless nobody may decode on P-heavy instances: then it waits for the emptiest
+    D-heavy one. Of those below the watermark the D-heavy ones that are `near` go first; there are none where
+    it costs the same to reach them all.
     """
     decoders = [i for i in instances if i.kind is Kind.D_HEAVY]
     if here.kind is Kind.D_HEAVY and here in decoders and load_after(here, 0, policy) <= policy.full_mark:
@@ -122,8 +123,11 @@ def choose_start(
         return target, "the D-heavy instance with most room"
     if target := choose_target(decoders, kv_tokens, 1.0, policy, prefixes):
         return target, "no D-heavy instance below the watermark; this one has room"
-    if decoders and not policy.degrades:
-        return min(decoders, key=lambda i: load_after(i, kv_tokens, policy)), "waits for room: none has any"
+    if decoders:
+        emptiest = min(decoders, key=lambda i: load_after(i, kv_tokens, policy))
+        room = load_after(emptiest, kv_tokens, policy) <= 1.0
+        if room or not policy.degrades:
+            return emptiest, f"waits for {'a seat: none with room' if room else 'room: none'} has any"
     return here, "no D-heavy instance has room"
 
 

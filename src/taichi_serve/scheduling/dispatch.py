@@ -5,7 +5,7 @@ A command and its booking are made in one place, so that none goes out that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from taichi_serve.instance import Instance
 from taichi_serve.latency.links import Links
@@ -36,8 +36,8 @@ from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import Placement, choose_prefill
 from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
 from taichi_serve.scheduling.residency import NONE
-from taichi_serve.scheduling.room import load_after, room_for
-from taichi_serve.scheduling.standing import able, decoders, of_kind, serving
+from taichi_serve.scheduling.room import fits, room_for
+from taichi_serve.scheduling.standing import able, able_and_low, decoders, of_kind, serving
 from taichi_serve.scheduling.triage import Triage, drained
 from taichi_serve.sliders import Kind, Sliders
 
@@ -74,7 +74,7 @@ class Dispatcher:
         return self.fleet.standing().kinds[kind] if self.fleet.many else of_kind(self._all, kind)
 
     @property
-    def _all(self) -> Iterable[Instance]:
+    def _all(self) -> Collection[Instance]:
         return self.ledger.instances.values()
 
     def place(self, request: Request, now: float, sliders: Sliders) -> list[Command]:
@@ -87,7 +87,7 @@ class Dispatcher:
         """Place a prompt by Algorithm 2. Where all who prefill are lost, one of the rest becomes P-heavy;
         with no instance left the prompt waits. One that is `new` may be turned away."""
         commands: list[Command] = []
-        takers = self.able()
+        takers, low = (self.able(), self.low()) if self.fleet.many else able_and_low(self._all)
         if not takers:
             left = self.serving()
             if not left:
@@ -97,12 +97,12 @@ class Dispatcher:
             heir.chunk = max(sliders.p_chunk, sliders.d_chunk)
             self.ledger.touch(heir)
             commands.append(SetChunk(heir.name, heir.kind, heir.chunk))
-            takers = [heir]
+            takers, low = [heir], self.low()
         if self.policy.overload == SERVE:
-            placed, known = self.choose(request, now, takers, self.low())
+            placed, known = self.choose(request, now, takers, low)
             commands.append(self.enqueue(request, placed, known, now))
         else:
-            commands += self._triaged(request, now, takers, new)
+            commands += self._triaged(request, now, takers, low, new)
         return commands
 
     def choose(
@@ -117,14 +117,15 @@ class Dispatcher:
             able, low = narrowed(self.fleet, request, now, among, known, self.predictor, policy, beside)
         return choose_prefill(request, now, able, low, self.predictor, self.policy, known, beside), known
 
-    def _triaged(self, request: Request, now: float, able: list[Instance], new: bool) -> list[Command]:
+    def _triaged(
+        self, request: Request, now: float, able: list[Instance], low: list[Instance], new: bool
+    ) -> list[Command]:
         """Place a prompt by its deadline. Where it would be missed, it or the longest before it is best
         effort, or it is turned away."""
         triage, policy = self.triage, self.policy
         if new:
             triage.came(request)
         request.by = triage.deadline(request, policy, request.best_effort)
-        low = self.low()
         placed, known = self.choose(request, now, able, low)
         request.work = self.predictor.work(placed.instance, request.prompt_tokens, placed.cached)
         verdict = Door(triage, policy, able, low, now, new).judge(request, placed)
@@ -140,6 +141,8 @@ class Dispatcher:
         elif new:
             triage.precedence.taken(request, request.prompt_tokens - placed.cached)
         placed.ttft -= sum(victim.work for victim in verdict.victims if victim.by <= request.by)
+        if placed.instance.seats_left < 1:
+            placed.ttft = max(placed.ttft, now - request.arrived_at + triage.seats.wait(placed.instance))
         demoted = [self.demote(victim, now, verdict.why) for victim in verdict.victims]
         return [*demoted, self.enqueue(request, placed, known, now)]
 
@@ -208,7 +211,7 @@ class Dispatcher:
         target, why = choose_start(request, here, among, self.policy, prefixes, near)
         for known in decoders(among):
             # What it takes there is in that instance's own figures already.
-            if known.name == request.ahead and load_after(known, 0, self.policy) <= self.policy.full_mark:
+            if known.name == request.ahead and fits(known, 0, self.policy):
                 target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, among)
 

@@ -46,9 +46,9 @@ class Door:
     def judge(self, request: Request, placed: Placement) -> Verdict:
         """What becomes of it."""
         fixed = placed.hand_over and not self.policy.degrades
-        if self.new and self.triage.slow(request, placed, self.decoders, fixed=fixed):
+        if self.new and self.triage.pace.slow(request, placed, self.decoders, fixed=fixed):
             why = f"its TPOT, and that of others, would be above {request.slo.tpot * 1e3:g} ms"
-            return Verdict(why, declined=True) if self._refusable(request) else self._put_off(request, why)
+            return self._away(request, why)
         if request.best_effort:
             return SERVED
         lack = self.triage.lacking(request, placed)
@@ -56,11 +56,25 @@ class Door:
             lack = self.triage.harming(request, placed.instance, self.now)
         if lack is not None:
             return self._late(request, placed, lack)
-        above = self.triage.crowded(request, placed, self.decoders, self.now) if self.new else None
+        return self._in_time(request, placed) if self.new else SERVED
+
+    def _in_time(self, request: Request, placed: Placement) -> Verdict:
+        """Of a newcomer that would be in time but for a seat, and for those that need what is left more."""
+        if placed.instance.seats_left < 1 and (wait := self._seat(request, placed.instance)):
+            return self._instead(request, f"its seat would be free in {wait:.3g} s", self._refusing(request))
+        above = self.triage.crowded(request, placed, self.decoders, self.now)
         if above is None:
             return SERVED
-        why = f"it would leave no room for class {above.name}"
+        why = f"it would leave no room for class {above.of.name}"
+        if above.decoding:
+            return self._away(request, why)
         return self._instead(request, why, self._refusing(request))
+
+    def _seat(self, request: Request, here: Instance) -> float:
+        """Seconds that it has to wait for a seat, where that is too long."""
+        wait = self.triage.seats.wait(here)
+        in_time = request.slo.ttft * (1.0 - self.triage.margin.share) - (self.now - request.arrived_at)
+        return wait if wait > in_time else 0.0
 
     def _late(self, request: Request, placed: Placement, lack: Lack) -> Verdict:
         triage, slo = self.triage, request.slo
@@ -93,6 +107,10 @@ class Door:
         if self._refusable(request) and not room:
             return Verdict(f"{why}, and best effort would wait too long", declined=True)
         return self._put_off(request, why)
+
+    def _away(self, request: Request, why: str) -> Verdict:
+        # Best effort would decode like any other.
+        return Verdict(why, declined=True) if self._refusable(request) else self._put_off(request, why)
 
     def _put_off(self, request: Request, why: str) -> Verdict:
         return Verdict(why, best_effort=True) if self.triage.precedence.rights(request).demote else SERVED

@@ -39,7 +39,8 @@ def add(books: Books, dispatcher: Dispatcher, event: Added) -> list[Command]:
         sliders = books.sliders.more(event.kind, event.chunk)
     except ValueError:
         sliders = books.sliders.more(event.kind)
-    here = Instance(event.instance, event.kind, sliders.chunk(event.kind), event.kv_capacity)
+    seats = next(iter(ledger.instances.values())).seats  # one command line is for all
+    here = Instance(event.instance, event.kind, sliders.chunk(event.kind), event.kv_capacity, seats)
     _enter(ledger, here, books.sliders.p_heavy if event.kind is Kind.P_HEAVY else len(ledger.instances))
     books.sliders, books.accuracy[here.name] = sliders, Accuracy()
     commands: list[Command] = [SetChunk(here.name, here.kind, here.chunk), *slide(dispatcher, sliders)]

@@ -106,10 +106,10 @@ class Narrowing:
         return Keys(group, np.where(feasible, here.ahead - cached, 0.0), seconds, sure)
 
     def fits(self) -> Mask:
-        """Which have room in their KV, exactly as `load_after` says."""
+        """Which have room in their KV, exactly as `load_after` says, and a seat."""
         here, policy = self.columns, self.prompt.policy
         used = here.used + (self.length - self.claimed) + policy.growth * (here.decodes + 1)
-        room: Mask = used / here.capacity <= policy.full_mark
+        room: Mask = (used / here.capacity <= policy.full_mark) & (here.open > 0.0)
         return room
 
     def rows(self, among: Mask, known: Known, lender: int | None) -> Mask:

@@ -53,12 +53,13 @@ UNKNOWN = Known(NOTHING)
 class Limits:
     """Seconds up to which an instance is feasible: `ttft` by the prompt's own SLO, `quick` by the strictest
     beside it, `tpot` by the strictest too, for it is that of decodes which are there. `bears` is the TPOT
-    up to which its own decode stays on a P-heavy instance."""
+    up to which its own decode stays on a P-heavy instance, and `mark` the share of KV up to which it fits."""
 
     ttft: float
     quick: float
     tpot: float
     bears: float
+    mark: float
 
 
 def limits_of(request: Request, beside: SLO, policy: Policy) -> Limits:
@@ -69,11 +70,11 @@ def limits_of(request: Request, beside: SLO, policy: Policy) -> Limits:
     """
     slo = request.slo
     if not request.movable:
-        return Limits(slo.ttft, slo.ttft, float("inf"), 0.0)
+        return Limits(slo.ttft, slo.ttft, float("inf"), 0.0, policy.full_mark)
     loose = policy.degrades and slo.tpot > beside.tpot
     ttft, tpot = policy.ttft_margin, policy.tpot_margin
     bears = slo.tpot * tpot if loose else 0.0
-    return Limits(slo.ttft * ttft, beside.ttft * ttft, beside.tpot * tpot, bears)
+    return Limits(slo.ttft * ttft, beside.ttft * ttft, beside.tpot * tpot, bears, policy.full_mark)
 
 
 @dataclass(slots=True)
@@ -90,33 +91,30 @@ class Prompt:
 
     def forecast(self, instance: Instance, known: Known) -> Forecast:
         """What to expect of one instance, with what it has itself."""
-        prompt, here = self.request.prompt_tokens, known.prefixes.get(instance.name)
-        if here is None:
-            cached = used = 0
-        else:
+        prompt, prefixes, cached, used = self.request.prompt_tokens, known.prefixes, 0, 0
+        if prefixes and (here := prefixes.get(instance.name)) is not None:
             _, cached, used = here
             cached = used if used > cached else cached
         after = known.overtaken.get(instance.name, ALL_BEFORE) if known.overtaken else ALL_BEFORE
-        fits = load_after(instance, prompt - used - after.tokens, self.policy) <= self.policy.full_mark
-        return self._judged(instance, self._ttft(instance, cached, after), cached, fits, after.tokens)
-
-    def _ttft(self, instance: Instance, cached: int, after: Behind) -> float:
-        """Seconds from now: the prediction for the end of the queue, without what comes after the prompt."""
-        seconds = self.predictor.ttft(instance, self.request.prompt_tokens, cached)
-        return max(0.0, seconds - after.seconds) if after.seconds else seconds
+        room = load_after(instance, prompt - used - after.tokens, self.policy) <= self.limits.mark
+        fits = room and instance.seats_left > 0
+        ttft = self.predictor.ttft(instance, prompt, cached)
+        if after.seconds:
+            ttft = max(0.0, ttft - after.seconds)
+        return self._judged(instance, ttft, cached, fits, after.tokens)
 
     def _judged(self, instance: Instance, ttft: float, cached: int, fits: bool, after: int) -> Forecast:
-        """Feasible means: TTFT is within its limit; the KV has room below the watermark (elsewhere the prompt
-        would wait, or push somebody out); and the decodes of a D-heavy instance, this one among them, are
-        predicted to stay within theirs."""
-        low = instance.kind is Kind.D_HEAVY
+        """Feasible means: TTFT is within its limit; it fits: the KV has room below the watermark, and there
+        is a seat (elsewhere the prompt would wait, or push somebody out); and the decodes of a D-heavy
+        instance, this one among them, are predicted to stay within theirs."""
+        limits, low = self.limits, instance.kind is Kind.D_HEAVY
         ttft += self.waited if low else self.later
-        feasible = fits and ttft <= self.limits.ttft
+        feasible = fits and ttft <= limits.ttft
         calm = True
         if feasible and low:
             tpot = self.predictor.tpot(instance, self.request.prompt_tokens)
-            feasible = calm = tpot <= self.limits.tpot
-        queued = instance.queued_prefill_tokens - after
+            feasible = calm = tpot <= limits.tpot
+        queued = instance.queued_tokens - instance.progress_tokens - after
         return Forecast(instance.name, ttft, queued if queued > 0 else 0, feasible, fits, calm, cached)
 
     def stays(self, instance: Instance) -> bool:
@@ -129,8 +127,9 @@ class Prompt:
         what is cached is taken off the queue in its place."""
         if not forecast.feasible:
             return 2.0, not forecast.fits, forecast.ttft, -forecast.cached
-        slow = 1.0 if forecast.ttft > self.limits.quick else 0.0
-        rank = 1.0 if instance.kind is Kind.D_HEAVY else self.rank(instance)
+        limits = self.limits
+        slow = 1.0 if forecast.ttft > limits.quick else 0.0
+        rank = 1.0 if instance.kind is Kind.D_HEAVY else self.rank(instance) if limits.bears else 2.0
         to_compute = forecast.queued_prefill_tokens - forecast.cached
         return slow, rank, to_compute, forecast.ttft, -forecast.cached
 
@@ -161,7 +160,8 @@ class Prompt:
         if copied > within or copied >= computed:
             return alone
         after = known.overtaken.get(instance.name, ALL_BEFORE)
-        ttft = max(0.0, copied - queue) + self._ttft(instance, known.lent, after)
+        later = max(0.0, self.predictor.ttft(instance, prompt, known.lent) - after.seconds)
+        ttft = max(0.0, copied - queue) + later
         if ttft >= computed:
             return alone
         return self._judged(instance, ttft, known.lent, alone.fits, after.tokens)
@@ -184,8 +184,12 @@ def hand_over_seconds(
     all: a link is that of a pair of kinds, and asking for each pair would be the dearest part. The decode is
     expected on the D-heavy instance with most room now, what it has of the prompt counted as room.
     """
-    source = next((i for i in instances if i.kind is Kind.P_HEAVY), None)
-    if source is None or not decoders or not request.movable or request.max_tokens <= 1:
+    if not decoders or not request.movable or request.max_tokens <= 1:
+        return None
+    for source in instances:
+        if source.kind is Kind.P_HEAVY:
+            break
+    else:
         return None
     likely, held = roomiest(decoders, known.prefixes)
     return predictor.move(source, likely, request.prompt_tokens, held)

@@ -1,4 +1,4 @@
-"""Room in a KV cache: how much to promise to a request, and how full an instance will be with it."""
+"""Room on an instance: how much KV to promise to a request, how full it will be then, and a seat."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
     return (used + kv_tokens + grown) / instance.kv_capacity
 
 
+def fits(instance: Instance, kv_tokens: int, policy: Policy) -> bool:
+    """Whether a newcomer with `kv_tokens` has a seat there, and room below the watermark."""
+    return instance.seats_left > 0 and load_after(instance, kv_tokens, policy) <= policy.full_mark
+
+
 def roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instance, int]:
     """The one whose KV is used least, and how many tokens of the prompt it has."""
     least, roomiest = float("inf"), (decoders[0], 0)
     for decoder in decoders:
-        prefix = prefixes.get(decoder.name)
-        held = 0 if prefix is None else prefix.device
+        held = 0
+        if prefixes and (prefix := prefixes.get(decoder.name)) is not None:
+            held = prefix.device
         used = (decoder.kv_tokens - held) / decoder.kv_capacity
         if used < least:
             least, roomiest = used, (decoder, held)

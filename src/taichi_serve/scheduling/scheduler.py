@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from taichi_serve.instance import Instance
+from taichi_serve.instance import UNBOUNDED, Instance
 from taichi_serve.latency.accuracy import Accuracy
 from taichi_serve.latency.predict import Predictor
 from taichi_serve.messages import (
@@ -69,15 +69,18 @@ class GlobalScheduler:
         policy: Policy,
         capacities: Mapping[str, int],
         block_size: int = 0,
+        seats: int = UNBOUNDED,
     ) -> None:
-        """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first. A
-        hash of a block stands for `block_size` tokens; with 0 nothing is known of prefixes. `slo` is that of
-        requests that bring none."""
+        """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first, and
+        each runs as many requests at once as it has `seats`. A hash of a block stands for `block_size`
+        tokens; with 0 nothing is known of prefixes. `slo` is that of requests that bring none."""
         self.sliders, self.slo = sliders, slo
         self.predictor, self.policy = predictor, policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
         self.ledger.strictest.bound(slo, policy.classes)
         self.requests, self.instances = self.ledger.requests, self.ledger.instances
+        for one in self.instances.values():
+            one.seats = seats
         self.counters = Counters()
         self._despaired: str | None = None  # why no lost instance will come back
         self.accuracy = {name: Accuracy() for name in self.instances}
@@ -140,7 +143,7 @@ class GlobalScheduler:
         self.ledger.dequeue(request, event.cached)
         self.counters.through(here.name, request.prompt_tokens, request.cached, event.cached)
         if not request.best_effort:  # nobody knew how many would go before it
-            self._dispatcher.triage.through(request)
+            self._dispatcher.triage.through(request, event.at)
             self.accuracy[here.name].ttft.add(request.predicted_ttft, event.at - request.arrived_at)
         request.first_at = event.at
         request.base, request.joined = 1, here.ticks
@@ -201,6 +204,7 @@ class GlobalScheduler:
         here = self.ledger.source(request)
         if here and request.state is State.DECODING:
             tokens = here.ticks - request.joined
+            self._dispatcher.triage.seats.left(now - request.settled_at)
             if tokens >= ENOUGH_TOKENS:
                 actual = (now - request.settled_at) / tokens
                 self.accuracy[here.name].tpot.add(request.predicted_tpot, actual)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from taichi_serve.instance import Instance
@@ -24,6 +24,19 @@ def able(instances: Iterable[Instance]) -> list[Instance]:
     if not able:
         return [i for i in _left(instances) if i.chunk and not i.closing]
     return [i for i in able if i.serving] or able
+
+
+def able_and_low(instances: Collection[Instance]) -> tuple[list[Instance], list[Instance]]:
+    """Who may get a prompt, and the D-heavy ones of those who may get new work: `able` and `serving` in one
+    go, for this is asked at every arrival."""
+    found, low = list[Instance](), list[Instance]()
+    for one in instances:
+        if one.alive and not (one.silent or one.draining):
+            if one.chunk > 0 and not one.closing:
+                found.append(one)
+            if one.kind is Kind.D_HEAVY:
+                low.append(one)
+    return (found, low) if found else (able(instances), decoders(serving(instances)))
 
 
 def of_kind(instances: Iterable[Instance], kind: Kind) -> list[Instance]:

@@ -10,7 +10,6 @@ Every function reads the ledger and answers; none of them writes anything.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -20,23 +19,23 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Average, Predictor
 from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
+from taichi_serve.scheduling.margin import Margin
+from taichi_serve.scheduling.pace import Pace
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import Placement
 from taichi_serve.scheduling.prompt import Behind
-from taichi_serve.sliders import Kind
+from taichi_serve.scheduling.seats import Seats
 
-# Shares of the TTFT SLO: so much is to be left where a prompt is placed, for predictions are not exact; and
-# who is queued keeps its place until it is predicted to be later than its deadline by so much.
-SPARE, GRACE = 0.05, 0.05
-SOON = 0.5  # of the prompts queued, the share that will decode before somebody who decodes now ends
+# Share of the TTFT SLO: who is queued keeps its place until it is predicted to be later than its deadline by
+# so much.
+GRACE = 0.05
 LARGE = 512  # prompt tokens of a step that is long enough to ask when it began
 KEEP = 0.99  # weight of the past at each prompt: about the last hundred count
 # Mean length of the prompts that are in time over that of all: down to FAIR nothing is done about it, from
 # UNFAIR on all that can be.
 FAIR, UNFAIR = 0.95, 0.9
 LONG = 1.3  # times the length of the prompt that a token belongs to on average: such prompts are protected
-NEXT = 2  # decodes on each D-heavy instance that are kept for a class that falls short
 MOST = 0.75  # of the TTFT SLO: where a long prompt takes more, none is waited for
 
 
@@ -48,6 +47,14 @@ class Lack:
     of: Request
 
 
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """No room is left for the next prompt of a class; or none for it while it is `decoding`."""
+
+    of: SLOClass
+    decoding: bool = False
+
+
 class Triage:
     """What the queues say about deadlines, as predicted."""
 
@@ -55,9 +62,11 @@ class Triage:
         self.ledger = ledger
         self.predictor = predictor
         self.precedence = precedence
+        self.seats, self.margin = Seats(), Margin()
         self.arrived = Average()  # mean length of all prompts, and of those that were in time
         self.kept = Average()
         self.longer = Average()  # mean length of the prompt that a token belongs to
+        self.pace = Pace(ledger, predictor, self.arrived)
 
     def came(self, request: Request) -> None:
         """A request is new."""
@@ -66,9 +75,11 @@ class Triage:
         self.longer.add(length * length, length, KEEP)
         self.precedence.came(request)
 
-    def through(self, request: Request) -> None:
-        """The first token of one that kept its deadline is out."""
+    def through(self, request: Request, now: float) -> None:
+        """The first token of one that kept its deadline so far is out."""
         self.kept.add(float(request.prompt_tokens), 1.0, KEEP)
+        if request.predicted_ttft <= request.slo.ttft:
+            self.margin.through(now - request.arrived_at > request.slo.ttft)
 
     def unfair(self) -> float:
         """How much long prompts have to be protected, 0 to 1: those in time are shorter than all."""
@@ -102,61 +113,27 @@ class Triage:
     def overtaken(self, request: Request, now: float, instances: Iterable[Instance]) -> dict[str, Behind]:
         """What would be computed after this newcomer, by instance; only where there is something to say."""
         found: dict[str, Behind] = {}
-        queues, since = self.ledger.queues, self.predictor.since
+        queues, since, by = self.ledger.queues, self.predictor.since, request.by
         unfair = 0.0 if request.best_effort else self.unfair()
         length = self.protected() if unfair else 0
         for instance in instances:
             queue, tokens, seconds = queues[instance.name], 0, 0.0
-            large, overtakes = instance.running_tokens >= LARGE, queue.ends_after(request.by)
+            large, overtakes = instance.running_tokens >= LARGE, queue.ends_after(by)
             if not (large or overtakes or unfair):
                 continue
             if large:
                 seconds -= since(instance, now - instance.stepped_at)
             if overtakes:
-                behind = [self.ledger.requests[name] for name in queue.behind(request.by)]
+                behind = [self.ledger.requests[name] for name in queue.behind(by)]
                 tokens = sum(other.prompt_tokens - other.cached for other in behind)
                 seconds += sum(other.work for other in behind)
             reserve = self.reserve(request, instance, unfair, length) if unfair else 0.0
             found[instance.name] = Behind(tokens, seconds - reserve, reserve)
         return found
 
-    def slow(
-        self,
-        request: Request,
-        placed: Placement,
-        decoders: Sequence[Instance],
-        beside: float = math.inf,
-        spare: int = 0,
-        fixed: bool = False,
-    ) -> bool:
-        """Whether its decode, where it would be, or on any D-heavy instance after a hand-over, is predicted
-        to miss its TPOT: it would be late however soon it began, and slow the others down. Those that are
-        queued, or on their way, will decode there before it. Or whether so many `spare` decodes beside it
-        would, those of a D-heavy instance a TPOT of `beside` (s).
-
-        Where decodes are `fixed` to D-heavy instances and KV there is full, each one waits for room for as
-        long as the share that is lacking takes to become free: its TPOT is longer by that share."""
-        where = decoders if placed.hand_over and decoders else [placed.instance]
-        # Of the mean length, not its own: else the long ones would be turned away first.
-        length = int(self.arrived.value(request.prompt_tokens))
-        if request.max_tokens <= 1:
-            return False
-        before = sum(one.queued_requests for one in self.ledger.instances.values()) / max(1, len(decoders))
-        tpot = self.predictor.tpot
-        for one in where:
-            most = min(request.slo.tpot, beside) if one.kind is Kind.D_HEAVY else request.slo.tpot
-            now = tpot(one, 0)
-            each = tpot(one, length) - now
-            idle = now - one.decodes * each  # where that is too slow already it is not for want of room
-            soon = 1 + spare + SOON * before
-            full = (one.kv_tokens + one.reserved_tokens + soon * length) / one.kv_capacity if fixed else 0.0
-            if (now + (soon + one.arriving) * each) * max(1.0, full) <= most or idle > most:
-                return False
-        return True
-
     def crowded(
         self, request: Request, placed: Placement, decoders: Sequence[Instance], now: float
-    ) -> SLOClass | None:
+    ) -> Crowd | None:
         """The class for whose next prompt no room would be left in this place, or no decode, if the newcomer
         gives way to it. All that is queued counts, whatever its deadline: it will be due, too. Not so best
         effort, unless its patience is about to end."""
@@ -171,15 +148,16 @@ class Triage:
             length = int(LONG * one.longer.value(0.0))
             following = self.predictor.work(here, length) * (1.0 + self.unfair())
             after = sum(o.work for o in put_off if o.instance == here.name and o.by > now + slo.ttft)
-            if here.queued_requests and end - after + min(following, slo.ttft / 2) > slo.ttft * (1.0 - SPARE):
-                return one.of
-            if self.slow(request, placed, decoders, slo.tpot, NEXT):
-                return one.of
+            due = end - after + min(following, slo.ttft / 2)
+            if here.queued_requests and due > slo.ttft * (1.0 - self.margin.share):
+                return Crowd(one.of)
+            if self.pace.slow(request, placed, decoders, slo.tpot, keep=True):
+                return Crowd(one.of, decoding=True)
         return None
 
     def lacking(self, request: Request, placed: Placement) -> Lack | None:
         """What the newcomer lacks to be in time in its place."""
-        seconds = placed.ttft - request.slo.ttft * (1.0 - SPARE)
+        seconds = placed.ttft - request.slo.ttft * (1.0 - self.margin.share)
         return Lack(seconds, request) if seconds > 0.0 else None
 
     def harming(self, request: Request, here: Instance, now: float, everybody: bool = False) -> Lack | None:
@@ -246,7 +224,9 @@ class Triage:
         until its first token, and that prompt."""
         waiting = [self.ledger.requests[name] for name in self.ledger.queues[instance.name]]
         running = self.predictor.since(instance, now - instance.stepped_at)
-        end = now + self.predictor.ttft(instance, 0) + running - sum(other.work for other in waiting)
+        end = now + self.predictor.ttft(instance, 0) + running - sum([other.work for other in waiting])
+        if not _late(waiting, end):
+            return []
         movable = {other.id for other in self._movable(instance)}
         found: list[tuple[Request, float, Request]] = []
         first: list[tuple[float, float, float, str]] = []
@@ -271,6 +251,15 @@ class Triage:
         if self.precedence.demotable:
             return movable
         return [other for other in movable if self.precedence.rights(other).demote]
+
+
+def _late(waiting: Iterable[Request], end: float) -> bool:
+    """Whether one of these, computed from `end` on (s), keeps its deadline so far and would miss it."""
+    for other in waiting:
+        end += other.work
+        if end > other.by + GRACE * other.slo.ttft and not other.best_effort:
+            return True
+    return False
 
 
 def drained(instances: Iterable[Instance], predictor: Predictor) -> float:

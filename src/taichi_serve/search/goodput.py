@@ -90,7 +90,8 @@ class Scene:
         known = 0 if self.prefixes == BLIND else self.workload.block_size
         fetch = policy.fetch or self.prefixes == FETCH
         policy = replace(policy, fetch=fetch, classes=self.workload.mix.classes)
-        return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known)
+        seats = self.max_running
+        return GlobalScheduler(sliders, self.slo, self.predictor(), policy, capacities, known, seats)
 
     def tuner(self, scheduler: GlobalScheduler, act: bool = True) -> Tuner:
         """What moves the sliders of this scheduler; where it is not to `act` it makes suggestions."""

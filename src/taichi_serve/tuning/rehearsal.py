@@ -213,7 +213,8 @@ def rehearse(
     assert plant.model is not None
     predictor = Profiled(plant.model, transfers, plant.limits.bytes_per_token)
     known = plant.limits.block_size if past.shares else 0
-    scheduler = GlobalScheduler(sliders, slo, predictor, setting.policy(policy), cluster.capacities, known)
+    policy, seats = setting.policy(policy), plant.limits.max_running
+    scheduler = GlobalScheduler(sliders, slo, predictor, policy, cluster.capacities, known, seats)
     judge = Judge(scheduler, slo, int(SKIPPED * count), count)
     for event in cluster.facts():
         for command in judge.on(event):
