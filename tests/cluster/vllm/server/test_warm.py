@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,6 @@ async def test_64_instances_meet_side_by_side_and_the_4032_pairs_do_not_stand_in
     """Each reader has 63 handshakes; all readers have theirs at the same time. With real ones of 0.3 s that
     is 19 s, of the 30 that it may take."""
     engines = [instance(tmp_path, index) for index in range(MANY)]
-    network, began = Network(), time.monotonic()
+    network = Network()
     await meet(network, engines, list(permutations(engines, 2)))
     assert network.most == MANY
-    assert time.monotonic() - began < 30 / 20 * 2  # twice: this machine has more to do
