@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 from taichi_serve.cluster.vllm.hosts.held import Holding
 from taichi_serve.cluster.vllm.hosts.launching import Elsewhere, carried, on_ray
+from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.sliders import Kind
 
@@ -51,6 +52,13 @@ def test_an_instance_is_where_its_last_process_was_placed() -> None:
     assert devices.of(1) == "10.0.0.2"
     devices.give_back(1)
     assert devices.of(1) == ""
+
+
+def test_whatever_is_asked_of_devices_is_answered_for_other_hosts_too() -> None:
+    """They have no groups: what a server on one host asks of those must not be asked of them."""
+    asked = {name for name in vars(Devices) if not name.startswith("_")}
+    assert asked <= set(vars(Elsewhere))
+    assert Elsewhere(1, Places()).spare() == set()
 
 
 def test_nobody_names_devices_of_other_hosts() -> None:

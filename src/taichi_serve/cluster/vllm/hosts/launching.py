@@ -76,6 +76,10 @@ class Elsewhere(Devices):
         """Its devices are in the environment of its holder."""
         return carried(os.environ)
 
+    def spare(self) -> set[int]:
+        """None of this host's cores: instances are elsewhere."""
+        return set()
+
     def take(self, index: int, named: str | None = None) -> None:
         """Nothing is taken here. Raises ValueError where somebody names devices."""
         if named is not None:
