@@ -29,7 +29,7 @@ from taichi_serve.bench.client import Answer, stream
 
 pytestmark = pytest.mark.fleet
 
-WISHES = wishes(32, seed=4, prompt=(16, 700), output=(32, 120))
+WISHES = wishes(32, seed=4, prompt=(16, 700), output=(120, 240))  # long enough to be moved on a busy machine
 LONG = wishes(12, seed=5, prompt=(64, 400), output=(200, 300))
 APART = (
     "--p-heavy",
