@@ -177,18 +177,9 @@ class Dispatcher:
             missing = placed.cached - known.prefixes.get(placed.instance.name, NONE).cached
             seconds = self.predictor.fetch(lender, placed.instance, missing)
             self.ledger.lend(lender, now, seconds * self.links.dearer(lender, placed.instance))
-        return Prefill(
-            request.id,
-            request.leg,
-            placed.instance.name,
-            placed.hand_over,
-            placed.forecasts,
-            placed.why,
-            None if lender is None else lender.name,
-            0 if lender is None else placed.cached,
-            request.by,
-            request.best_effort,
-        )
+        there = here.name, placed.hand_over, placed.forecasts, placed.why
+        lent = (None, 0) if lender is None else (lender.name, placed.cached)
+        return Prefill(request.id, request.leg, *there, *lent, request.by, request.best_effort)
 
     def _known(self, request: Request, now: float, able: list[Instance]) -> Known:
         """What the instances have of a prompt, and what comes after it on those that are `able` to take it.

@@ -71,11 +71,9 @@ class GlobalScheduler:
         block_size: int = 0,
         seats: int = UNBOUNDED,
     ) -> None:
-        """`capacities` is the KV room of every instance in tokens; they are i0, i1, ..., P-heavy first, and
-        each runs as many requests at once as it has `seats`. A hash of a block stands for `block_size`
-        tokens; with 0 nothing is known of prefixes. `slo` is that of requests that bring none."""
-        self.sliders, self.slo = sliders, slo
-        self.predictor, self.policy = predictor, policy
+        """`capacities` are tokens of KV of i0, i1, ..., P-heavy first; each runs up to `seats` requests at once.
+        A hash of a block stands for `block_size` tokens (0: no prefixes), `slo` is of requests without one."""
+        self.sliders, self.slo, self.predictor, self.policy = sliders, slo, predictor, policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
         self.ledger.strictest.bound(slo, policy.classes)
         self.requests, self.instances = self.ledger.requests, self.ledger.instances
