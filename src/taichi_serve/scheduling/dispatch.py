@@ -178,7 +178,7 @@ class Dispatcher:
             seconds = self.predictor.fetch(lender, placed.instance, missing)
             self.ledger.lend(lender, now, seconds * self.links.dearer(lender, placed.instance))
         there = here.name, placed.hand_over, placed.forecasts, placed.why
-        lent = (None, 0) if lender is None else (lender.name, placed.cached)
+        lent: tuple[str | None, int] = (None, 0) if lender is None else (lender.name, placed.cached)
         return Prefill(request.id, request.leg, *there, *lent, request.by, request.best_effort)
 
     def _known(self, request: Request, now: float, able: list[Instance]) -> Known:
