@@ -47,9 +47,9 @@ def test_every_refused_flag_is_named() -> None:
 def test_every_metric_is_in_the_table_with_its_type() -> None:
     import inspect
 
-    from taichi_serve.frontend import metrics
+    from taichi_serve.frontend import links, metrics
 
-    source = inspect.getsource(metrics)
+    source = inspect.getsource(metrics) + inspect.getsource(links)
     made = re.findall(r'(Counter|Gauge)MetricFamily\(\s*"(taichi_\w+)"', source)
     expected = {name + ("_total" if kind == "Counter" else ""): kind.lower() for kind, name in made}
     assert {name: cells[0] for name, cells in table("Metrics").items()} == expected

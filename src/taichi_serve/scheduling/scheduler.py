@@ -71,8 +71,8 @@ class GlobalScheduler:
         block_size: int = 0,
         seats: int = UNBOUNDED,
     ) -> None:
-        """`capacities` are tokens of KV of i0, i1, ..., P-heavy first; each runs up to `seats` requests. A hash
-        of a block stands for `block_size` tokens (0: no prefixes), `slo` is of requests without one."""
+        """`capacities` are tokens of KV of i0, i1, ..., P-heavy first; each runs `seats` requests. A hash of
+        a block stands for `block_size` tokens (0: no prefixes), `slo` is of requests without one."""
         self.sliders, self.slo, self.predictor, self.policy = sliders, slo, predictor, policy
         self.ledger = Ledger(sliders, capacities, policy.alpha, policy.max_degrades, block_size)
         self.ledger.strictest.bound(slo, policy.classes)
