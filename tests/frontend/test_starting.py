@@ -122,9 +122,9 @@ def test_a_profile_that_is_given_says_what_steps_take(tmp_path: Any) -> None:
 @pytest.mark.usefixtures("gpus")
 def test_every_gpu_is_taken_and_the_roofline_says_what_steps_take() -> None:
     its = start("--dtype", "bfloat16")
-    assert (its.tensor_parallel, its.sliders.p_heavy, its.sliders.d_heavy) == (1, 1, 3)
+    assert (its.tensor_parallel, its.sliders.p_heavy, its.sliders.d_heavy) == (1, 0, 4)
     assert its.known is not None and its.known.source == "a roofline of H200"
-    assert its.said[0].startswith("no slider given: 4 x NVIDIA H200: 1 P-heavy, 3 D-heavy (all devices)")
+    assert its.said[0].startswith("no slider given: 4 x NVIDIA H200: 4 D-heavy (all devices)")
     assert its.unsure == frozenset()
 
 
