@@ -130,7 +130,9 @@ def test_who_is_not_wanted_any_more_stops_waiting_for_a_place(tmp_path: Path) ->
     assert one.clear()
 
 
-def test_who_is_killed_while_it_begins_is_killed_when_it_has(tmp_path: Path) -> None:
+def test_whose_place_comes_when_it_is_not_wanted_any_more_gives_it_back_and_never_begins(
+    tmp_path: Path,
+) -> None:
     holding, may = Pretended(), threading.Event()
 
     def place(wanted: Callable[[], bool]) -> Holding | None:
@@ -138,6 +140,26 @@ def test_who_is_killed_while_it_begins_is_killed_when_it_has(tmp_path: Path) -> 
         return holding
 
     one = Held(ORDER, tmp_path, place, lambda begun: None)
+    one.kill_group()
+    assert one.clear()  # who waited for its end did so for long enough
+    may.set()
+    assert one.wait(SOON) == -signal.SIGKILL
+    assert holding.asked == ["leave"]
+
+
+def test_who_is_killed_while_it_begins_is_killed_when_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holding, begins, may = Pretended(), threading.Event(), threading.Event()
+
+    def begin(order: Order) -> Begun:
+        begins.set()
+        may.wait(SOON)
+        return Begun(4711, "10.0.0.2", 0)
+
+    monkeypatch.setattr(holding, "begin", begin)
+    one = held(tmp_path, holding)
+    assert begins.wait(SOON)
     one.kill_group()
     may.set()
     assert holding.killed.wait(SOON)

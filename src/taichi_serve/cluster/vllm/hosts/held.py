@@ -130,7 +130,9 @@ class Held:
         words, code = b"", -signal.SIGKILL
         try:
             self._holding = self._place(lambda: not self._unwanted.is_set())
-            if self._holding is not None:
+            if self._holding is not None and self._unwanted.is_set():
+                self._holding.leave()  # whoever would clear may have given up waiting
+            elif self._holding is not None:
                 begun = self._holding.begin(self._order)
                 self._told(begun)
                 self.pid = begun.pid
