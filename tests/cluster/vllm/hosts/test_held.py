@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from taichi_serve.cluster.vllm.curve import Keys, new_pair
 from taichi_serve.cluster.vllm.hosts.held import GoneError, Held, Holding
 from taichi_serve.cluster.vllm.hosts.holder import Begun, Order, Said
-from taichi_serve.cluster.vllm.wire import flight_file
+from taichi_serve.cluster.vllm.wire import flight_file, read_flight
 
 ORDER = Order("run", "i0", "run-i0", "tcp://10.0.0.1:1", [], {}, Keys("", new_pair(), new_pair(), []))
 SOON = 5.0
@@ -95,6 +95,8 @@ def test_a_node_that_dies_is_its_end_and_its_log_says_why(tmp_path: Path) -> Non
     holding.says.put(None)
     assert one.wait(SOON) == -signal.SIGKILL
     assert (tmp_path / "i0.log").read_text() == "HostError: its node died\n"
+    flight = flight_file(tmp_path, "run-i0")
+    assert (flight.exists(), read_flight(flight)) == (True, [])  # no prompt that waited there is to blame
     assert one.clear()
     assert holding.asked == ["begin i0", "leave"]
 
@@ -128,7 +130,9 @@ def test_who_is_not_wanted_any_more_stops_waiting_for_a_place(tmp_path: Path) ->
     assert one.clear()
 
 
-def test_who_is_killed_while_it_begins_is_killed_when_it_has(tmp_path: Path) -> None:
+def test_whose_place_comes_when_it_is_not_wanted_any_more_gives_it_back_and_never_begins(
+    tmp_path: Path,
+) -> None:
     holding, may = Pretended(), threading.Event()
 
     def place(wanted: Callable[[], bool]) -> Holding | None:
@@ -136,6 +140,26 @@ def test_who_is_killed_while_it_begins_is_killed_when_it_has(tmp_path: Path) -> 
         return holding
 
     one = Held(ORDER, tmp_path, place, lambda begun: None)
+    one.kill_group()
+    assert one.clear()  # who waited for its end did so for long enough
+    may.set()
+    assert one.wait(SOON) == -signal.SIGKILL
+    assert holding.asked == ["leave"]
+
+
+def test_who_is_killed_while_it_begins_is_killed_when_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holding, begins, may = Pretended(), threading.Event(), threading.Event()
+
+    def begin(order: Order) -> Begun:
+        begins.set()
+        may.wait(SOON)
+        return Begun(4711, "10.0.0.2", 0)
+
+    monkeypatch.setattr(holding, "begin", begin)
+    one = held(tmp_path, holding)
+    assert begins.wait(SOON)
     one.kill_group()
     may.set()
     assert holding.killed.wait(SOON)

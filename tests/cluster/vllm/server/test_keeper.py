@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 from house import House, until
 
+from taichi_serve.cluster.vllm.wire import flight_file
 from taichi_serve.messages import Abort, Outcome, Prefill
 
 
@@ -159,6 +160,20 @@ async def test_where_an_engine_left_no_word_every_prompt_there_is_a_suspect(hous
     house.runs(1, "q", "q")
     house.keeper.exited(house.cluster.engines[1], 1)
     assert set(house.keeper.quarantine.suspects) == {"p", "q"}
+    await house.keeper.stop()
+
+
+async def test_who_is_sent_from_one_instance_of_a_lost_host_to_the_next_is_not_ended(house: House) -> None:
+    for engine in house.cluster.engines:  # what is left of one whose holder is gone (hosts/held.py)
+        flight_file(engine.process.directory, engine.engine_id).write_bytes(b"")
+    house.runs(1, "p", "p")
+    house.runs(1, "d", "d", tokens=50)
+    house.keeper.exited(house.cluster.engines[1], -9)
+    house.runs(0, "p#1", "p")
+    house.runs(0, "d#1", "d")  # it computes what it lost
+    house.keeper.exited(house.cluster.engines[0], -9)
+    assert house.failed == []
+    assert set(house.keeper.quarantine.suspects) == {"d"}
     await house.keeper.stop()
 
 

@@ -23,6 +23,22 @@ input()
 """
 
 
+def test_a_thread_that_ends_meanwhile_leaves_none_of_the_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    def tell(thread: int, cores: set[int]) -> None:
+        told.append(thread)
+        if len(told) == 1:
+            raise ProcessLookupError
+
+    threads = [Path("/proc/7/task/7"), Path("/proc/7/task/8"), Path("/proc/7/task/9")]
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(threads))
+    monkeypatch.setattr(os, "sched_setaffinity", tell)
+    own: Any = SimpleNamespace(pid=7)
+    EngineProcess.run_on(own, {0})
+    assert told == [7, 8, 9]
+
+
 def test_all_its_threads_do() -> None:
     everywhere, one = os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}
     with subprocess.Popen(

@@ -43,6 +43,20 @@ async def test_every_instance_computes_logprobs_and_every_pair_moves_without_the
     ]
 
 
+async def test_who_does_not_say_whose_memory_it_reads_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silence(method: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("taichi_serve.cluster.vllm.server.engine.LOOK_SECONDS", 0.01)
+    one = instance(tmp_path, 0)
+    one.process.direct = set()
+    monkeypatch.setattr(one.client, "call_utility_async", silence)
+    await asyncio.wait_for(meet(Cluster(), [one], []), 10)
+    assert one.process.direct == set()
+
+
 HANDSHAKE = 0.015  # seconds; a twentieth of a real one over a network
 MANY = 64
 

@@ -130,7 +130,9 @@ class Held:
         words, code = b"", -signal.SIGKILL
         try:
             self._holding = self._place(lambda: not self._unwanted.is_set())
-            if self._holding is not None:
+            if self._holding is not None and self._unwanted.is_set():
+                self._holding.leave()  # whoever would clear may have given up waiting
+            elif self._holding is not None:
                 begun = self._holding.begin(self._order)
                 self._told(begun)
                 self.pid = begun.pid
@@ -138,6 +140,10 @@ class Held:
                 code = self._follow(self._holding)
         except GoneError as gone:
             words = f"HostError: {gone}\n".encode()
+            # No prompt ended it. Without a word all that wait there would be suspects, and those that go from
+            # one instance of a lost host to the next, which is not known to be lost yet, would be ended.
+            with contextlib.suppress(OSError):
+                flight_file(self._directory, self._order.engine_id).write_bytes(b"")
         except Exception as wrong:  # noqa: BLE001  whoever waits for it has to hear of it
             words = f"HostError: {type(wrong).__name__}: {wrong}\n".encode()
         with contextlib.suppress(OSError), self._log.open("ab") as log:

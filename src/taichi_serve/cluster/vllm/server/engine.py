@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.server.blocks import Hasher
     from taichi_serve.cluster.vllm.server.journey import Journey
 
+LOOK_SECONDS = 30.0  # that one may take to say whose memory it reads
+
 
 @dataclass(slots=True, eq=False)
 class Engine:
@@ -166,10 +168,12 @@ class Engine:
         self.copiers.send(More(leg, source, blocks, note, whole))
 
     async def look_around(self) -> None:
-        """Ask whose memory it reads itself, where that is not to be seen here. Never raises."""
+        """Ask whose memory it reads itself, where that is not to be seen here. Never raises, and waits no
+        longer than LOOK_SECONDS: nobody watches one that is not let in yet, and others wait behind it."""
         if self.process.direct is not None and self.alive:
-            with contextlib.suppress(Exception):  # it dies just now: that is noticed elsewhere
-                self.process.direct = set(await self._ask(Call.DIRECT))
+            with contextlib.suppress(Exception):  # it dies just now, or hangs: that is noticed elsewhere
+                async with asyncio.timeout(LOOK_SECONDS):
+                    self.process.direct = set(await self._ask(Call.DIRECT))
 
     async def answers(self) -> None:
         """Come back when its core and every worker have answered. Raises what the core's client raises."""

@@ -235,8 +235,9 @@ class EngineProcess(Process):
         """Any core, if there are none. Beside a worker that computes on one of few cores, the engine core
         would take the worker's time and not that of a free one."""
         with contextlib.suppress(OSError):  # it is gone, which is seen elsewhere
-            for thread in Path(f"/proc/{self.pid}/task").iterdir() if cores else ():
-                os.sched_setaffinity(int(thread.name), cores)
+            for thread in list(Path(f"/proc/{self.pid}/task").iterdir()) if cores else ():
+                with contextlib.suppress(ProcessLookupError):  # threads of a start end while it is looked
+                    os.sched_setaffinity(int(thread.name), cores)
 
     def again(self) -> bool:
         """Where its fork server failed it: forked by another one, or as a program of its own. From the main
