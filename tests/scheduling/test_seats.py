@@ -10,7 +10,18 @@ import pytest
 from even import Even
 
 from taichi_serve.instance import Instance
-from taichi_serve.messages import Added, Arrived, Command, Decline, Decode, Finished, Prefill, Prefilled
+from taichi_serve.messages import (
+    Added,
+    Ahead,
+    Arrived,
+    Command,
+    Decline,
+    Decode,
+    Finished,
+    Prefill,
+    Prefilled,
+    Stepped,
+)
 from taichi_serve.scheduling.policy import DEMOTE, REFUSE, SERVE, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.scheduling.seats import Seats
@@ -79,6 +90,21 @@ def test_with_no_room_either_it_stays_where_it_prefilled() -> None:
     (decode,) = s.on(Prefilled(0.1, "a", 0, "i0", held=True))
     assert isinstance(decode, Decode)
     assert decode.on == "i0"
+
+
+@pytest.mark.parametrize(("free", "on"), [(0, "i1"), (1, "i2")])
+def test_where_no_other_has_a_seat_a_decode_waits_where_its_kv_was_copied_ahead(free: int, on: str) -> None:
+    policy, capacities = Policy(ahead=True), {"i0": 10_000, "i1": 10_000, "i2": 10_000}
+    s = GlobalScheduler(Sliders(1, 2, 100, 0), SLO(4.0, 0.1), Even(), policy, capacities, seats=4)
+    arrive(s, a=300)
+    (ahead,) = s.on(Stepped(0.1, "i0", 0.1, 100, 0, 100))
+    assert isinstance(ahead, Ahead)
+    assert ahead.to == "i1"
+    s.instances["i1"].decodes, s.instances["i2"].decodes = 4, 4 - free
+    s.instances["i1"].kv_tokens = 400  # the blocks that were given to it
+    (decode,) = s.on(Prefilled(0.3, "a", 0, "i0", held=True))
+    assert isinstance(decode, Decode)
+    assert decode.on == on
 
 
 def test_a_seat_is_free_when_as_many_have_ended_as_stand_before() -> None:

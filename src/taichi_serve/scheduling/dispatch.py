@@ -36,7 +36,7 @@ from taichi_serve.scheduling.precedence import Precedence
 from taichi_serve.scheduling.prefill import Placement, choose_prefill
 from taichi_serve.scheduling.prompt import UNKNOWN, Behind, Known
 from taichi_serve.scheduling.residency import NONE
-from taichi_serve.scheduling.room import fits, room_for
+from taichi_serve.scheduling.room import load_after, room_for
 from taichi_serve.scheduling.standing import able, able_and_low, decoders, of_kind, serving
 from taichi_serve.scheduling.triage import Triage, drained
 from taichi_serve.sliders import Kind, Sliders
@@ -200,9 +200,12 @@ class Dispatcher:
         """Start the decode of a request whose prefill on `here` is over (Alg. 1, low-interference start)."""
         among, prefixes, near = self._starts(request, here)
         target, why = choose_start(request, here, among, self.policy, prefixes, near)
+        seated = target is not here and target.seats_left > 0
         for known in decoders(among):
-            # What it takes there is in that instance's own figures already.
-            if known.name == request.ahead and fits(known, 0, self.policy):
+            # What it takes there is in that instance's own figures already. Where it has to wait for a seat
+            # anyhow it waits there.
+            room = load_after(known, 0, self.policy) <= self.policy.full_mark
+            if known.name == request.ahead and room and (known.seats_left > 0 or not seated):
                 target, why = known, "a D-heavy instance with room, and most of its KV is there"
         return self._decode(request, target, Move.HAND_OVER, now, why, among)
 

@@ -1,4 +1,4 @@
-"""Room on an instance: how much KV to promise to a request, how full it will be then, and a seat."""
+"""Room in a KV cache: how much to promise to a request, and how full an instance will be with it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ def load_after(instance: Instance, kv_tokens: int, policy: Policy) -> float:
     queued = instance.queued_tokens - instance.progress_tokens + instance.queued_unused
     used = instance.kv_tokens + instance.reserved_tokens + queued
     return (used + kv_tokens + grown) / instance.kv_capacity
-
-
-def fits(instance: Instance, kv_tokens: int, policy: Policy) -> bool:
-    """Whether a newcomer with `kv_tokens` has a seat there, and room below the watermark."""
-    return instance.seats_left > 0 and load_after(instance, kv_tokens, policy) <= policy.full_mark
 
 
 def roomiest(decoders: Sequence[Instance], prefixes: Prefixes) -> tuple[Instance, int]:
