@@ -9,7 +9,7 @@ from even import Even
 
 from taichi_serve.messages import Arrived, Command, Prefill, Prefilled
 from taichi_serve.scheduling.margin import LATE, LEAST, MOST, STEP, Margin
-from taichi_serve.scheduling.policy import DEMOTE, Policy
+from taichi_serve.scheduling.policy import DEMOTE, REFUSE, Policy
 from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -70,3 +70,14 @@ def test_who_was_not_accepted_as_in_time_says_nothing() -> None:
     before = s._dispatcher.triage.margin.share
     s.on(Prefilled(9.0, "b", 0, "i0"))
     assert s._dispatcher.triage.margin.share == before
+
+
+def test_the_margin_shrinks_again_where_every_prompt_is_within_it() -> None:
+    s = GlobalScheduler(
+        Sliders(0, 1, 0, 100), SLO(4.0, 0.1), Even(), Policy(overload=REFUSE), {"i0": 1_000_000}
+    )
+    s._dispatcher.triage.margin.share = MOST
+    (placed,) = s.on(Arrived(0.0, "a", 3600, 100))  # alone, 0.9 of its SLO
+    assert isinstance(placed, Prefill)
+    s.on(Prefilled(3.6, "a", 0, "i0"))
+    assert s._dispatcher.triage.margin.share < MOST

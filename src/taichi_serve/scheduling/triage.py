@@ -19,7 +19,7 @@ from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Average, Predictor
 from taichi_serve.request import Request
 from taichi_serve.scheduling.ledger import Ledger
-from taichi_serve.scheduling.margin import Margin
+from taichi_serve.scheduling.margin import LEAST, Margin
 from taichi_serve.scheduling.pace import Pace
 from taichi_serve.scheduling.policy import Policy
 from taichi_serve.scheduling.precedence import Precedence
@@ -156,8 +156,11 @@ class Triage:
         return None
 
     def lacking(self, request: Request, placed: Placement) -> Lack | None:
-        """What the newcomer lacks to be in time in its place."""
-        seconds = placed.ttft - request.slo.ttft * (1.0 - self.margin.share)
+        """What the newcomer lacks to be in time in its place. Where nobody else is the margin is the least:
+        else those that take longer would never be accepted again, and it would never shrink."""
+        here = placed.instance
+        share = self.margin.share if here.queued_requests or here.decodes else LEAST
+        seconds = placed.ttft - request.slo.ttft * (1.0 - share)
         return Lack(seconds, request) if seconds > 0.0 else None
 
     def harming(self, request: Request, here: Instance, now: float, everybody: bool = False) -> Lack | None:
