@@ -194,6 +194,12 @@ def test_a_number_that_is_given_is_taken_on_a_host_too() -> None:
     assert start(TINY, CPU, instances=3).sliders.instances == 3
 
 
+def test_room_for_kv_is_that_of_as_many_ranks_as_there_are_kv_heads() -> None:
+    # Of 79 GB a device, (79 - 15.2 / 8 - 2.5) are for KV; four of eight ranks hold what the others do.
+    assert M7.room(A100, 8) == pytest.approx(4 * 74.6e9 / 57344)
+    assert M7.room(A100, 1) == pytest.approx(61.3e9 / 57344)
+
+
 # --------------------------------------------------------------------------------------------- chunks
 
 

@@ -102,7 +102,8 @@ class Model:
         elif self.weights is None:
             return math.inf
         else:
-            left = max(0.0, machine.memory - self.weights / degree - WORK_SPACE) * degree
+            ranks = max(1, min(degree, self.kv_heads))  # each KV head is on several of more ranks
+            left = max(0.0, machine.memory - self.weights / degree - WORK_SPACE) * ranks
         return left / self.kv_bytes if self.kv_bytes else math.inf
 
     @property
