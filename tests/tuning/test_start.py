@@ -215,6 +215,15 @@ def test_where_no_step_is_short_enough_chunks_are_the_smallest() -> None:
     assert start(known=line, tpot=0.010).sliders == Sliders(2, 6, 8192, 16)
 
 
+def test_a_ttft_that_one_instance_cannot_keep_for_summaries_makes_no_chunks_small() -> None:
+    # 3,658 tokens alone take 0.38 s; with chunks of 16 tokens they would take 2.7.
+    assert (
+        start(machine=cards(1), known=line, ttft=0.3).sliders
+        == start(machine=cards(1), known=line, ttft=9.0).sliders
+    )
+    assert start(machine=cards(1), known=line, ttft=0.3).sliders.d_chunk > 100
+
+
 def test_where_nobody_knows_what_a_step_takes_the_chunk_is_256() -> None:
     assert start().sliders.d_chunk == 256
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from taichi_serve.latency.known import Known
@@ -32,6 +32,7 @@ SEQS = 256  # decodes beside the prompt tokens of a step where nobody says
 UNKNOWN_CHUNK = 256  # where nobody knows what a step takes
 DECODES, CONTEXT = 32, 1000  # of a usual step: so many decodes, each with so many tokens of context
 PROMPT = 4096  # tokens of a long prompt
+ENDLESS = 1e9  # seconds: a TTFT that everybody keeps
 # The paper's SLOs stand so to its models (4 s and 70 ms: 8.5 prompts, 2.7 steps of 14B on an A100).
 PROMPTS, STEPS = 8.0, 2.5
 TTFT_GRAIN, TPOT_GRAIN = 0.5, 0.005  # seconds that SLOs are rounded up to
@@ -213,9 +214,12 @@ def _sliders(
     p_heavy = instances // SHARE
     if steps is not None:
         fluid = Fluid(steps.truth, slo, given.seqs or SEQS, room)
+        # Where TTFT is too short for all of them small chunks would only make it longer: TPOT alone decides.
+        patient = replace(fluid, slo=SLO(ENDLESS, slo.tpot))
         # Where no step is short enough the shortest ones are nearest to it.
         shortest = Sliders(p_heavy, instances - p_heavy, p_chunk, min(p_chunk, UNIT))
-        return fluid.suited(instances, p_chunk) or shortest, budget, steps.source
+        suited = fluid.suited(instances, p_chunk) or patient.suited(instances, p_chunk) or shortest
+        return suited, budget, steps.source
     if given.budget is not None and not p_heavy:
         d_chunk, whence = given.budget, GIVEN_WORD  # as vLLM's own server would have it
     else:
