@@ -117,6 +117,16 @@ def test_a_seat_is_free_when_as_many_have_ended_as_stand_before() -> None:
     assert seats.wait(full) == 0.0
 
 
+def test_nobody_waits_for_more_stays_than_it_takes_all_seats_to_become_free() -> None:
+    # One has begun to decode, and 299 are queued: 45 more seats than the 256 are needed, once.
+    seats = Seats()
+    seats.left(2.0)
+    burst = Instance("i0", Kind.D_HEAVY, 256, 1_000, 256, decodes=1, queued_requests=299)
+    assert seats.wait(burst) == 2.0
+    burst.queued_requests = 555  # 301 more
+    assert seats.wait(burst) == 4.0
+
+
 def full(overload: str, stays: float) -> tuple[GlobalScheduler, Command]:
     """One instance, all of whose 4 seats are taken by decodes that have theirs for so long (s); and what
     becomes of a newcomer."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from taichi_serve.instance import Instance
 from taichi_serve.latency.predict import Average
 
@@ -20,8 +22,9 @@ class Seats:
 
     def wait(self, instance: Instance) -> float:
         """Seconds until a newcomer has a seat there, behind all who are to have one before it. Decodes end as
-        evenly as if they had begun evenly."""
+        evenly as if they had begun evenly, and within one stay every seat becomes free once."""
         left = instance.seats_left
         if left > 0 or not instance.decodes:
             return 0.0
-        return (1 - left) * self.stays.value(0.0) / instance.decodes
+        stays = min((1 - left) / instance.decodes, ceil((1 - left) / instance.seats))
+        return stays * self.stays.value(0.0)
