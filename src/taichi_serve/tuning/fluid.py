@@ -55,13 +55,12 @@ class Fluid:
         return every[shares.index(max(shares))]
 
     def carried(self, sliders: Sliders, load: Load) -> float:
-        """Requests/s that these sliders carry; 0 where a step without a decode is too long."""
+        """Requests/s that these sliders carry; 0 where a step with one decode is too long."""
         context = load.prompt + load.output / 2
         apart = (
             sliders.p_heavy * BUSY / self._prefilled(sliders.p_chunk, load.prompt) if sliders.p_heavy else 0.0
         )
-        each = (self._beside(decodes, sliders, load, apart) for decodes in self._counts(context))
-        return max(each, default=0.0)
+        return max(self._beside(decodes, sliders, load, apart) for decodes in self._counts(context))
 
     def _beside(self, decodes: int, sliders: Sliders, load: Load, apart: float) -> float:
         """The same with so many decodes in each step, and `apart` prompts/s prefilled by P-heavy instances.

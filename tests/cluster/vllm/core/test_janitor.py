@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from taichi_serve.cluster.vllm.belongings import SHARED
 from taichi_serve.cluster.vllm.core import janitor
 from taichi_serve.cluster.vllm.core.janitor import _remove
-from taichi_serve.cluster.vllm.server import remains
+from taichi_serve.cluster.vllm.server import process as of_the_server
 
 SERVER = """
 import subprocess, sys, time
@@ -108,8 +109,8 @@ def test_a_killed_core_takes_its_workers_along_and_leaves_the_server_its_directo
 
 
 def test_it_knows_all_shared_memory_that_the_server_knows() -> None:
-    assert janitor.SHARED.pattern == remains.SHARED.pattern
-    assert janitor.SHARED.findall(" /dev/shm/vllm_offload_server-i0.mmap\n") == [
+    assert janitor.shared_memory is of_the_server.shared_memory
+    assert SHARED.findall(" /dev/shm/vllm_offload_server-i0.mmap\n") == [
         "/dev/shm/vllm_offload_server-i0.mmap"
     ]
 

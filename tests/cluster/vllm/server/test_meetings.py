@@ -60,14 +60,20 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_silent_one_is_met_when_it_answers_and_works_when_it_has_answered_after_that(
-    late: House,
-) -> None:
+async def met(late: House) -> Engine:
+    """The silent one, which answered, was met, and is asked once more."""
     engine = late.cluster.engines[0]
     late.keeper.answered(engine)
     await probe(engine)
     await until(lambda: set(late.cluster.met) >= BOTH)
     await until(lambda: bool(asked(engine)))
+    return engine
+
+
+async def test_a_silent_one_is_met_when_it_answers_and_works_when_it_has_answered_after_that(
+    late: House,
+) -> None:
+    engine = await met(late)
     await turns()
     assert not works(late)
     await probe(engine)
@@ -78,11 +84,7 @@ async def test_a_silent_one_is_met_when_it_answers_and_works_when_it_has_answere
 async def test_one_that_is_silent_again_when_it_was_met_gets_no_work_until_it_answers_once_more(
     late: House,
 ) -> None:
-    engine = late.cluster.engines[0]
-    late.keeper.answered(engine)
-    await probe(engine)
-    await until(lambda: set(late.cluster.met) >= BOTH)
-    await until(lambda: bool(asked(engine)))
+    engine = await met(late)
     late.keeper.silence(engine, 6)
     for question in asked(engine):  # too late
         question.set_result(None)

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from taichi_serve.cluster.vllm.belongings import shared_memory
 from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
-from taichi_serve.cluster.vllm.server.process import shared_memory
 from taichi_serve.ports import LOOPBACK
 
 

@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from taichi_serve.cluster.vllm.belongings import members
 from taichi_serve.cluster.vllm.server.remains import (
     ending,
     exit_code,
     forget_logs,
     lives,
-    members,
     remove_files,
     wait_gone,
 )
@@ -107,7 +107,8 @@ def test_an_end_is_told_in_words() -> None:
 def test_a_server_that_orphans_come_to_has_no_dead_child_left() -> None:
     text = """
 import ctypes, os, subprocess, sys
-from taichi_serve.cluster.vllm.server.remains import members, reap, wait_gone
+from taichi_serve.cluster.vllm.belongings import members
+from taichi_serve.cluster.vllm.server.remains import reap, wait_gone
 assert ctypes.CDLL(None).prctl(36, 1) == 0  # PR_SET_CHILD_SUBREAPER: as the first process of a container
 sleep = "import os, subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); os.read(1, 1)"
 other = subprocess.Popen(["sleep", "600"])

@@ -10,9 +10,7 @@ does anything, and uses the standard library alone, but for its title.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import select
 import shutil
 import signal
@@ -21,9 +19,8 @@ from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
 
-# See remains.py of the server, which looks for the same.
-SHARED = re.compile(r" (/dev/shm/(?:psm_|sem\.mp-|vllm_dist_|vllm_offload_)[^/\s]+)$", re.MULTILINE)
-UNNAMED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+from taichi_serve.cluster.vllm.belongings import UNNAMED, members, named_after, offered_by, shared_memory
+
 LOOK_SECONDS = 15.0  # between two looks at what is shared, while the engine is young; rarer later
 LOOK_RARELY = 300.0
 GRACE = 1.0  # seconds in which the engine's processes may end by themselves; Python's tracker cleans up in it
@@ -52,11 +49,11 @@ def watch(server: int, directory: Path, mine: tuple[str, str] | None = None) -> 
 
 
 def _run(core: int, server: int, group: int, directory: Path, mine: tuple[str, str] | None) -> None:
-    shared: set[str] = set()
+    shared: set[Path] = set()
     began = time.monotonic()
     while not _ended(core, LOOK_SECONDS if time.monotonic() - began < LOOK_RARELY else LOOK_RARELY):
-        shared |= _shared(group)
-    shared |= _shared(group)
+        shared |= shared_memory(group)
+    shared |= shared_memory(group)
     until = time.monotonic() + GRACE
     while _others(group) and time.monotonic() < until:
         time.sleep(0.02)
@@ -64,7 +61,7 @@ def _run(core: int, server: int, group: int, directory: Path, mine: tuple[str, s
         with contextlib.suppress(OSError):
             os.kill(process, signal.SIGKILL)
     for path in shared:
-        Path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     if _ended(server, LEFT_SECONDS):  # its other engines may be a moment behind
         if mine is not None:
             _remove(directory, *mine)
@@ -85,13 +82,12 @@ def _close_all_but(*kept: int) -> None:
 
 def _remove(directory: Path, name: str, engine_id: str) -> None:
     """What one engine left there, and the directory with the last of them."""
-    # An id is not the beginning of a longer one: i1 not of i10, and not of i1.2.
-    named = re.compile(rf"{re.escape(engine_id)}(?!\d|\.\d)")
+    named = named_after(engine_id)
     own = {name, *(f"{name}.{kind}" for kind in ("json", "log"))}
     for path in _paths(directory):
         if path.is_dir() and path.name in own:
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name in own or named.search(path.name) or _offered_by(path, engine_id):
+        elif path.name in own or named.search(path.name) or offered_by(path, engine_id):
             path.unlink(missing_ok=True)
     # vLLM's own sockets inside an instance say nothing of their owner: they go with the last one.
     if all(UNNAMED.fullmatch(path.name) for path in _paths(directory)):
@@ -104,15 +100,6 @@ def _paths(directory: Path) -> list[Path]:
     return []
 
 
-def _offered_by(path: Path, engine_id: str) -> bool:
-    """Whether it says how this engine's memory is reached (`wire.offer_file`)."""
-    if not (path.name.startswith("kv-") and path.suffix == ".json"):
-        return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads(path.read_text())["engine_id"] == engine_id)
-    return False
-
-
 def _ended(process: int, seconds: float) -> bool:
     """Whether the process behind this descriptor ends within so many seconds."""
     poll = select.poll()
@@ -122,21 +109,4 @@ def _ended(process: int, seconds: float) -> bool:
 
 def _others(group: int) -> list[int]:
     """Living processes of the group, but for this one."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            number = int(path.name)
-            if number != os.getpid() and os.getpgid(number) == group:
-                stat = (path / "stat").read_text()
-                if stat[stat.rindex(")") + 2] not in "ZX":
-                    found.append(number)
-    return found
-
-
-def _shared(group: int) -> set[str]:
-    """Files of shared memory that processes of the group have mapped."""
-    found: set[str] = set()
-    for number in _others(group):
-        with contextlib.suppress(OSError):
-            found.update(SHARED.findall(Path(f"/proc/{number}/maps").read_text()))
-    return found
+    return [number for number in members(group) if number != os.getpid()]

@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 
+from taichi_serve.cluster.vllm.belongings import shared_memory
 from taichi_serve.cluster.vllm.curve import Keys, write_keys, write_private
 from taichi_serve.cluster.vllm.interface import only
 from taichi_serve.cluster.vllm.server.remains import (
     remove_files,
     remove_with_the_last,
-    shared_memory,
     wait_gone,
 )
 from taichi_serve.cluster.vllm.server.spawned import Spawned

@@ -24,13 +24,14 @@ from vllm.v1.engine.utils import (
     wait_for_engine_startup,
 )
 
+from taichi_serve.cluster.vllm.belongings import shared_memory
 from taichi_serve.cluster.vllm.curve import write_keys, write_private
 from taichi_serve.cluster.vllm.interface import only
 from taichi_serve.cluster.vllm.server.child import Child
 from taichi_serve.cluster.vllm.server.forked import Forked
 from taichi_serve.cluster.vllm.server.forks import Forks
 from taichi_serve.cluster.vllm.server.line import Line, engine_id, over_files
-from taichi_serve.cluster.vllm.server.remains import ending, reap, remove_files, shared_memory, wait_gone
+from taichi_serve.cluster.vllm.server.remains import ending, reap, remove_files, wait_gone
 from taichi_serve.cluster.vllm.server.spawned import Spawned
 from taichi_serve.cluster.vllm.spec import Spec
 from taichi_serve.cluster.vllm.wire import direct
