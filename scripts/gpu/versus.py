@@ -160,6 +160,9 @@ class Field:
         words += ["--contender", "auto="] if "auto" in contenders else []
         # The probes see the host's cores and nothing of GPUs: there no round is done again for them.
         words += ["--redo", "1" if args.rehearse else "0", "--settle", f"{args.settle:g}"]
+        words += ["--event-logs", str(self.out / name / folder)] if args.event_logs else []
+        # A host of GPUs has cores for all of them.
+        words += [] if args.rehearse else ["--at-once"]
         print(f"{name}: {' and '.join(contenders)}", flush=True)
         return self._called([*words, "--", *(SMALL_FLAGS if args.rehearse else self._flags())])
 
@@ -277,6 +280,7 @@ def parsed() -> argparse.Namespace:
     add("--tolerance", type=float, default=0.05, help="of the rate (default: 0.05)")
     add("--settle", type=float, default=0.0, help="seconds of load before anything counts (default: 0)")
     add("--tuning", type=int, default=300, help="requests a rate while stock is tuned (default: 300)")
+    add("--event-logs", action="store_true", help="each of ours keeps its events beside compare.json")
     add("--seconds", type=float, default=500.0, help="of this call (default: 500)")
     add("--rehearse", action="store_true", help="on a CPU, with a tiny model; give small numbers, too")
     return parser.parse_args()

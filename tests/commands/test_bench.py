@@ -175,6 +175,15 @@ def test_a_contender_of_ones_own_has_a_name_and_flags(model):
     assert jobs["h48"].flags[-5:] == ("--enforce-eager", "--p-heavy", "1", "--d-chunk", "48")
 
 
+def test_each_of_ours_has_an_event_log_of_its_own_where_they_are_asked_for(model, tmp_path):
+    args = asked(f"{model} {BASE} --compare hybrid,stock --contender b= --event-logs {tmp_path / 'kept'}")
+    jobs = bench.jobs_of(args, (), bench.trial_of(args))
+    for name in ("hybrid", "b"):
+        assert jobs[name].flags[-2:] == ("--event-log", str(tmp_path / "kept" / f"{name}.jsonl"))
+    assert "--event-log" not in jobs["stock"].flags
+    assert (tmp_path / "kept").is_dir()
+
+
 TUNED = """
 model: tiny
 p_heavy: 1

@@ -214,9 +214,9 @@ def server(monkeypatch):
     return Server
 
 
-def stand(said=None):
+def stand(said=None, at_once=False):
     field = {name: Contender(name, "ours", (name,)) for name in "abc"} | {"u": at("http://u:1/")}
-    return Standing(field, "tiny", None, Console(file=said or io.StringIO()))
+    return Standing(field, "tiny", None, Console(file=said or io.StringIO()), at_once)
 
 
 async def test_servers_stay_up_and_are_met_again(server, monkeypatch):
@@ -228,6 +228,28 @@ async def test_servers_stay_up_and_are_met_again(server, monkeypatch):
     assert await standing._url("u") == "http://u:1"
     standing.stop()
     assert server.up == []
+
+
+async def test_servers_that_start_at_once_are_all_begun_by_the_first_that_is_met(server, monkeypatch):
+    monkeypatch.setattr(Server, "room", 3)
+    servers = stand(at_once=True)
+    await servers._url("b")
+    assert (server.up, sorted(servers._begun)) == (["b"], ["a", "c"])
+    await servers._url("u")
+    await servers._url("a")
+    assert (server.up, sorted(servers._begun)) == (["b", "a"], ["c"])
+    ended = []
+    monkeypatch.setattr(Server, "stop", lambda self, keep: ended.append(self.name))
+    servers.stop()
+    assert sorted(ended) == ["a", "b", "c"]
+    assert servers._begun == servers._up == {}
+
+
+async def test_of_servers_that_start_at_once_one_without_room_makes_it_one_at_a_time(server):
+    servers = stand(at_once=True)
+    for name in "abc":
+        await servers._url(name)
+    assert (server.up, servers.alone, servers._begun) == (["c"], True, {})
 
 
 async def test_where_one_finds_no_room_beside_the_others_one_at_a_time_is_up(server):

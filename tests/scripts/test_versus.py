@@ -126,6 +126,7 @@ def arguments(tmp_path, **more):
         "step": 2.0,
         "ttft_slo": None,
         "tpot_slo": None,
+        "event_logs": False,
     }
     return argparse.Namespace(**common | more)
 
@@ -165,7 +166,7 @@ def test_stock_is_tuned_by_pairs_and_then_everybody_stands_beside_it(versus, cal
 
 def test_those_named_together_stand_in_one_comparison_and_nothing_is_tuned(versus, calls, tmp_path):
     more = {"together": "stock:256,stock:320,hybrid,auto", "gpus": 4, "start": 13.0, "step": 1.15}
-    field = versus.Field(arguments(tmp_path, **more, tpot_slo=0.014), Path("m"))
+    field = versus.Field(arguments(tmp_path, **more, tpot_slo=0.014, event_logs=True), Path("m"))
     field.pairs("long")
     (words,) = calls
     said = {word: words[words.index(word) + 1] for word in words if word.startswith("--")}
@@ -173,6 +174,8 @@ def test_those_named_together_stand_in_one_comparison_and_nothing_is_tuned(versu
     assert said["--contender"] == "auto="
     assert (said["--start"], said["--step"]) == ("13", "1.15")
     assert (said["--ttft-slo"], said["--tpot-slo"]) == ("2", "0.014")
+    assert said["--event-logs"] == str(tmp_path / "long" / "together")
+    assert "--at-once" in words
     assert said["--out"] == str(tmp_path / "long" / "together")
 
 

@@ -50,7 +50,7 @@ def compared(
         console.print(f"{len(found.rounds)} rounds of {found.date} are taken from {path}", soft_wrap=True)
         if found.contest.next() is None:
             return found
-    standing = Standing(field, args.target, args.api_key, console)
+    standing = Standing(field, args.target, args.api_key, console, args.at_once)
     rounds = Rounds(found, standing, console, args.redo, args.settle, args.senders)
     failed = None
     try:

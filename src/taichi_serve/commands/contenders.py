@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "server chooses its sliders by what it has seen (default: 0)",
     )
     parser.add_argument(
+        "--at-once", action="store_true", help="start all servers at the same time, where there are cores for it"
+    )
+    parser.add_argument(
+        "--event-logs", type=Path, metavar="DIR", help="each of ours writes its events to DIR/NAME.jsonl"
+    )
+    parser.add_argument(
         "--tuned", type=Path, metavar="DIR", help="their settings as `taichi search --tuned DIR` found them"
     )
     parser.add_argument("--instances", type=int, default=2, metavar="N", help="(default: 2)")
@@ -99,7 +105,7 @@ def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[st
     def add(option: str, contender: Contender) -> None:
         if contender.name in found:
             raise ValueError(f"{option}: {contender.name!r} is there twice")
-        found[contender.name] = contender
+        found[contender.name] = _logged(contender, args.event_logs)
 
     for asked in args.compare.split(",") if args.compare else ():
         if asked.startswith(("http://", "https://")):
@@ -114,6 +120,15 @@ def field(args: argparse.Namespace, flags: tuple[str, ...], slo: SLO) -> dict[st
         name, more = _given(asked)
         add("--contender", Contender(name, "ours", (*slos, *flags, *more)))
     return found
+
+
+def _logged(contender: Contender, folder: Path | None) -> Contender:
+    """With an event log of its own, where one is asked for and it can write one."""
+    if folder is None or contender.kind != "ours":
+        return contender
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{contender.name}.jsonl"
+    return replace(contender, flags=(*contender.flags, "--event-log", str(log)))
 
 
 def judged_by(slo: SLO) -> tuple[str, ...]:

@@ -24,10 +24,18 @@ class Standing:
     """Starts and stops them. Whoever makes one calls `stop` at the end, however it comes."""
 
     def __init__(
-        self, contenders: Mapping[str, Contender], model: str, api_key: str | None, console: Console
+        self,
+        contenders: Mapping[str, Contender],
+        model: str,
+        api_key: str | None,
+        console: Console,
+        at_once: bool = False,
     ) -> None:
+        """`at_once`: the first that is met starts all of them. What the start of each took of the memory is
+        not known then."""
         self._contenders, self._model, self._api_key = contenders, model, api_key
-        self._console = console
+        self._console, self._at_once = console, at_once
+        self._begun: dict[str, Subserver] = {}  # started, and not known to be ready
         self._up: dict[str, Subserver] = {}
         self._largest = 0  # bytes
         self._gpus = Gpus.find()
@@ -46,8 +54,9 @@ class Standing:
 
     def stop(self, failed: str | None = None) -> None:
         """Stop all; the log of one that failed stays."""
-        for name in list(self._up):
-            self._up.pop(name).stop(keep=name == failed)
+        for servers in (self._begun, self._up):
+            for name in list(servers):
+                servers.pop(name).stop(keep=name == failed)
 
     def log(self, name: str) -> str:
         """Where the log of a contender is."""
@@ -62,11 +71,13 @@ class Standing:
             if (code := server.ended) is not None:
                 raise EndpointGoneError(f"its server has ended with exit code {code}")
             return server.url
-        if not self.alone and self._up and available() < ROOM * self._largest:
+        if self._at_once and not self.alone:
+            self._begin()
+        elif not self.alone and self._up and available() < ROOM * self._largest:
             self._go_alone(f"there is no memory for {name} beside the others")
         if self.alone:
             self.stop()
-        others = bool(self._up)
+        others = bool(self._up or self._begun.keys() - {name})
         try:
             return await self._start(contender, keep=not others)
         except ServerError as wrong:
@@ -74,6 +85,12 @@ class Standing:
                 raise
             self._go_alone(f"{name} does not start beside the others ({wrong})")
         return await self._start(contender, keep=True)
+
+    def _begin(self) -> None:
+        """Start whoever is not up."""
+        for name, one in self._contenders.items():
+            if one.kind != "url" and not (name in self._begun or name in self._up):
+                self._begun[name] = _server(one, [self._model, *one.flags])
 
     def _go_alone(self, why: str) -> None:
         self._console.print(f"{why}: from now on one server at a time is up", soft_wrap=True, markup=False)
@@ -83,8 +100,8 @@ class Standing:
     async def _start(self, contender: Contender, keep: bool) -> str:
         """`keep` says whether the log stays where it fails."""
         before, name, graphics = available(), contender.name, self._gpus.used()
-        words = [self._model, *contender.flags]
-        self._up[name] = server = _server(contender, words)
+        begun = self._begun.pop(name, None)
+        self._up[name] = server = begun or _server(contender, [self._model, *contender.flags])
         try:
             with self._console.status(f"{name}: starting the server") as status:
                 async for said in server.sayings():
@@ -92,6 +109,8 @@ class Standing:
         except ServerError as wrong:
             self._up.pop(name).stop(keep)
             raise ServerError(f"{name}: {wrong}" + (f"\nits log is {server.log}" if keep else "")) from None
+        if begun:
+            return server.url
         self._largest = max(self._largest, before - available())
         now = self._gpus.used()
         self._gpu_bytes[name] = None if graphics is None or now is None else now - graphics

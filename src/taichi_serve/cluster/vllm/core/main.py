@@ -79,11 +79,16 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
     end_at_once()
     dress_core(Path(path).parent, spec.engine_id)
     config = engine_config(spec.argv, spec.engine_id, str(Path(path).parent))
+    executor = Executor.get_class(config)
+    if current_platform.is_cpu():
+        from taichi_serve.cluster.vllm.core.executor import executor_of
+
+        executor = executor_of(config, executor)
     EngineCoreProc.run_engine_core(
         vllm_config=config,
         local_client=True,
         handshake_address=spec.handshake,
-        executor_class=Executor.get_class(config),
+        executor_class=executor,
         log_stats=True,
     )
 
