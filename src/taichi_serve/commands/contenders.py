@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "server chooses its sliders by what it has seen (default: 0)",
     )
     parser.add_argument(
-        "--at-once", action="store_true", help="start all servers at the same time, where there are cores for it"
+        "--at-once",
+        action="store_true",
+        help="start all servers at the same time, where there are cores for it",
     )
     parser.add_argument(
         "--event-logs", type=Path, metavar="DIR", help="each of ours writes its events to DIR/NAME.jsonl"

@@ -1,7 +1,7 @@
 """On a CPU a step is one trip to the workers and back (decision 145).
 
 Without asynchronous scheduling, which vLLM has not on a CPU, its engine core asks the workers to compute,
-waits for their word that they did, asks them to sample, and waits again. Nothing of the second message depends
+waits for their word that they did, asks them to sample, and waits again. The second message does not depend
 on the first answer unless a grammar holds a request of the step, so both are sent at once.
 """
 
