@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taichi_serve.classes import SLOClass
+from taichi_serve.instance import UNBOUNDED
 from taichi_serve.latency.model import prompt_attention
 from taichi_serve.latency.predict import Learned
 from taichi_serve.messages import (
@@ -74,6 +75,7 @@ class Work:
     cached: int = 0
     hand_over: bool = False
     held: bool = False
+    seat: bool = False  # it runs
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Model:
     stale: list[Event] = field(default_factory=list)
     terms: tuple[tuple[SLO | None, str | None], ...] = ((None, None),)  # of requests, in turn
     caches: dict[str, set[int]] = field(default_factory=dict)  # where prompts have blocks
+    seats: int = UNBOUNDED  # requests that an instance runs at once
 
     def __post_init__(self) -> None:
         self.chunks = {i.name: i.chunk for i in self.scheduler.instances.values()}
@@ -115,15 +118,15 @@ class Model:
             case Prefill(on=on, leg=leg, hand_over=hand_over):
                 self.assert_able(on)
                 assert leg > work.leg or (leg, work.on) == (0, "")
-                work.on, work.leg, work.hand_over, work.done = on, leg, hand_over, 0
+                work.on, work.leg, work.hand_over, work.done, work.seat = on, leg, hand_over, 0, False
                 self.work[work.name] = self.work.pop(work.name)  # to the end of the queue
             case Decode(on=on, leg=leg):
                 self.assert_able(on)
-                work.to, work.leg = on, leg
+                work.to, work.leg, work.seat = on, leg, False
             case Flow(to=to, leg=leg):
                 self.assert_able(to)
                 assert work.to == "" or work.on == ""
-                work.to, work.leg = to, leg
+                work.to, work.leg, work.seat = to, leg, False
             case Demote(leg=leg):
                 assert (work.leg, work.out) == (leg, 0)
             case Abort() | Decline():
@@ -149,19 +152,25 @@ class Model:
     def step(self, instance: str, miss: bool, refuse: bool) -> None:
         if instance in self.dead | self.silent:
             return
-        budget, prefilled, landed, grown = self.chunks[instance], [], [], []
-        before = budget
+        budget, prefilled, landed, grown, stuck = self.chunks[instance], [], [], [], list[Work]()
+        before, free = budget, self.seats - self.running(instance)
         for w in self.in_order(instance):
-            if w.on == instance and not w.to and w.out == 0 and budget:
+            if w.on == instance and not w.to and w.out == 0 and budget and (w.seat or free > 0):
+                free, w.seat = free - (not w.seat), True
                 if not w.done:
                     w.done = w.cached = self.found(w)
                 took = min(budget, w.prompt - w.done)
                 budget, w.done = budget - took, w.done + took
                 if w.done == w.prompt:
                     prefilled.append(w)
-            elif w.to == instance and not refuse:
+            elif w.to == instance and not refuse and free > 0:
+                free -= 1
                 landed.append(w)
             elif w.on == instance and not w.to and w.out and not w.held:
+                if not w.seat and free <= 0:  # its move was refused, and another has its seat
+                    stuck.append(w)
+                    continue
+                free, w.seat = free - (not w.seat), True
                 grown.append(w)
         missed = grown[:1] if miss else []
         for w in grown[len(missed) :]:
@@ -171,10 +180,14 @@ class Model:
         self.tell(
             Stepped(
                 self.now, instance, seconds, before - budget, len(grown), self.held_tokens(instance), 0,
-                tuple(w.name for w in missed),
+                tuple(w.name for w in missed + stuck),
             )
         )  # fmt: skip
         self.facts(instance, prefilled, landed, refuse)
+
+    def running(self, instance: str) -> int:
+        """How many have a seat: they have begun here, and were not told to go elsewhere."""
+        return sum(w.on == instance and w.seat for w in self.work.values())
 
     def in_order(self, instance: str) -> list[Work]:
         """Where prompts have places the instance computes them in the order that the ledger believes in: what
@@ -186,12 +199,13 @@ class Model:
     def facts(self, instance: str, prefilled: list[Work], landed: list[Work], refuse: bool) -> None:
         for w in prefilled:
             if w.name in self.work and w.on == instance:
-                w.out, w.held = 1, w.hand_over
+                w.out, w.held, w.seat = 1, w.hand_over, not w.hand_over
                 self.tell(Prefilled(self.now, w.name, w.leg, instance, w.cached, held=w.hand_over))
         for w in landed:
             if w.name in self.work and w.to == instance:
                 kv = w.prompt if w.on else 0
                 w.on, w.to, w.held, w.out, w.done = instance, "", False, max(1, w.out) + 1, w.prompt
+                w.seat = True
                 self.tell(Flowed(self.now, w.name, w.leg, instance, w.out, kv, 0.03))
         for w in [w for w in self.work.values() if refuse and w.to == instance]:
             w.to, w.held = "", False
@@ -226,7 +240,7 @@ class Model:
         self.caches[instance] = set()
         for w in self.work.values():
             if w.on == instance:
-                w.on, w.done, w.held = "", 0, False
+                w.on, w.done, w.held, w.seat = "", 0, False, False
             if w.to == instance:
                 w.to = ""
         self.silent.discard(instance)
@@ -251,7 +265,7 @@ class Model:
         self.dead.add(instance)
         for w in self.work.values():
             if w.on == instance:
-                w.on, w.done, w.held = "", 0, False
+                w.on, w.done, w.held, w.seat = "", 0, False, False
             if w.to == instance:
                 w.to = ""
         self.silent.discard(instance)
