@@ -39,9 +39,8 @@ def attainment(recording: Recording, truth: Truth, belief: Roofline, slo: SLO, f
     calls = calls_of(recording.entries)
     calls = [replace(c, at=calls[0].at + (c.at - calls[0].at) / faster) for c in calls]
     cluster = SimulatedCluster(recording.sliders, [truth], recording.shape, Link(0.0, 1.0, MOVE), calls)
-    scheduler = GlobalScheduler(
-        recording.sliders, slo, Profiled(belief, {}, 2048), Policy(), cluster.capacities
-    )
+    predictor, seats = Profiled(belief, {}, 2048), recording.shape.max_running
+    scheduler = GlobalScheduler(recording.sliders, slo, predictor, Policy(), cluster.capacities, seats=seats)
     meter = Meter(scheduler, slo)
     run(meter, cluster)
     return meter.tally.good / len(calls)

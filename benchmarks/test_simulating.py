@@ -17,7 +17,6 @@ from taichi_serve.bench.workload import Workload, workload
 from taichi_serve.cluster.base import run
 from taichi_serve.latency.shipped import machine
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.goodput import Scene
 from taichi_serve.sliders import Sliders
 from taichi_serve.slo import SLO
@@ -43,7 +42,7 @@ def simulated(sliders: Sliders, policy: Policy, rate: float, requests: int) -> f
     """Processor seconds of one run."""
     scene = Scene(machine("llama-2-70b-tp4-a100"), arxiv(), SLO_6_100)
     cluster = scene.cluster(sliders, rate, requests, 1)
-    scheduler = GlobalScheduler(sliders, scene.slo, scene.predictor(), policy, cluster.capacities)
+    scheduler = scene.scheduler(sliders, policy, cluster.capacities)
     gc.collect()
     began = time.process_time()
     run(scheduler, cluster)
@@ -72,7 +71,7 @@ def test_memory_does_not_grow_with_the_trace(benchmark, requests):
         scene = Scene(machine("llama-2-70b-tp4-a100"), workload("summarization", 4096), SLO_6_100)
         sliders, policy = CONTENDERS["hybrid"]
         cluster = scene.cluster(sliders, 9.0, requests, 1)
-        scheduler = GlobalScheduler(sliders, scene.slo, scene.predictor(), policy, cluster.capacities)
+        scheduler = scene.scheduler(sliders, policy, cluster.capacities)
         tracemalloc.start()
         run(scheduler, cluster)
         most = tracemalloc.get_traced_memory()[1]

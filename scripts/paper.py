@@ -29,7 +29,6 @@ from taichi_serve.cluster.base import run
 from taichi_serve.latency.shipped import machine
 from taichi_serve.messages import Command, Event, Finished, Prefilled, Stepped
 from taichi_serve.scheduling.policy import Policy
-from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.search.bound import bound
 from taichi_serve.search.climb import climb
 from taichi_serve.search.crew import workers
@@ -232,7 +231,7 @@ def interference(_: argparse.Namespace) -> Json:
         sliders = Sliders(0, 8, 0, chunk)
         cluster = sc.cluster(sliders, rate, 1200, 1)
         policy = Policy(ttft_margin=1.0)
-        scheduler = GlobalScheduler(sliders, sc.slo, sc.predictor(), policy, cluster.capacities)
+        scheduler = sc.scheduler(sliders, policy, cluster.capacities)
         watch = Interference(Meter(scheduler, sc.slo))
         run(watch, cluster)
         points += watch.points
