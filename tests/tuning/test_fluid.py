@@ -47,6 +47,13 @@ def test_prompts_that_only_small_chunks_prefill_may_not_take_longer_than_ttft_al
     assert replace(LINE, slo=SLO(0.25, 0.020)).carried(Sliders(1, 1, 8192, 64), LOAD) > 0.0
 
 
+@pytest.mark.parametrize(("ttft", "carries"), [(0.125, True), (0.120, False)])
+def test_a_p_heavy_one_is_no_use_where_a_prompt_alone_is_late_there(ttft: float, carries: bool) -> None:
+    # A prompt alone takes 110 ms in one step: within 0.9 of 125 ms, not of 120.
+    slo = SLO(ttft, 0.020)
+    assert (replace(LINE, slo=slo).carried(Sliders(1, 1, 8192, 64), LOAD) > 0.0) is carries
+
+
 def test_a_step_that_is_too_long_with_one_decode_carries_nothing() -> None:
     assert LINE.carried(Sliders(1, 1, 8192, 112), LOAD) == 0.0  # 21.3 ms
     assert replace(LINE, slo=SLO(2.0, 0.010)).suited(4, 8192) is None

@@ -200,6 +200,13 @@ def test_room_for_kv_is_that_of_as_many_ranks_as_there_are_kv_heads() -> None:
     assert M7.room(A100, 1) == pytest.approx(61.3e9 / 57344)
 
 
+def test_room_for_kv_is_what_was_said_where_somebody_has() -> None:
+    said = replace(A100, kv=5.7344e9)  # on each device
+    assert M7.room(said, 1) == pytest.approx(100_000)
+    assert M7.room(said, 2) == pytest.approx(200_000)
+    assert replace(M7, weights=None).room(said, 1) == pytest.approx(100_000)
+
+
 # --------------------------------------------------------------------------------------------- chunks
 
 

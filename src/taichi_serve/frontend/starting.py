@@ -131,7 +131,7 @@ def _devices(args: argparse.Namespace, groups: list[str]) -> Devices:
     names = {name for group in groups for name in group.split(",")}
     smallest = min((current_platform.get_device_total_memory(i) for i in range(visible)), default=0)
     name, usable = device_name() if visible else "GPU", smallest * args.gpu_memory_utilization
-    return Devices(name, len(names) or visible, usable, smallest)
+    return Devices(name, len(names) or visible, usable, smallest, args.kv_cache_memory_bytes)
 
 
 def _host(args: argparse.Namespace) -> Host:

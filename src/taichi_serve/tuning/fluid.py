@@ -57,9 +57,9 @@ class Fluid:
     def carried(self, sliders: Sliders, load: Load) -> float:
         """Requests/s that these sliders carry; 0 where a step with one decode is too long."""
         context = load.prompt + load.output / 2
-        apart = (
-            sliders.p_heavy * BUSY / self._prefilled(sliders.p_chunk, load.prompt) if sliders.p_heavy else 0.0
-        )
+        alone = self._prefilled(sliders.p_chunk, load.prompt) if sliders.p_heavy else math.inf
+        # A prompt that is late with nobody before it is no use, however many of them are through.
+        apart = sliders.p_heavy * BUSY / alone if alone <= FILLED * self.slo.ttft else 0.0
         return max(self._beside(decodes, sliders, load, apart) for decodes in self._counts(context))
 
     def _beside(self, decodes: int, sliders: Sliders, load: Load, apart: float) -> float:

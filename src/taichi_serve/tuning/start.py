@@ -55,12 +55,13 @@ class Given:
 @dataclass(frozen=True, slots=True)
 class Devices:
     """Accelerators, all alike or taken as the smallest; `memory` are the bytes an instance may use of one
-    that has `size` bytes."""
+    that has `size` bytes, and `kv` those of them for KV where somebody has said (--kv-cache-memory-bytes)."""
 
     name: str
     count: int
     memory: float
     size: float
+    kv: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,14 @@ class Model:
         """Tokens of KV that an instance of `degree` devices holds; no end where nobody knows."""
         if isinstance(machine, Host):
             left = machine.kv
-        elif self.weights is None:
+        elif self.weights is None and machine.kv is None:
             return math.inf
         else:
             ranks = max(1, min(degree, self.kv_heads))  # each KV head is on several of more ranks
-            left = max(0.0, machine.memory - self.weights / degree - WORK_SPACE) * ranks
+            each = machine.kv
+            if each is None:
+                each = machine.memory - (self.weights or 0.0) / degree - WORK_SPACE
+            left = max(0.0, each) * ranks
         return left / self.kv_bytes if self.kv_bytes else math.inf
 
     @property
