@@ -85,6 +85,16 @@ def test_engines_in_miniature_agree_with_recorded_real_ones(name, requests):
     assert abs(errors["ttft_p90"]) <= 0.10
 
 
+@pytest.mark.parametrize("name", ["h200-aggregation", "h200-hybrid", "h200-auto"])
+def test_engines_in_miniature_agree_with_four_gpus_within_a_little_more(name):
+    real, simulated = Recording.load(RECORDINGS / f"{name}.jsonl.gz").again()
+    errors = simulated.errors(real)
+    assert real.requests >= 628  # of 630
+    assert abs(errors["tpot_mean"]) <= 0.045
+    assert abs(errors["ttft_p50"]) <= 0.06
+    assert abs(errors["ttft_p90"]) <= 0.07
+
+
 def test_in_one_recording_decodes_were_degraded_and_flowed_back_and_most_of_them_do_so_again():
     recording = Recording.load(RECORDINGS / "flowing.jsonl.gz")
     assert (recording.moves[Move.DEGRADE], recording.moves[Move.BACKFLOW]) == (9, 23)

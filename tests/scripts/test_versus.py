@@ -208,3 +208,15 @@ def test_settings_that_were_searched_are_taken_for_their_workload_and_those_like
     assert field._settings("bursts") == ["--tuned", str(tmp_path / "long" / "tuned")]
     assert field.search("long")
     assert len(calls) == 1
+
+
+def test_the_picture_has_all_requests_of_a_contender_at_a_rate_in_one_point(versus, tmp_path):
+    curves = importlib.import_module("curves")
+    found = kept(tmp_path, auto=2.4, stock_192=2.0)
+    points = curves.points([found, found])
+    assert set(points) == {"auto", "stock:192"}
+    rate = round(found.contest.goodput("auto").rate, 2)
+    seen = [visit.run for r in found.rounds for visit in r.visits if visit.name == "auto"]
+    assert len(points["auto"][rate]) == 2 * sum(round(run.rate, 2) == rate for run in seen) > 0
+    curves.draw(points, 0.9, tmp_path / "out.svg")
+    assert "share of requests that are good" in (tmp_path / "out.svg").read_text()
