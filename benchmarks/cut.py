@@ -52,7 +52,8 @@ def told(number: int, facts: list[Line]) -> str:
     """A load in words."""
     at = [fact["on"][1]["at"] for fact in facts if fact["on"][0] == "Arrived"]
     seconds = max(at[-1] - at[0], 1e-9)
-    return f"{number}: {len(at)} request{'s' * (len(at) != 1)} in {seconds:.1f} s, {len(at) / seconds:.2f}/s, {len(facts)} facts"
+    number_of = f"{len(at)} request{'s' * (len(at) != 1)}"
+    return f"{number}: {number_of} in {seconds:.1f} s, {len(at) / seconds:.2f}/s, {len(facts)} facts"
 
 
 def main() -> None:
