@@ -129,7 +129,8 @@ async def pretended_fleet(
     from taichi_serve.cluster.vllm.server.cluster import VllmCluster
     from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.cluster.vllm.server.fleet import Fleet
-    from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
+    from taichi_serve.cluster.vllm.server.keeper import Keeper
+from taichi_serve.cluster.vllm.server.told import Told
     from taichi_serve.cluster.vllm.server.quarantine import Quarantine
     from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 

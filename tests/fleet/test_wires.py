@@ -15,13 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 from hosts import HERE, Host, network
-from servers import Server
+from load import PATH, streamed, wishes, wrong
+from servers import Server, until
+
+from taichi_serve.bench.client import stream
 
 pytestmark = pytest.mark.engine
 
 STRANGER = str(Path(__file__).with_name("stranger.py"))
 GREETING = 64  # bytes that every ZeroMQ socket says first
 FLAGS = ("--p-heavy", "1", "--d-heavy", "1")
+LONG = wishes(12, seed=6, prompt=(64, 400), output=(500, 600))
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,43 @@ async def test_an_instance_that_comes_after_a_stranger_meets_the_others(
         await asyncio.sleep(0.2)
     assert back()
     await served(server, 16)
+
+
+def busiest(host: Host) -> int:
+    """The server's port over which most has come: outputs of an engine."""
+    lines = host.run("ss", "-tniH", "state", "established").splitlines()
+    came = {}
+    for line, details in zip(lines[::2], lines[1::2], strict=True):
+        port = int(line.split()[2].rsplit(":", 1)[1])
+        if port in listening(host) and (found := re.search(r"bytes_received:(\d+)", details)):
+            came[port] = int(found[1])
+    return max(came, key=lambda port: came[port])
+
+
+async def test_a_connection_that_is_reset_while_both_ends_live_costs_no_token(
+    server: Server, hosts: list[Host]
+) -> None:
+    """Both ends get a RST, as from a firewall that forgot them; ZeroMQ makes the connection anew."""
+
+    async def all_run() -> bool:
+        return sum(one["decodes"] for one in server.state()["instances"]) == len(LONG)
+
+    async def back() -> bool:
+        instances = server.state()["instances"]
+        restarts = sum(one["restarts"] for one in instances)
+        return restarts == before + 1 and all(one["alive"] for one in instances)
+
+    before = sum(one["restarts"] for one in server.state()["instances"])
+    async with server.client() as client:
+        reference = await streamed(client, LONG)
+        tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
+        await until(all_run, 30, "all of them decode")
+        said = hosts[0].run("ss", "-K", "-tnH", "sport", "=", f":{busiest(hosts[0])}")
+        assert said.strip()  # the kernel did it
+        assert wrong(await asyncio.gather(*tasks), reference) == []
+        await until(back, 120, "the instance whose connection that was serves again")
+    assert any("a connection to it was reset" in line for line in server.lines())
+    server.quiet(20)
 
 
 def test_sockets_of_engines_are_at_the_address_that_was_named_alone(

@@ -110,6 +110,16 @@ def as_server(own: Pair, admitted: Iterable[str]) -> Dress:
     return dress
 
 
+def both(first: Dress, second: Dress) -> Dress:
+    """One, then the other."""
+
+    def dress(context: zmq.Context[Any], socket: Socket) -> None:
+        first(context, socket)
+        second(context, socket)
+
+    return dress
+
+
 def mesh(pair: Pair) -> Dress:
     """For vLLM's sockets between engines: one answers, the others ask."""
     server, client = as_server(pair, [pair.public]), as_client(pair, pair.public)

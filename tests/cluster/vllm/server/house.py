@@ -15,10 +15,11 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
 from taichi_serve.cluster.vllm.server import devices
 from taichi_serve.cluster.vllm.server.engine import Engine
-from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
+from taichi_serve.cluster.vllm.server.keeper import Keeper
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
+from taichi_serve.cluster.vllm.server.told import Told
 from taichi_serve.messages import Command
 
 

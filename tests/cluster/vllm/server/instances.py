@@ -51,6 +51,7 @@ class Process:
     pid = 4711
     direct = None
     host = ""
+    torn = False
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.directory = name, directory
@@ -58,6 +59,7 @@ class Process:
         self.log = directory / f"{name}.log"
         self.log.write_text("")
         self.killed = self.ended = False
+        self.line = SimpleNamespace(contacts=SimpleNamespace(again=False))
 
     def kill(self) -> None:
         self.killed = True

@@ -12,7 +12,6 @@ pytest.importorskip("vllm")
 
 from house import House, until
 
-from taichi_serve.cluster.vllm.wire import flight_file
 from taichi_serve.messages import Abort, Outcome, Prefill
 
 
@@ -164,16 +163,39 @@ async def test_where_an_engine_left_no_word_every_prompt_there_is_a_suspect(hous
 
 
 async def test_who_is_sent_from_one_instance_of_a_lost_host_to_the_next_is_not_ended(house: House) -> None:
-    for engine in house.cluster.engines:  # what is left of one whose holder is gone (hosts/held.py)
-        flight_file(engine.process.directory, engine.engine_id).write_bytes(b"")
-    house.runs(1, "p", "p")
-    house.runs(1, "d", "d", tokens=50)
-    house.keeper.exited(house.cluster.engines[1], -9)
-    house.runs(0, "p#1", "p")
-    house.runs(0, "d#1", "d")  # it computes what it lost
-    house.keeper.exited(house.cluster.engines[0], -9)
+    for index, engine in enumerate(list(house.cluster.engines)):
+        house.runs(index, f"p#{index}", "p")
+        house.runs(index, f"d#{index}", "d", tokens=50)
+        engine.process.torn = True  # type: ignore[misc]  its holder is gone (hosts/held.py)
+        house.keeper.exited(engine, -9)
     assert house.failed == []
-    assert set(house.keeper.quarantine.suspects) == {"d"}
+    assert not house.keeper.quarantine
+    await house.keeper.stop()
+
+
+async def test_who_a_host_fell_silent_under_before_it_was_lost_is_no_suspect(house: House) -> None:
+    for index, engine in enumerate(list(house.cluster.engines)):
+        house.runs(index, f"p#{index}", "p")
+        house.keeper.silence(engine, 6.0)
+        assert set(house.keeper.quarantine.suspects) == {"p"}
+    for engine in list(house.cluster.engines):
+        engine.process.torn = True  # type: ignore[misc]
+        house.keeper.exited(engine, -9)
+    assert house.failed == []
+    assert not house.keeper.quarantine
+    await house.keeper.stop()
+
+
+async def test_one_whose_connection_was_reset_is_ended_and_no_request_is_to_blame(house: House) -> None:
+    engine = house.cluster.engines[1]
+    house.runs(1, "p", "p")
+    house.keeper.cut(engine)
+    why = "a connection to it was reset, and what was on its way is lost"
+    assert ("lose", "i1", why) in house.cluster.told
+    assert engine.process.killed  # type: ignore[attr-defined]
+    assert not house.keeper.quarantine
+    await house.joined()
+    assert house.launcher.begun == ["i1.2"]
     await house.keeper.stop()
 
 

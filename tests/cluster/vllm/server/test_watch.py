@@ -29,6 +29,10 @@ class Notes:
     def answered(self, engine: Engine) -> None:
         self.told.append(("answers", engine.name))
 
+    def cut(self, engine: Engine) -> None:
+        self.told.append(("cut", engine.name))
+        engine.alive = False
+
     def stalled(self, engine: Engine, seconds: float) -> None:
         self.told.append(("stalled", engine.name))
         engine.alive = False
@@ -73,6 +77,15 @@ async def test_whoever_answers_is_left_in_peace(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     await watched.passes(300, 0, 1)
     assert watched.notes.told == []
+    await watched.close()
+
+
+async def test_a_connection_that_was_made_anew_is_told_once_at_the_next_look(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    contacts: Any = watched.engines[1].process.line.contacts
+    contacts.again = True
+    await watched.passes(2, 0)
+    assert watched.notes.told == [("cut", "i1")]
     await watched.close()
 
 

@@ -66,6 +66,7 @@ class Held:
     def __init__(self, order: Order, directory: Path, place: Place, told: Callable[[Begun], None]) -> None:
         self.pid = 0
         self.sentinel, self._end = os.pipe2(os.O_CLOEXEC)
+        self.torn = False  # its holder is gone
         self._order, self._directory, self._place, self._told = order, directory, place, told
         self._log = directory / f"{order.name}.log"
         self._log.write_bytes(b"")
@@ -139,11 +140,9 @@ class Held:
                 self._settled.set()
                 code = self._follow(self._holding)
         except GoneError as gone:
-            words = f"HostError: {gone}\n".encode()
-            # No prompt ended it. Without a word all that wait there would be suspects, and those that go from
-            # one instance of a lost host to the next, which is not known to be lost yet, would be ended.
-            with contextlib.suppress(OSError):
-                flight_file(self._directory, self._order.engine_id).write_bytes(b"")
+            # No request ended it. Those that go from one instance of a lost host to the next, which is not
+            # known to be lost yet, would else be ended as if they had.
+            words, self.torn = f"HostError: {gone}\n".encode(), True
         except Exception as wrong:  # noqa: BLE001  whoever waits for it has to hear of it
             words = f"HostError: {type(wrong).__name__}: {wrong}\n".encode()
         with contextlib.suppress(OSError), self._log.open("ab") as log:
@@ -189,6 +188,11 @@ class HeldProcess(Process):
         self._told = told
         self._held = self._process = Held(order, directory, place, self._begun)
         self.direct = set()  # by what it was asked (Engine.look_around)
+
+    @property
+    def torn(self) -> bool:
+        """Whether its holder is gone."""
+        return self._held.torn
 
     def _begun(self, begun: Begun) -> None:
         self.host = begun.host

@@ -58,6 +58,11 @@ class Engine:
         return self.process.engine_id
 
     @property
+    def cut(self) -> bool:
+        """Whether a connection to it was lost and made anew; what was on its way is lost then."""
+        return self.process.line.contacts.again
+
+    @property
     def kv_capacity(self) -> int:
         """Tokens its KV cache holds."""
         return self.client.kv_capacity

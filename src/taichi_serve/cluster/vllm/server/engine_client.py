@@ -106,5 +106,6 @@ class InstanceClient(AsyncMPClient):
         for task in self._told:
             task.cancel()
         self.outputs_queue = Inbox(lambda item: None)
+        self.process.line.contacts.close()
         self.shutdown()
         self.resources.ctx.destroy(linger=0)

@@ -23,13 +23,14 @@ from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.engine import Engine
 from taichi_serve.cluster.vllm.server.engine_client import Outputs
 from taichi_serve.cluster.vllm.server.forks import Forks
-from taichi_serve.cluster.vllm.server.keeper import Keeper, Told
+from taichi_serve.cluster.vllm.server.keeper import Keeper
 from taichi_serve.cluster.vllm.server.line import MakeLine, Wires, over_files
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.scratch import Say, Scratch, scratch
 from taichi_serve.cluster.vllm.server.start import Launcher, Waiting, in_thread, stop, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
+from taichi_serve.cluster.vllm.server.told import Told
 from taichi_serve.cluster.vllm.server.warm import warm
 from taichi_serve.cluster.vllm.server.watch import Watch
 from taichi_serve.cluster.vllm.wire import Call, Word
@@ -156,7 +157,9 @@ def _launcher(
     def receive(engine: Engine, item: Outputs) -> None:
         if not engine.alive or not fleets:
             return  # it is lost, and what it said before is known or never will be
-        if isinstance(item, Exception):
+        if engine.cut:  # before this came something else may have been lost
+            fleets[0].keeper.cut(engine)
+        elif isinstance(item, Exception):
             fleets[0].keeper.broke(engine, item)
         else:
             fleets[0].watch.heard(engine)

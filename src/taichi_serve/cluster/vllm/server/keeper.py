@@ -9,10 +9,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from taichi_serve.cluster.vllm.server import figures
@@ -21,10 +19,10 @@ from taichi_serve.cluster.vllm.server.meetings import Meetings
 from taichi_serve.cluster.vllm.server.process import reason
 from taichi_serve.cluster.vllm.server.quarantine import Quarantine
 from taichi_serve.cluster.vllm.server.remains import ending, forget_logs
-from taichi_serve.cluster.vllm.server.scratch import Say
 from taichi_serve.cluster.vllm.server.start import Launcher, close, in_thread, to_the_end, vanish
 from taichi_serve.cluster.vllm.server.supervisor import Supervisor
 from taichi_serve.cluster.vllm.server.suspects import computed, computed_prompts
+from taichi_serve.cluster.vllm.server.told import Told
 from taichi_serve.cluster.vllm.server.warm import Rehearsing
 from taichi_serve.cluster.vllm.wire import Call
 from taichi_serve.messages import Abort, Command, Outcome
@@ -59,17 +57,6 @@ class Cluster(Rehearsing, Protocol):
     def send(self, command: Command) -> None:
         """Carry out a decision."""
         ...
-
-
-@dataclass(slots=True)
-class Told:
-    """Who is told what. `failed` gets a request and why it is ended, before it is; `hopeless` why no instance
-    will come back; `deliver` outputs for the front end."""
-
-    say: Say
-    deliver: Callable[[EngineCoreOutputs], None]
-    failed: Callable[[str, str], None] = lambda request, why: None
-    hopeless: Callable[[str], None] = lambda why: None
 
 
 class Keeper:
@@ -108,13 +95,17 @@ class Keeper:
 
     def exited(self, engine: Engine, code: int) -> None:
         """Its process ended."""
-        self.lost(engine, engine.process.end_of(ending(code)))
+        self.lost(engine, engine.process.end_of(ending(code)), blame=not engine.process.torn)
 
     def broke(self, engine: Engine, wrong: Exception) -> None:
         """It said that it dies, or could not be understood."""
+        what = f"{type(wrong).__name__}: {wrong}"
         dead = isinstance(wrong, EngineDeadError)
-        what = "its engine core failed" if dead else f"{type(wrong).__name__}: {wrong}"
-        self.lost(engine, engine.process.end_of(what))
+        self.lost(engine, engine.process.end_of("its engine core failed" if dead else what))
+
+    def cut(self, engine: Engine) -> None:
+        """A connection to it was lost while both lived, and ZeroMQ made it anew."""
+        self.lost(engine, "a connection to it was reset, and what was on its way is lost", blame=False)
 
     def stalled(self, engine: Engine, seconds: float) -> None:
         """It said nothing for so long that it counts as lost."""
@@ -122,7 +113,7 @@ class Keeper:
 
     def silence(self, engine: Engine, seconds: float) -> None:
         """It does not answer: it gets no work. Nor does one that answered and was not yet let in."""
-        self._stop_meeting(engine)
+        self._meets_no_more(engine)
         self.silent.add(engine)
         self.told.say(
             f"instance {engine.name} was silent for {seconds:.0f} s: it gets no work until it answers"
@@ -143,20 +134,22 @@ class Keeper:
         self.silent.discard(engine)
         self.told.say(f"instance {engine.name} answers again")
         self._cluster.silence(engine, False)
-        for command in self.quarantine.answered(engine.process.engine_id):
-            self._cluster.send(command)
+        self._send(self.quarantine.answered(engine.process.engine_id))
 
-    def lost(self, engine: Engine, why: str) -> None:
-        """It is gone, or is to be. Its requests go on elsewhere at once, and it is started again."""
+    def lost(self, engine: Engine, why: str, blame: bool = True) -> None:
+        """It is gone, or is to be. Its requests, if any of them can be to `blame` they are suspects, go on
+        elsewhere at once, and it is started again."""
         if not engine.alive:
             return
         engine.process.kill()
         serves = self._open and self._cluster.serves(engine)
-        if serves:
+        if serves and blame:
             self._blame(engine, why)
         self._cluster.lose(engine, why)
         vanish(engine)
         self._forget(engine)
+        if not blame:
+            self._send(self.quarantine.answered(engine.process.engine_id))
         if not self._open and engine in self._cluster.engines:
             self._say_end(engine, why)
         if serves:
@@ -168,6 +161,10 @@ class Keeper:
                 self._say_end(engine, why)
             else:
                 self._bring_back(engine.name, self._replace(engine, delay, why))
+
+    def _send(self, commands: list[Command]) -> None:
+        for command in commands:
+            self._cluster.send(command)
 
     def _blame(self, engine: Engine, why: str) -> None:
         """Whoever it died under the second time is ended; the others are looked at from now on."""
@@ -249,9 +246,9 @@ class Keeper:
         self.told.say(f"instance {engine.name} ended: {why}; its log is {engine.process.log}")
 
     def _stays_out(self, name: str, why: str) -> None:
-        limit = self.supervisor.limit
-        reason = f"it was started again {limit} times within an hour" if limit else "--restarts is 0"
-        self.told.say(f"INSTANCE {name} STAYS OUT: {reason}; its last end: {why}")
+        limit = f"it was started again {self.supervisor.limit} times within an hour"
+        out = limit if self.supervisor.limit else "--restarts is 0"
+        self.told.say(f"INSTANCE {name} STAYS OUT: {out}; its last end: {why}")
         if self.supervisor.hopeless and not self._given_up:
             self._given_up = True
             text = f"no instance is left, and none is started again; the last, {name}: {why}"
@@ -284,12 +281,12 @@ class Keeper:
         self._late.pop(engine, None)
         self._answers(engine)
 
-    def _stop_meeting(self, engine: Engine) -> None:
-        if (task := self._late.pop(engine, None)) is not None:
-            task.cancel()
-
     def _forget(self, engine: Engine) -> None:
         """It is gone."""
-        self._stop_meeting(engine)
+        self._meets_no_more(engine)
         self.silent.discard(engine)
         self._meetings.forget(engine)
+
+    def _meets_no_more(self, engine: Engine) -> None:
+        if (task := self._late.pop(engine, None)) is not None:
+            task.cancel()

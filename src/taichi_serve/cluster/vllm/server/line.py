@@ -11,7 +11,8 @@ from typing import Any
 
 import zmq
 
-from taichi_serve.cluster.vllm.curve import Dress, Keys, as_server, new_pair
+from taichi_serve.cluster.vllm.curve import Dress, Keys, as_server, both, new_pair
+from taichi_serve.cluster.vllm.server.contacts import Contacts
 from taichi_serve.cluster.vllm.wire import copier_endpoint
 from taichi_serve.ports import LOOPBACK, port_of, reserve
 
@@ -29,22 +30,27 @@ class Line:
     copiers: list[str]  # by rank
     host: str = LOOPBACK  # where its process listens for peers, if it is on the server's host
     keys: Keys | None = None  # for the process; None: its sockets are files
+    contacts: Contacts = field(default_factory=Contacts)  # over ports alone
     _dress: Dress | None = None
     _reserved: list[socket.socket] = field(default_factory=list)
 
-    def listen(self, context: zmq.Context[Any], kind: int, endpoint: str) -> zmq.Socket[Any]:
-        """A socket of the server's at one of them."""
+    def listen(
+        self, context: zmq.Context[Any], kind: int, endpoint: str, watched: bool = False
+    ) -> zmq.Socket[Any]:
+        """A socket of the server's at one of them; it is `watched` for connections that are made anew."""
         made = context.socket(kind)
         made.linger = 0
         if self._dress is not None:
             self._dress(context, made)
+        if watched:
+            self.contacts.watch(context, made)
         made.bind(endpoint)
         return made
 
     def copier(self, context: zmq.Context[Any], rank: int) -> zmq.Socket[Any]:
         """The server's end of a copier's. Over a file the copier listens, over a port the server does."""
         if self._dress is not None:
-            return self.listen(context, zmq.DEALER, self.copiers[rank])
+            return self.listen(context, zmq.DEALER, self.copiers[rank], watched=True)
         made = context.socket(zmq.PAIR)
         made.linger = 0
         made.connect(self.copiers[rank])
@@ -52,6 +58,7 @@ class Line:
 
     def close(self) -> None:
         """Its ports may be anybody's."""
+        self.contacts.close()
         for endpoint in (self.inputs, self.outputs):
             DRESSES.pop(endpoint, None)
         for reserved in self._reserved:
@@ -88,6 +95,6 @@ class Wires:
         handshake, inputs, outputs, *copiers = (f"tcp://{self.host}:{port_of(one)}" for one in reserved)
         theirs = new_pair()
         keys = Keys(self._own.public, theirs, self._mesh, copiers)
-        dress = as_server(self._own, [theirs.public])
-        DRESSES[inputs] = DRESSES[outputs] = dress
-        return Line(handshake, inputs, outputs, copiers, self.host, keys, dress, reserved)
+        dress, contacts = as_server(self._own, [theirs.public]), Contacts()
+        DRESSES[inputs] = DRESSES[outputs] = both(dress, contacts.watch)
+        return Line(handshake, inputs, outputs, copiers, self.host, keys, contacts, dress, reserved)

@@ -76,6 +76,11 @@ class Process:
         self._ending = threading.Lock()
         self._over = False  # its number may be somebody else's by now
 
+    @property
+    def torn(self) -> bool:
+        """Whether what ended it was the end of its host, or of the way there."""
+        return False
+
     def look(self) -> None:
         """See what it shares with others, while it is there to be asked."""
 

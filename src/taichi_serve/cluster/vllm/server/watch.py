@@ -26,6 +26,10 @@ class Keeper(Protocol):
         """It answers again."""
         ...
 
+    def cut(self, engine: Engine) -> None:
+        """A connection to it was lost and made anew."""
+        ...
+
     def stalled(self, engine: Engine, seconds: float) -> None:
         """It has not answered for too long."""
         ...
@@ -57,8 +61,11 @@ class Watch:
             self.look()
 
     def look(self) -> None:
-        """Ask whoever is quiet, and tell of those who are silent."""
+        """Ask whoever is quiet, and tell of those who are silent, or were cut off."""
         now, resumed = self._patience.now, self._patience.resumed
+        for engine in self._engines():
+            if engine.alive and engine.cut:
+                self._keeper.cut(engine)
         there = [engine for engine in self._engines() if engine.alive]
         self._pulses = {e: self._pulses.get(e) or Pulse(now, self._stall) for e in there}
         for engine, pulse in self._pulses.items():
