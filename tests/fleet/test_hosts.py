@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 pytest.importorskip("ray")
 
 from hosts import Host, network
-from load import PATH, moves, streamed, streamed_and_moved, view, wishes, wrong
+from load import PATH, Wish, moves, streamed, streamed_and_moved, view, wishes, wrong
 from rays import SETTINGS, Node, ended
 from servers import Server, eventually, until
 
@@ -45,7 +46,9 @@ TIMES = 2  # moves of every request at least
 ROUNDS = 5
 LOST_SECONDS = 30  # within which a node that died is known to be gone
 BACK_SECONDS = 120  # within which an instance serves on a node that came
-GONE_SECONDS = 30  # within which nothing is left of a server that was killed
+KEEP_SECONDS = 60  # that engines wait for another server
+GONE_SECONDS = KEEP_SECONDS + 30  # within which nothing is left of a server that was killed
+SERVES_SECONDS = 5  # from finding engines to the first token
 
 
 class Cluster:
@@ -57,11 +60,19 @@ class Cluster:
         nodes.append(Node(hosts[1], directory / "b", 1, nodes[0].head, 1))
         self.server = self.serve("s")
 
-    def serve(self, name: str) -> Server:
+    def serve(self, name: str, port: int | None = None) -> Server:
         """A server on `a`, with a directory of this name."""
         here = self.hosts[0]
-        words = ("--ray", "--ray-address", self.nodes[0].head, *APART)
-        return Server(self.directory / name, *words, host=here.address, under=here.within(), env=SETTINGS)
+        words = ("--ray", "--ray-address", self.nodes[0].head, "--keep-engines", str(KEEP_SECONDS), *APART)
+        there = {"host": here.address, "under": here.within(), "env": SETTINGS}
+        return Server(self.directory / name, *words, port=port, **there)
+
+    def kill_server(self) -> None:
+        """With all that is below it, in the middle of whatever it does."""
+        for process in self.server.family():
+            process.kill()
+        self.server.process.wait()
+        self.server.reserved.close()
 
     def add(self) -> None:
         """One more node, on the third host."""
@@ -210,20 +221,71 @@ def test_what_an_engine_writes_on_its_host_is_in_its_log_at_the_server(cluster: 
     assert "FlowConnector" in (directory / "i0.log").read_text()
 
 
-async def test_a_killed_server_leaves_nothing_on_its_hosts_and_the_next_one_serves_there(
+async def test_a_server_that_is_killed_under_load_finds_its_engines_again_and_they_have_forgotten_its_streams(
+    cluster: Cluster, reference: list[Answer]
+) -> None:
+    async def all_run() -> bool:
+        return sum(one["decodes"] for one in cluster.server.state()["instances"]) == len(LONG)
+
+    async with cluster.server.client() as client:
+        tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
+        await until(all_run, 30, "all of them decode")
+        before = {one["name"]: one["pid"] for one in cluster.server.state()["instances"]}
+        cluster.kill_server()
+        answers = await asyncio.gather(*tasks)
+    assert not any(answer.ok for answer in answers)  # the clients are told: their connections break
+    for answer, full in zip(answers, reference[len(WISHES) :], strict=True):
+        assert answer.tokens == full.tokens[: len(answer.tokens)]
+    began = time.monotonic()
+    cluster.server = cluster.serve("again", cluster.server.port)
+    found = "taichi: found 2 of 2 instances"
+    eventually(lambda: found in cluster.server.said(), 60, "it finds its engines")
+    seen = time.monotonic()
+    cluster.server.wait_ready()
+    ready = time.monotonic()
+    async with cluster.server.client() as client:
+        await streamed(client, [Wish([5, 6, 7], 1)])
+        first = time.monotonic()
+        sys.stdout.write(
+            f"\nfound {seen - began:.1f} s after its start, ready {ready - seen:.1f} s and first token "
+            f"{first - seen:.1f} s after that\n"
+        )
+        state = cluster.server.quiet(10)
+        assert {one["name"]: one["pid"] for one in state["instances"]} == before
+        assert first - seen < SERVES_SECONDS
+        results = await streamed_and_moved(client, WISHES[:16], seed=10, times=2)
+    assert wrong([answer for answer, _ in results], reference[:16]) == []
+    assert sum(moves(legs) for _, legs in results) > 0
+    cluster.server.quiet(10)
+    assert cluster.server.state()["kv_paths"] == {"i0 -> i1": "nixl", "i1 -> i0": "nixl"}
+
+
+async def test_an_instance_that_was_found_is_replaced_as_every_other_is(
+    cluster: Cluster, reference: list[Answer]
+) -> None:
+    async def back() -> bool:
+        one = cluster.server.instance("i1")
+        return bool(one["alive"] and one["restarts"] == 1)
+
+    os.kill(cluster.server.instance("i1")["pid"], signal.SIGKILL)
+    async with cluster.server.client() as client:
+        await until(back, BACK_SECONDS, "i1 serves again")
+        results = await streamed_and_moved(client, WISHES[:8], seed=11, times=2)
+    assert wrong([answer for answer, _ in results], reference[:8]) == []
+
+
+async def test_engines_that_no_server_comes_for_end_and_the_next_server_begins_anew(
     cluster: Cluster, reference: list[Answer]
 ) -> None:
     async def clean() -> bool:
         return cluster.left() == []
 
-    for process in cluster.server.family():
-        process.kill()
-    cluster.server.process.wait()
-    cluster.server.reserved.close()
+    cluster.kill_server()
     await until(clean, GONE_SECONDS, "nothing of it is on any host")
-    cluster.server = cluster.serve("again").wait_ready()
+    cluster.server = cluster.serve("anew", cluster.server.port).wait_ready()
+    assert "taichi: found" not in cluster.server.said()
     async with cluster.server.client() as client:
-        results = await streamed_and_moved(client, WISHES[:8], seed=10, times=2)
+        results = await streamed_and_moved(client, WISHES[:8], seed=12, times=2)
     assert wrong([answer for answer, _ in results], reference[:8]) == []
     assert sum(moves(legs) for _, legs in results) > 0
 

@@ -36,6 +36,11 @@ def test_ray_places_instances_itself(capsys: pytest.CaptureFixture[str]) -> None
     assert "--devices cannot be used with --ray" in refused(capsys, "--ray", "--devices", "0;1")
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_engines_are_kept_for_a_time(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+    assert "--keep-engines must be at least 0 seconds" in refused(capsys, "--ray", "--keep-engines", seconds)
+
+
 def test_ray_needs_sliders(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         flags.parse(["some/model", "--ray"])

@@ -43,6 +43,18 @@ def named_after(engine_id: str) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(engine_id)}(?!\d|\.\d)")
 
 
+def remove_with_the_last(directory: Path) -> None:
+    """Take away a directory of several engines, of which none is there any more. Sockets may be left whose
+    owner's last thread has not ended yet: nobody comes for them. What an engine brings that comes just now
+    stays; or it finds that the directory is gone, and makes another."""
+    with contextlib.suppress(OSError):
+        left = list(directory.iterdir())
+        if all(UNNAMED.fullmatch(path.name) for path in left):
+            for path in left:
+                path.unlink(missing_ok=True)
+            directory.rmdir()
+
+
 def offered_by(path: Path, engine_id: str) -> bool:
     """Whether it says how this engine's memory is reached (`wire.offer_file`)."""
     if not (path.name.startswith("kv-") and path.suffix == ".json"):

@@ -16,6 +16,8 @@ def on_hosts(args: argparse.Namespace) -> bool:
         if args.ray_address is not None:
             raise ValueError("--ray-address needs --ray")
         return False
+    if not args.keep_engines >= 0:
+        raise ValueError(f"--keep-engines must be at least 0 seconds, not {args.keep_engines:g}")
     if args.devices is not None:
         raise ValueError("--devices cannot be used with --ray: it places instances")
     if bare(args):

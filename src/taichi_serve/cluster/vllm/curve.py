@@ -51,6 +51,8 @@ class Keys(msgspec.Struct, frozen=True):
     own: Pair  # which the server takes from this process only
     mesh: Pair  # of all engines of the server: they speak to each other with it
     copiers: list[str]  # where the server listens for the copier of each rank
+    inputs: str = ""  # and for the core, if it is told so at a handshake no more (core/again.py)
+    outputs: str = ""
 
 
 # -------------------------------------------------------------------------------------------------- its file
@@ -64,6 +66,15 @@ def keys_file(directory: Path, engine_id: str) -> Path:
 def write_keys(directory: Path, engine_id: str, keys: Keys) -> None:
     """Leave them for one engine."""
     write_private(keys_file(directory, engine_id), msgspec.json.encode(keys))
+
+
+def replace_keys(directory: Path, engine_id: str, keys: Keys) -> None:
+    """Leave other ones for an engine that runs."""
+    path = keys_file(directory, engine_id)
+    new = path.with_suffix(".keys-new")
+    new.unlink(missing_ok=True)
+    write_private(new, msgspec.json.encode(keys))
+    new.replace(path)
 
 
 def read_keys(directory: Path, engine_id: str) -> Keys | None:

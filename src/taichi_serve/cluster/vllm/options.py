@@ -60,6 +60,12 @@ FLAGS: tuple[tuple[str, type[int] | type[float] | type[str], int | float | None,
         "IPv4 address of this host that engines are spoken to at: over TCP, encrypted, instead of over files",
     ),
     ("ray-address", str, None, "address of the cluster of Ray to join with --ray; its own host's otherwise"),
+    (
+        "keep-engines",
+        float,
+        120.0,
+        "seconds that engines wait for the next server with the same command line, with --ray; 0: they end",
+    ),
     ("event-log", str, None, "file that gets every event and decision as a line of JSON"),
     (
         "profile",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import msgspec
+
+SIGNAL = signal.SIGUSR1  # to a core, from its holder: it has another server now (core/again.py)
 
 
 class Spec(msgspec.Struct, frozen=True):

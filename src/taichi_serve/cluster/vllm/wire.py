@@ -10,7 +10,7 @@ are: the server makes them its own (server/offset.py).
 | server | core   | utility calls                    | the names in Call                           |
 | core   | server | the outputs of a step            | stop reasons LEFT and UNREAD, TransferParams |
 | core   | server | SchedulerStats, under KEY        | Record                                      |
-| core   | worker | the connector's metadata         | Given, Return, in Orders                    |
+| core   | worker | the connector's metadata         | Given, Return, Again, in Orders             |
 | server | worker | the copier's socket              | More, Drop, Gone, Ping                      |
 | worker | server | the copier's socket              | Copied, Failed, Dropped, Pong               |
 | worker | others | files in the server's directory  | `offer_file`, `direct_marker`               |
@@ -161,11 +161,16 @@ class Return:
     leg: str
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The server is another one, and listens where the file of keys says."""
+
+
 @dataclass(slots=True)
 class Orders:
     """With a step's metadata: orders for the copier, and legs whose last block it needs when it begins."""
 
-    copier: list[Given | Return] = field(default_factory=list)
+    copier: list[Again | Given | Return] = field(default_factory=list)
     awaited: list[Given] = field(default_factory=list)
 
 
@@ -259,12 +264,6 @@ def direct_marker(directory: Path, reader: str, source: str, rank: int) -> Path:
 def direct(directory: Path, reader: str, source: str, ranks: int = 1) -> bool:
     """Whether every rank of the engine `reader` reads the memory of `source` itself."""
     return all(direct_marker(directory, reader, source, rank).exists() for rank in range(ranks))
-
-
-def direct_sources(directory: Path, reader: str, ranks: int = 1) -> list[str]:
-    """All engines whose memory every rank of `reader` reads itself."""
-    markers = (path.name.split("--") for path in directory.glob(f"direct-{reader}--*--0"))
-    return [source for _, source, _ in markers if direct(directory, reader, source, ranks)]
 
 
 # --------------------------------------------------------------------- the flight recorder of an engine core

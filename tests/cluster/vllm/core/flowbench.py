@@ -41,7 +41,7 @@ from taichi_serve.cluster.vllm.args import engine_config
 from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
 from taichi_serve.cluster.vllm.server.facts import hashes
-from taichi_serve.cluster.vllm.wire import KEY, Caching, Given, Marks, Return, direct_marker
+from taichi_serve.cluster.vllm.wire import KEY, Again, Caching, Given, Marks, Return, direct_marker
 from taichi_serve.tiny import cached_tiny_model
 
 BLOCK = 16
@@ -213,8 +213,13 @@ class Copier:
         )  # to the server: (copied | landed | failed | dropped, leg)
         self.returned: set[str] = set()
 
-    def order(self, order: Given | Return) -> None:
-        if isinstance(order, Return):
+    def order(self, order: Again | Given | Return) -> None:
+        if isinstance(order, Again):
+            self.refused.clear()
+            self.legs = {name: leg for name, leg in self.legs.items() if leg.reading is not None}
+            self.inbox.clear()
+            self.words.clear()
+        elif isinstance(order, Return):
             self._end("return", order.leg)
         elif order.leg not in self.refused:
             leg = self.legs.setdefault(order.leg, CopiedLeg())

@@ -16,10 +16,11 @@ pytest.importorskip("vllm")
 
 from taichi_serve.cluster.vllm.curve import Keys, new_pair
 from taichi_serve.cluster.vllm.hosts.held import GoneError, Held, Holding
-from taichi_serve.cluster.vllm.hosts.holder import Begun, Order, Said
+from taichi_serve.cluster.vllm.hosts.words import Begun, Order, Said
 from taichi_serve.cluster.vllm.wire import flight_file
 
-ORDER = Order("run", "i0", "run-i0", "tcp://10.0.0.1:1", [], {}, Keys("", new_pair(), new_pair(), []))
+KEYS = Keys("", new_pair(), new_pair(), [])
+ORDER = Order("server", "run", "i0", "run-i0", "tcp://10.0.0.1:1", [], {}, KEYS)
 SOON = 5.0
 
 
@@ -41,6 +42,9 @@ class Pretended:
             self.gone = True
             raise GoneError("its node died")
         return said
+
+    def keep(self, seconds: float) -> None:
+        self.asked.append(f"keep {seconds:g}")
 
     def signal(self, number: int) -> None:
         self.asked.append(f"signal {number}")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from taichi_serve.cluster.vllm.curve import new_pair
+from taichi_serve.cluster.vllm.hosts.found import Found, chosen
 from taichi_serve.cluster.vllm.hosts.held import Holding
-from taichi_serve.cluster.vllm.hosts.launching import Elsewhere, carried, on_ray
+from taichi_serve.cluster.vllm.hosts.launching import Elsewhere, Hosts, carried, likeness, on_ray
+from taichi_serve.cluster.vllm.hosts.words import Begun, Offer
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.process import StartError
 from taichi_serve.sliders import Kind
@@ -20,8 +24,18 @@ from taichi_serve.sliders import Kind
 class Places:
     """One process has a place."""
 
+    def __init__(self, *found: Found) -> None:
+        self.found = list(found)
+        self.settled: list[tuple[str, Kind, Holding]] = []
+
     def place(self, name: str, kind: Kind, wanted: Callable[[], bool]) -> Holding | None:
         return None
+
+    def offers(self) -> list[Found]:
+        return self.found
+
+    def settle(self, name: str, kind: Kind, holding: Holding) -> None:
+        self.settled.append((name, kind, holding))
 
     def address(self, name: str) -> str:
         return "10.0.0.2" if name == "i1.2" else ""
@@ -74,4 +88,50 @@ def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     args = SimpleNamespace(ray_address=None, cluster_host=None)
     with pytest.raises(StartError, match="install the extra `ray`"):
-        on_ray(args, 1, lambda words: None)  # type: ignore[arg-type]
+        on_ray(args, [], 1, "taichi-abc", lambda words: None)  # type: ignore[arg-type]
+
+
+MESH = new_pair()
+
+
+class Kept:
+    """A holder whose engine was found."""
+
+    def __init__(self) -> None:
+        self.ended = self.left = False
+
+    def end(self) -> bool:
+        self.ended = True
+        return True
+
+    def leave(self) -> None:
+        self.left = True
+
+
+def found(name: str, run: str = "taichi-abc") -> Found:
+    holding: Any = Kept()
+    return Found(Offer(run, name, f"{run}-{name}", MESH, Begun(4711, "10.0.0.2", 0)), holding)
+
+
+def test_of_each_instance_one_is_taken_and_all_are_of_one_run() -> None:
+    one, two, other, beyond = found("i0.3"), found("i1"), found("i2", "taichi-xyz"), found("i3")
+    assert chosen([other, beyond, two, one], 3) == {0: one, 1: two}
+    assert chosen([], 3) == {}
+    assert chosen([found("i7")], 3) == {}
+
+
+def test_who_is_found_keeps_its_place_and_its_key_and_who_is_not_wanted_is_ended() -> None:
+    one, beyond = found("i1.2"), found("i2")
+    places, said = Places(one, beyond), list[str]()
+    hosts = Hosts(places, 1, said.append, "taichi-new")
+    hosts.find([Kind.P_HEAVY, Kind.D_HEAVY])
+    assert places.settled == [("i1", Kind.D_HEAVY, one.holding)]
+    assert hosts.mesh == MESH
+    assert [one.holding.ended, beyond.holding.ended, beyond.holding.left] == [False, True, True]  # type: ignore[attr-defined]
+    assert said == ["found 1 of 2 instances, of a server that is gone"]
+
+
+def test_only_servers_with_the_same_words_and_settings_are_alike() -> None:
+    assert likeness(["m", "--ray"], {"A": "1", "B": "2"}) == likeness(["m", "--ray"], {"B": "2", "A": "1"})
+    assert likeness(["m", "--ray"], {}) != likeness(["m", "--ray", "--seed", "1"], {})
+    assert likeness(["m", "--ray"], {}) != likeness(["m", "--ray"], {"VLLM_LOGGING_LEVEL": "DEBUG"})

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 import zmq
 
+from taichi_serve.cluster.vllm.curve import Keys, as_server, new_pair, write_keys
 from taichi_serve.cluster.vllm.wire import (
+    Again,
     Copied,
     Drop,
     Dropped,
@@ -289,3 +291,23 @@ def test_a_prefix_that_cannot_be_read_is_told_and_its_blocks_come_back_when_they
     bench.copier.order(Return("a"))
     bench.catch_up()
     assert bench.copier.returned() == {"a"}
+
+
+def test_another_server_is_met_where_the_keys_say_and_names_may_be_given_again(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.send(Drop("a#1"))  # of the first server
+    assert bench.hear() == Dropped("a#1")
+    bench.copier.order(Given("b#1", [13], first=0))
+    bench.close()
+    own, theirs, here = new_pair(), new_pair(), zmq.Context()
+    line = here.socket(zmq.DEALER)
+    line.setsockopt(zmq.RCVTIMEO, 10_000)
+    as_server(own, [theirs.public])(here, line)
+    port = line.bind_to_random_port("tcp://127.0.0.1")
+    write_keys(tmp_path, "e1", Keys(own.public, theirs, new_pair(), [f"tcp://127.0.0.1:{port}"]))
+    bench.copier.order(Return("b#1"), Again(), Given("a#1", [10, 11], first=0))
+    line.send(msgspec.msgpack.encode(More("a#1", "e0", [20, 21], "a")))
+    assert blocks_of(msgspec.msgpack.decode(line.recv(), type=Word)) == ("a#1", 2, True, 2)
+    assert bench.copier.returned() == {"b#1"}
+    here.destroy(linger=0)

@@ -24,7 +24,14 @@ from taichi_serve.cluster.vllm.core.marks import marks_of
 from taichi_serve.cluster.vllm.core.reads import Reads
 from taichi_serve.cluster.vllm.nothing import NOTHING, is_nothing
 from taichi_serve.cluster.vllm.sockets import dress_peers
-from taichi_serve.cluster.vllm.wire import Given, Orders, Return, TransferParams, direct, direct_sources
+from taichi_serve.cluster.vllm.wire import (
+    Again,
+    Given,
+    Orders,
+    Return,
+    TransferParams,
+    direct,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +62,7 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         self._known: dict[str, tuple[int, bool]] = {}
         self._direct: set[str] = set()  # engines whose memory every rank here reads directly
         self._arrived: set[str] = set()  # legs copied ahead that have left their source, until scheduled
-        self._orders: list[Given | Return] = []  # for the copiers, with the next step
+        self._orders: list[Again | Given | Return] = []  # for the copiers, with the next step
 
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         """Listen for peers, once. Raises OSError where the side channel's port is taken: vLLM's own would
@@ -111,7 +118,8 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         """Engines whose memory every rank here reads itself, as far as they have met."""
         if self.directory is None:
             return []
-        return direct_sources(self.directory, self.engine_id, self.transfer_tp_size)
+        markers = self.directory.glob(f"direct-{self.engine_id}--*--0")
+        return [source for path in markers if self._is_direct(source := path.name.split("--")[1])]
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -208,6 +216,10 @@ class FlowConnectorScheduler(NixlPullConnectorScheduler):
         request.kv_transfer_params = {"do_remote_decode": True}
         # The worker only accepts a reader's "done" for requests it saw in a batch.
         self._reqs_in_batch.add(request.request_id)
+
+    def again(self) -> None:
+        """The server is another one: the copiers hear of it with the next step."""
+        self._orders.append(Again())
 
     def never_read(self, request: Request) -> None:
         """Nothing has been read for a request that waits, and nothing will be. Its source hears of it from

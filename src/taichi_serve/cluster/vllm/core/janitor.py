@@ -19,7 +19,13 @@ from pathlib import Path
 
 from setproctitle import getproctitle, setproctitle
 
-from taichi_serve.cluster.vllm.belongings import UNNAMED, members, named_after, offered_by, shared_memory
+from taichi_serve.cluster.vllm.belongings import (
+    members,
+    named_after,
+    offered_by,
+    remove_with_the_last,
+    shared_memory,
+)
 
 LOOK_SECONDS = 15.0  # between two looks at what is shared, while the engine is young; rarer later
 LOOK_RARELY = 300.0
@@ -89,9 +95,7 @@ def _remove(directory: Path, name: str, engine_id: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.name in own or named.search(path.name) or offered_by(path, engine_id):
             path.unlink(missing_ok=True)
-    # vLLM's own sockets inside an instance say nothing of their owner: they go with the last one.
-    if all(UNNAMED.fullmatch(path.name) for path in _paths(directory)):
-        shutil.rmtree(directory, ignore_errors=True)
+    remove_with_the_last(directory)
 
 
 def _paths(directory: Path) -> list[Path]:

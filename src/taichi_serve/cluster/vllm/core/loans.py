@@ -43,6 +43,10 @@ class Loans:
     def __len__(self) -> int:
         return len(self._loans)
 
+    def readers(self) -> set[str]:
+        """For whom something is loaded."""
+        return {loan.reader for loan in self._loans.values()}
+
     def on_host(self, hashes: Sequence[bytes]) -> int:
         """How many of these blocks the host has, from the first one on."""
         return next((n for n, one in enumerate(hashes) if not self._tier.has(one)), len(hashes))

@@ -78,6 +78,10 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
     install()
     end_at_once()
     dress_core(Path(path).parent, spec.engine_id)
+    if spec.shared:
+        from taichi_serve.cluster.vllm.core.again import outlive
+
+        outlive(Path(path).parent, spec.engine_id)
     config = engine_config(spec.argv, spec.engine_id, str(Path(path).parent))
     executor = Executor.get_class(config)
     if current_platform.is_cpu():

@@ -74,6 +74,10 @@ class Pins:
         self._manager.block_pool.touch(list(fresh.values()))
         pinned |= fresh
 
+    def readers(self) -> set[str]:
+        """For whom anything is kept, or will be."""
+        return {*self._blocks, *self._followed}
+
     def holds(self, reader: str) -> bool:
         """Whether anything is kept for it."""
         return reader in self._blocks

@@ -93,6 +93,14 @@ class Prefixes:
         left = self._pool.get_num_free_blocks() - unused - more
         return bool(not (unused + more) or left >= SPARE * self._pool.num_gpu_blocks)
 
+    def forget(self) -> set[str]:
+        """Let go of everything: whoever asked is gone. The readers that something was kept for."""
+        readers = self._pins.readers() | (self._loans.readers() if self._loans is not None else set())
+        for reader in readers:
+            self.let_go(reader)
+        self._asked = []
+        return readers
+
     def let_go(self, reader: str) -> None:
         """Nothing is read for it here any more, and nothing will be."""
         self._pins.unpin(reader)

@@ -62,6 +62,10 @@ class Reads:
         for future in self._asked.pop(leg, ()):
             future.set_result(True)
 
+    def nobody_asks(self) -> None:
+        """Whoever waits for an answer is gone."""
+        self._asked.clear()
+
     def settled(self, leg: str) -> Future[bool] | bool:
         """True when nothing is read for the leg: now, or later."""
         if leg not in self._given:

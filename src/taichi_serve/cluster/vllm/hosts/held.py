@@ -12,12 +12,15 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from taichi_serve.cluster.vllm.hosts.holder import Begun, Order, Said
+from vllm.config import VllmConfig
+
+from taichi_serve.cluster.vllm.hosts.words import Begun, Offer, Order, Said
 from taichi_serve.cluster.vllm.server.line import Line
-from taichi_serve.cluster.vllm.server.process import Process
+from taichi_serve.cluster.vllm.server.process import Process, StartError
 from taichi_serve.cluster.vllm.wire import flight_file
 
 END_SECONDS = 60.0
@@ -32,7 +35,11 @@ class Holding(Protocol):
     """A holder somewhere. All methods block, and raise GoneError."""
 
     def begin(self, order: Order) -> Begun:
-        """Start it."""
+        """Start it, or have it speak to this server from now on."""
+        ...
+
+    def keep(self, seconds: float) -> None:
+        """It serves, and waits so long for another server where this one is gone."""
         ...
 
     def follow(self, at: int) -> Said:
@@ -98,6 +105,10 @@ class Held:
     def send_signal(self, number: int) -> None:
         """To its process alone; one that is gone gets none."""
         self._ask(lambda holding: holding.signal(number))
+
+    def keep(self, seconds: float) -> None:
+        """It serves, and outlives its server by so much."""
+        self._ask(lambda holding: holding.keep(seconds))
 
     def kill_group(self) -> None:
         """End its group now, or as soon as there is one; does not wait."""
@@ -167,6 +178,17 @@ class Held:
                     return said.code
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What all processes of a server have in common: their command line, what their environments have beside
+    their hosts', the name of their directories, and for how many seconds they outlive the server."""
+
+    argv: list[str]
+    env: dict[str, str]
+    run: str
+    keep: float
+
+
 class HeldProcess(Process):
     """A process of an instance on another host."""
 
@@ -176,15 +198,18 @@ class HeldProcess(Process):
         directory: Path,
         line: Line,
         place: Place,
-        words: tuple[list[str], dict[str, str]],
+        words: Words,
         told: Callable[[Begun], None],
+        found: Offer | None = None,
     ) -> None:
-        """`words` are its command line and what its environment has beside its host's; `told` hears of it
-        when it is there."""
+        """`told` hears of it when it is there. One that was `found` serves already."""
         super().__init__(name, directory, line)
         assert line.keys is not None
-        argv, env = words
-        order = Order(directory.name, name, self.engine_id, line.handshake, argv, env, line.keys)
+        self.found, self._keep = found is not None, words.keep
+        if found is not None:
+            self.engine_id = found.engine_id
+        its = directory.name, words.run, name, self.engine_id, line.handshake
+        order = Order(*its, words.argv, words.env, line.keys)
         self._told = told
         self._held = self._process = Held(order, directory, place, self._begun)
         self.direct = set()  # by what it was asked (Engine.look_around)
@@ -193,6 +218,17 @@ class HeldProcess(Process):
     def torn(self) -> bool:
         """Whether its holder is gone."""
         return self._held.torn
+
+    def wait_ready(self, config: VllmConfig) -> None:
+        """Block until it is up. One that was found is so, and tells its client what a handshake would."""
+        if not self.found:
+            super().wait_ready(config)
+        elif not self._held.known():
+            raise StartError(f"instance {self.name} was found and cannot be had: {self.cause()}")
+
+    def serves(self) -> None:
+        """From here on it may outlive its server."""
+        self._held.keep(self._keep)
 
     def _begun(self, begun: Begun) -> None:
         self.host = begun.host

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 from vllm.platforms import current_platform
 
-from taichi_serve.cluster.vllm.hosts.held import HeldProcess, Holding
-from taichi_serve.cluster.vllm.hosts.holder import Begun
+from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.curve import Pair
+from taichi_serve.cluster.vllm.hosts.found import Found, chosen
+from taichi_serve.cluster.vllm.hosts.held import HeldProcess, Holding, Words
+from taichi_serve.cluster.vllm.hosts.words import Begun
 from taichi_serve.cluster.vllm.server.devices import Devices
 from taichi_serve.cluster.vllm.server.line import Line
 from taichi_serve.cluster.vllm.server.process import NO_TRACES, Process, StartError
@@ -48,11 +54,25 @@ class Places(Protocol):
         """The host that it is on; "" where that is not known."""
         ...
 
+    def offers(self) -> list[Found]:
+        """Engines whose server is gone; they are this one's now."""
+        ...
+
+    def settle(self, name: str, kind: Kind, holding: Holding) -> None:
+        """A process of this name is where this holder is."""
+        ...
+
 
 def carried(environment: Mapping[str, str]) -> dict[str, str]:
     """Of an environment, what engines on other hosts are to have, too."""
     found = {k: v for k, v in environment.items() if k.startswith(CARRIED) and k not in ITS_OWN}
     return {**found, **(on_cpu() if current_platform.is_cpu() else {}), **NO_TRACES}
+
+
+def likeness(argv: list[str], env: Mapping[str, str]) -> str:
+    """What servers have in common that may have each other's engines: the same command line, settings and
+    version, and nothing else."""
+    return sha256(msgspec.json.encode([argv, sorted(env.items()), version("taichi-serve")])).hexdigest()[:16]
 
 
 class Elsewhere(Devices):
@@ -93,17 +113,37 @@ class Elsewhere(Devices):
 class Hosts:
     """Begins the processes of a server's instances on other hosts."""
 
-    def __init__(self, places: Places, per_instance: int, say: Say) -> None:
+    mesh: Pair | None = None  # the key of those that were found
+
+    def __init__(self, places: Places, per_instance: int, say: Say, server: str, keep: float = 0.0) -> None:
+        """`keep` is for how many seconds they outlive the server."""
         self.devices = Elsewhere(per_instance, places)
-        self._places, self._say = places, say
+        self._places, self._say, self._run, self._keep = places, say, server, keep
+        self._found: dict[int, Found] = {}
+
+    def find(self, kinds: Sequence[Kind]) -> None:
+        """See which of these instances are there already. Blocks."""
+        offers = self._places.offers()
+        self._found = chosen(offers, len(kinds))
+        for one in offers:
+            if one not in self._found.values():
+                one.end()
+        for index, one in self._found.items():
+            self._run, self.mesh = one.offer.run, one.offer.mesh
+            self._places.settle(f"i{index}", kinds[index], one.holding)
+        if offers:
+            self._say(f"found {len(self._found)} of {len(kinds)} instances, of a server that is gone")
 
     def begin(self, index: int, kind: Kind, argv: list[str], line: Line, called: tuple[str, Path]) -> Process:
         """Start one with this name and log in this directory, and return at once."""
         name, directory = called
-        place = partial(self._places.place, name, kind)
         self.devices.begun(index, name)
-        words = argv, self.devices.environment(index)
-        return HeldProcess(name, directory, line, place, words, partial(self._told, name))
+        words = Words(argv, self.devices.environment(index), self._run, self._keep)
+        told = partial(self._told, name)
+        if (found := self._found.pop(index, None)) is not None:
+            return HeldProcess(name, directory, line, lambda wanted: found.holding, words, told, found.offer)
+        place = partial(self._places.place, name, kind)
+        return HeldProcess(name, directory, line, place, words, told)
 
     def _told(self, name: str, begun: Begun) -> None:
         self._say(f"instance {name} begins on {begun.host}")
@@ -114,8 +154,9 @@ class Hosts:
             )
 
 
-def on_ray(args: argparse.Namespace, world: int, say: Say) -> tuple[Hosts, str]:
-    """The hosts of a cluster of Ray, and this host's address in it. Blocks. Raises StartError where Ray, or
+def on_ray(args: argparse.Namespace, argv: list[str], world: int, server: str, say: Say) -> tuple[Hosts, str]:
+    """The hosts of a cluster of Ray, and this host's address in it. `server` is a name that no other one has.
+    Blocks. Raises StartError where Ray, or
     its cluster, is not there."""
     try:
         from taichi_serve.cluster.vllm.hosts import rays
@@ -126,4 +167,8 @@ def on_ray(args: argparse.Namespace, world: int, say: Say) -> tuple[Hosts, str]:
     except (ConnectionError, ValueError, RuntimeError) as wrong:
         raise StartError(f"--ray: no cluster to join: {' '.join(str(wrong).split())}") from wrong
     gpus = 0 if current_platform.is_cpu() else world
-    return Hosts(rays.Rays(rays.Needs(gpus, world), say), world, say), args.cluster_host or here
+    places = rays.Rays(rays.Needs(gpus, world), say, server, likeness(argv, carried(os.environ)))
+    # Adapters go by numbers, and each server gives its own.
+    hosts = Hosts(places, world, say, server, 0.0 if args.enable_lora else args.keep_engines)
+    hosts.find(flags.sliders(args).kinds())
+    return hosts, args.cluster_host or here

@@ -1,7 +1,8 @@
-"""Holders in actors of Ray: one for each instance, each in a placement group of its own.
+"""Holders in actors of Ray: one for each instance, which has all that the instance needs of one node.
 
-Nothing but this and the actor's class imports Ray, and this only with `--ray`. What goes over Ray's wires,
-which pickle, is bytes that are no pickles (holder.py); the engines' own sockets are not Ray's.
+They are detached: they outlive their server, and a later one finds them by their names (holder.py says for
+how long). Nothing but this and the actor's class imports Ray, and this only with `--ray`. What goes over its
+wires, which pickle, is bytes that are no pickles (words.py); the engines' own sockets are not Ray's.
 """
 
 from __future__ import annotations
@@ -17,21 +18,20 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
-from ray.util import get_node_ip_address
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+from ray.util import get_node_ip_address, list_named_actors
 
 from taichi_serve.cluster.vllm.hosts.actor import RayHolder
+from taichi_serve.cluster.vllm.hosts.found import Found
 from taichi_serve.cluster.vllm.hosts.held import GoneError, Holding
-from taichi_serve.cluster.vllm.hosts.holder import Begun, Order, Said
 from taichi_serve.cluster.vllm.hosts.placing import Node, choose
+from taichi_serve.cluster.vllm.hosts.words import Begun, Offer, Order, Said
 from taichi_serve.sliders import Kind
 
 ASK = 0.5  # seconds between two looks whether a place is still wanted
-CHOSEN_SECONDS = 5.0  # for which the node that was chosen is waited for; after that any will do
+CHOSEN_SECONDS = 15.0  # for which the node that was chosen is waited for; after that any will do
 UNAVAILABLE_SECONDS = 10.0  # in which a holder that cannot be reached may be reached again
-ACTOR_SECONDS = 60.0  # that an actor may take to begin: Ray starts a Python for it
+ANSWER_SECONDS = 5.0  # that holders may take to say whether their engine is to be had
 THREADS = 4  # of an actor: one follows, others signal and end
 
 
@@ -72,10 +72,13 @@ def connect(address: str | None) -> str:
 
 @dataclass
 class Rays:
-    """The places of one server's instances. `say` tells people."""
+    """The places of one server's instances. `say` tells people. Holders are called after the `server`, a name
+    that no other one has, and after what it has in common with those that may have its engines (`like`)."""
 
     needs: Needs
     say: Callable[[str], None]
+    server: str
+    like: str
     _at: dict[str, Spot] = field(default_factory=dict)  # by the name of a process
     _lock: Lock = field(default_factory=Lock)
 
@@ -101,34 +104,73 @@ class Rays:
             chosen = choose(kind, self.nodes())
             if chosen is not None:
                 self._at[name] = Spot(chosen.id, chosen.address, kind)
-        group = self._group(chosen, CHOSEN_SECONDS, wanted) if chosen is not None else None
-        if group is None and wanted():
+        holding = self._holding(name, chosen, CHOSEN_SECONDS, wanted) if chosen is not None else None
+        if holding is None and wanted():
+            self.forget(name)  # others may find room there
             self.say(f"instance {name} waits for a place: {self.needs.bundle} on one node")
-            group = self._group(None, None, wanted)
-        if group is None:
-            self._at.pop(name, None)
-            return None
-        try:
-            holding = RayHolding(self, name, group, self.needs)
-        except GoneError:
+            holding = self._holding(name, None, None, wanted)
+        if holding is None:
             self.forget(name)
-            remove_placement_group(group)
-            raise
-        node, address = holding.at
-        self._at[name] = Spot(node, address, kind)
+            return None
+        self.settle(name, kind, holding)
         return holding
 
-    def _group(self, node: Node | None, seconds: float | None, wanted: Callable[[], bool]) -> Any:
-        """A placement group on this node, or on any; None where there was no room in time."""
-        pinned = {f"node:{node.address}": 0.001} if node is not None else {}
-        group = placement_group([{**self.needs.bundle, **pinned}], strategy="STRICT_PACK")
-        waited = 0.0
-        while wanted() and (seconds is None or waited < seconds):
-            if group.wait(ASK):
-                return group
-            waited += ASK
-        remove_placement_group(group)
+    def _holding(
+        self, name: str, node: Node | None, seconds: float | None, wanted: Callable[[], bool]
+    ) -> RayHolding | None:
+        """A holder on this node, or on any; None where there was no room in time."""
+        made: Any = ray.remote(RayHolder)
+        actor = made.options(
+            name=f"{self.like}/{self.server}-{name}" + ("" if node is not None else "-any"),
+            lifetime="detached",
+            num_cpus=self.needs.cpus,
+            num_gpus=self.needs.gpus,
+            resources={f"node:{node.address}": 0.001} if node is not None else {},
+            max_restarts=0,
+            max_concurrency=THREADS,
+        ).remote()
+        holding = RayHolding(self, name, actor)
+        answer, waited = actor.at.remote(), 0.0
+        try:
+            while wanted() and (seconds is None or waited < seconds):
+                if ray.wait([answer], timeout=ASK)[0]:
+                    with saying():
+                        holding.at = ray.get(answer)
+                    return holding
+                waited += ASK
+        except GoneError:
+            holding.leave()
+            raise
+        holding.leave()
         return None
+
+    def settle(self, name: str, kind: Kind, holding: Holding) -> None:
+        """A process of this name is where this holder is."""
+        assert isinstance(holding, RayHolding)
+        holding.name = name
+        node, address = holding.at
+        self._at[name] = Spot(node, address, kind)
+
+    def offers(self) -> list[Found]:
+        """Engines whose server is gone; they are this one's now. Who does not answer has none."""
+        names = [name for name in list_named_actors() if name.startswith(f"{self.like}/")]
+        asked = {}
+        for name in names:
+            with contextlib.suppress(ValueError, RayError):  # it has just ended
+                actor = ray.get_actor(name)
+                asked[actor.offer.remote(self.server)] = actor
+        if not asked:
+            return []
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+        found = []
+        for answer in answered:
+            with contextlib.suppress(GoneError), saying():
+                if offer := ray.get(answer):
+                    its = msgspec.msgpack.decode(offer, type=Offer)
+                    holding = FoundHolding(self, its.name, asked[answer])
+                    holding.at = ray.get(asked[answer].at.remote(), timeout=ANSWER_SECONDS)
+                    found.append(Found(its, holding))
+        return found
 
     def forget(self, name: str) -> None:
         """Its place is free."""
@@ -142,21 +184,22 @@ class Rays:
 class RayHolding:
     """A holder in an actor."""
 
-    def __init__(self, rays: Rays, name: str, group: Any, needs: Needs) -> None:
-        """Raises GoneError where the actor does not begin."""
-        self._rays, self._name, self._group = rays, name, group
-        strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=0)
-        kind: Any = ray.remote(RayHolder)
-        options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "scheduling_strategy": strategy}
-        self._actor = kind.options(**options, max_restarts=0, max_concurrency=THREADS).remote()
-        with self._saying():
-            self.at: tuple[str, str] = ray.get(self._actor.at.remote(), timeout=ACTOR_SECONDS)
+    at: tuple[str, str] = ("", "")  # its node and its address
+    _others = False  # whether another server has it by now
+
+    def __init__(self, rays: Rays, name: str, actor: Any) -> None:
+        self.name = name
+        self._rays, self._actor = rays, actor
 
     def begin(self, order: Order) -> Begun:
         """Start it."""
-        with self._saying():  # once: it is there, or is not
+        with saying():  # once: it is there, or is not
             begun = ray.get(self._actor.begin.remote(msgspec.msgpack.encode(order)))
         return msgspec.msgpack.decode(begun, type=Begun)
+
+    def keep(self, seconds: float) -> None:
+        """It serves, and waits so long for another server."""
+        self._get("keep", seconds)
 
     def follow(self, at: int) -> Said:
         """What it wrote since, soon."""
@@ -177,34 +220,44 @@ class RayHolding:
     def leave(self) -> None:
         """Give its place back."""
         with contextlib.suppress(RayError, ValueError):
-            ray.kill(self._actor)
-        with contextlib.suppress(RayError, ValueError):
-            remove_placement_group(self._group)
-        self._rays.forget(self._name)
+            if not self._others:
+                ray.kill(self._actor)
+        self._rays.forget(self.name)
 
     def _get(self, method: str, *args: Any) -> Any:
         """Whoever cannot be reached is asked again for a while: what is asked may be asked twice."""
         asked = 0
         while True:
-            with self._saying():
+            with saying():
                 try:
-                    return ray.get(getattr(self._actor, method).remote(*args))
+                    return ray.get(getattr(self._actor, method).remote(self._rays.server, *args))
+                except PermissionError:
+                    self._others = True
+                    raise
                 except ActorUnavailableError:
                     asked += 1
                     if asked > UNAVAILABLE_SECONDS / ASK:
                         raise
             time.sleep(ASK)
 
-    @contextlib.contextmanager
-    def _saying(self) -> Iterator[None]:
-        try:
-            yield
-        except GetTimeoutError as late:
-            raise GoneError("its actor did not begin in time") from late
-        except RayActorError as gone:
-            raise GoneError(_why(gone)) from gone
-        except RayError as wrong:  # the actor's own errors, too
-            raise GoneError(_why(wrong)) from wrong
+
+class FoundHolding(RayHolding):
+    """That of an engine which serves already."""
+
+    def begin(self, order: Order) -> Begun:
+        """Have it speak to this server."""
+        return msgspec.msgpack.decode(self._get("again", msgspec.msgpack.encode(order.keys)), type=Begun)
+
+
+@contextlib.contextmanager
+def saying() -> Iterator[None]:
+    """Whatever Ray raises says that a holder is gone."""
+    try:
+        yield
+    except GetTimeoutError as late:
+        raise GoneError("its actor did not answer in time") from late
+    except RayError as wrong:  # the actor's own errors, too
+        raise GoneError(_why(wrong)) from wrong
 
 
 def _why(wrong: Exception) -> str:

@@ -24,11 +24,13 @@ class Contacts:
     def __init__(self) -> None:
         self._monitors: list[zmq.Socket[Any]] = []
         self._made: list[int] = []
-        self._again = False
+        self._again = self._closed = False
         self._lock = Lock()  # whoever closes them is in another thread
 
     def watch(self, context: zmq.Context[Any], socket: zmq.Socket[Any]) -> None:
         """Count who connects to it. Before it is bound."""
+        if self._closed:
+            return
         address = f"inproc://contacts-{next(_numbers)}"
         socket.monitor(address, zmq.EVENT_HANDSHAKE_SUCCEEDED)
         # Not one of the context's own sockets: see curve.py.
@@ -53,6 +55,7 @@ class Contacts:
     def close(self) -> None:
         """Nobody asks any more. Before their contexts are ended."""
         with self._lock:
+            self._closed = True
             for monitor in self._monitors:
                 monitor.close()
             self._monitors, self._made = [], []

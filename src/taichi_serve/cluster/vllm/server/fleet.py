@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutputs
 
 from taichi_serve.cluster.vllm import args as flags
+from taichi_serve.cluster.vllm.curve import Pair
 from taichi_serve.cluster.vllm.hosts.launching import Hosts, on_ray
 from taichi_serve.cluster.vllm.moved import cli_env_setup
 from taichi_serve.cluster.vllm.server.blocks import agreed
@@ -57,11 +58,13 @@ class Made:
             self.forks.close()
 
 
-async def _made(args: argparse.Namespace, config: VllmConfig, here: Scratch, say: Say) -> Made:
+async def _made(
+    args: argparse.Namespace, argv: list[str], config: VllmConfig, here: Scratch, say: Say
+) -> Made:
     world = config.parallel_config.world_size
     if args.ray:
-        hosts, address = await in_thread(lambda: on_ray(args, world, say))
-        return Made(hosts.devices, _lines(address), hosts=hosts)
+        hosts, address = await in_thread(lambda: on_ray(args, argv, world, here.path.name, say))
+        return Made(hosts.devices, _lines(address, hosts.mesh), hosts=hosts)
     line = _lines(args.cluster_host)
     devices = Devices(flags.sliders(args).instances, world, args.devices)
     # CUDA and forks do not go together.
@@ -108,7 +111,7 @@ async def fleet(
     made: Made | None = None
     began = time.monotonic()
     try:
-        made = await _made(args, config, here, say)
+        made = await _made(args, argv, config, here, say)
         launcher = _launcher(argv, config, here, patience, made, all_of_them)
         sliders = flags.sliders(args)
         engines = await launcher.all([(kind, sliders.chunk(kind)) for kind in sliders.kinds()], waiting)
@@ -166,7 +169,8 @@ def _launcher(
             fleets[0].cluster.receive(engine, item)
 
     def hear(word: Word) -> None:
-        fleets[0].cluster.hands.hear(word)
+        if fleets:  # before, it can only be meant for another server
+            fleets[0].cluster.hands.hear(word)
 
     def exited(engine: Engine, code: int) -> None:
         if fleets:
@@ -178,10 +182,11 @@ def _launcher(
     return Launcher(config, argv, made.devices, here.path, *heard, patience, *begun_by)
 
 
-def _lines(host: str | None) -> MakeLine:
-    """What instances are spoken to on. Raises StartError where this host does not have the address."""
+def _lines(host: str | None, mesh: Pair | None = None) -> MakeLine:
+    """What instances are spoken to on, with the key of those that are there already. Raises StartError where
+    this host does not have the address."""
     try:
-        return over_files if host is None else Wires(host)
+        return over_files if host is None else Wires(host, mesh)
     except OSError as wrong:
         raise StartError(f"--cluster-host {host}: {wrong.strerror}") from wrong
 

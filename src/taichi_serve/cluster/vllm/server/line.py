@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from taichi_serve.cluster.vllm.curve import Dress, Keys, as_server, both, new_pair
+from taichi_serve.cluster.vllm.curve import Dress, Keys, Pair, as_server, both, new_pair
 from taichi_serve.cluster.vllm.server.contacts import Contacts
 from taichi_serve.cluster.vllm.wire import copier_endpoint
 from taichi_serve.ports import LOOPBACK, port_of, reserve
@@ -83,18 +83,19 @@ def over_files(directory: Path, name: str, ranks: int = 1) -> Line:
 class Wires:
     """Lines over TCP at one address of this host, with keys made for this run."""
 
-    def __init__(self, host: str) -> None:
-        """Raises OSError where this host does not have the address."""
+    def __init__(self, host: str, mesh: Pair | None = None) -> None:
+        """With the key of engines that are there already, if there are any. Raises OSError where this host
+        does not have the address."""
         reserve(host).close()
         self.host = host
-        self._own, self._mesh = new_pair(), new_pair()
+        self._own, self._mesh = new_pair(), mesh or new_pair()
 
     def __call__(self, directory: Path, name: str, ranks: int = 1) -> Line:
         """One that takes nobody but who has the key that is made for it now."""
         reserved = [reserve(self.host) for _ in range(3 + ranks)]
         handshake, inputs, outputs, *copiers = (f"tcp://{self.host}:{port_of(one)}" for one in reserved)
         theirs = new_pair()
-        keys = Keys(self._own.public, theirs, self._mesh, copiers)
+        keys = Keys(self._own.public, theirs, self._mesh, copiers, inputs, outputs)
         dress, contacts = as_server(self._own, [theirs.public]), Contacts()
         DRESSES[inputs] = DRESSES[outputs] = both(dress, contacts.watch)
         return Line(handshake, inputs, outputs, copiers, self.host, keys, contacts, dress, reserved)

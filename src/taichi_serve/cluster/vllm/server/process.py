@@ -61,6 +61,7 @@ class Process:
     """
 
     _process: Child
+    found: bool = False  # whether another server started it
     host: str = ""  # an address of the one that it runs on; "" where that is the server's
     direct: set[str] | None = None  # engines whose memory it reads itself, where that is not to be seen here
 
@@ -80,6 +81,9 @@ class Process:
     def torn(self) -> bool:
         """Whether what ended it was the end of its host, or of the way there."""
         return False
+
+    def serves(self) -> None:
+        """It is up, and can be spoken to."""
 
     def look(self) -> None:
         """See what it shares with others, while it is there to be asked."""

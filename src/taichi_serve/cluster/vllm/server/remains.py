@@ -48,14 +48,6 @@ def remove_files(directory: Path, name: str, engine_id: str) -> None:
                 path.unlink(missing_ok=True)
 
 
-def remove_with_the_last(directory: Path) -> None:
-    """Take away a directory of several engines, of which none is there any more. Sockets may be left whose
-    owner's last thread has not ended yet: nobody will come for them."""
-    with contextlib.suppress(OSError):
-        if all(UNNAMED.fullmatch(path.name) for path in directory.iterdir()):
-            shutil.rmtree(directory, ignore_errors=True)
-
-
 def forget_logs(directory: Path, instance: str) -> None:
     """Keep the first log of an instance and those of its last processes: one that is lost every ten minutes
     for a year fills no disk."""

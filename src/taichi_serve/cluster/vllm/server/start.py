@@ -98,8 +98,19 @@ class Launcher:
         holder.append(engine)
         client.listen()
         client.tell(Call.CHUNK, chunk)
+        await in_thread(process.serves)
         process.on_exit(lambda code: loop.call_soon_threadsafe(self.exited, engine, code))
         return engine
+
+    async def _first(self, processes: list[Process], index: int, kind: Kind, chunk: int) -> Engine:
+        """The same; one that was found and cannot be had is started anew."""
+        try:
+            return await self.ready(processes[index], index, kind, chunk)
+        except StartError:
+            if not processes[index].found:
+                raise
+        processes[index] = self.begin(index, kind)
+        return await self.ready(processes[index], index, kind, chunk)
 
     async def _up(self, process: Process) -> VllmConfig:
         """Wait until it is up; its configuration."""
@@ -120,7 +131,7 @@ class Launcher:
         """
         processes = [self.begin(index, kind) for index, (kind, _) in enumerate(kinds)]
         tasks = [
-            asyncio.create_task(self.ready(process, index, *kinds[index]), name=process.name)
+            asyncio.create_task(self._first(processes, index, *kinds[index]), name=process.name)
             for index, process in enumerate(processes)
         ]
         began = time.monotonic()
@@ -136,6 +147,7 @@ class Launcher:
             return [task.result() for task in tasks]
         except BaseException:
             for process in processes:
+                process.found = False  # nobody is to be started in its place
                 process.kill()
             engines = await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(in_thread(process.end) for process in processes))

@@ -25,6 +25,7 @@ import zmq
 
 from taichi_serve.cluster.vllm.curve import as_client, read_keys
 from taichi_serve.cluster.vllm.wire import (
+    Again,
     Copied,
     Drop,
     Dropped,
@@ -56,20 +57,22 @@ class Copier:
         self._reader = reader
         self._legs: dict[str, Leg] = {}
         self._refused: dict[str, None] = {}  # dropped before Given came
-        self._orders: deque[Given | Return | Late] = deque()
+        self._orders: deque[Again | Given | Return | Late] = deque()
         self._returned: deque[str] = deque()
         self._changed = threading.Condition()
         self._context = zmq.Context()
-        self._server = _to_server(self._context, directory, engine_id, rank)
+        self._me = directory, engine_id, rank
+        self._server = _to_server(self._context, *self._me)
         self._bell = self._context.socket(zmq.PAIR)
         self._bell.bind("inproc://bell")
         self._rope = self._context.socket(zmq.PAIR)
         self._rope.connect("inproc://bell")
+        self._poller = zmq.Poller()
         threading.Thread(target=self._run, name="kv-ahead", daemon=True).start()
 
     # --------------------------------------------------------------------------- from the worker's steps
 
-    def order(self, *orders: Given | Return | Late) -> None:
+    def order(self, *orders: Again | Given | Return | Late) -> None:
         """Blocks that were given to legs, or are wanted back: `returned` names these when nothing is written
         into them any more."""
         self._orders.extend(orders)
@@ -106,11 +109,10 @@ class Copier:
 
     def _run(self) -> None:
         try:
-            poller = zmq.Poller()
-            poller.register(self._server, zmq.POLLIN)
-            poller.register(self._bell, zmq.POLLIN)
+            self._poller.register(self._server, zmq.POLLIN)
+            self._poller.register(self._bell, zmq.POLLIN)
             while True:
-                for socket, _ in poller.poll(self._patience()):
+                for socket, _ in self._poller.poll(self._patience()):
                     self._hear(socket)
                 while self._orders:
                     self._take(self._orders.popleft())
@@ -158,8 +160,10 @@ class Copier:
         reads = [one.reading for one in self._all() if one.reading is not None]
         return None if any(now - read.began < SLOW for read in reads) else (name, leg)
 
-    def _take(self, order: Given | Return | Late | Order) -> None:
-        if isinstance(order, Ping):
+    def _take(self, order: Again | Given | Return | Late | Order) -> None:
+        if isinstance(order, Again):
+            self._meet_server()
+        elif isinstance(order, Ping):
             self._say(Pong(order.number))
         elif isinstance(order, Gone):
             self._reader.forget(order.source)
@@ -178,6 +182,18 @@ class Copier:
             leg.given, leg.done = order, order.first
         else:
             self._legs.setdefault(order.leg, Leg()).more = order
+
+    def _meet_server(self) -> None:
+        """Another one: what the last one wanted is wanted no more, and names may be given again. What is read
+        just now goes on: its blocks are given back when that is over."""
+        self._poller.unregister(self._server)
+        self._server.close(linger=0)
+        self._server = _to_server(self._context, *self._me)
+        self._poller.register(self._server, zmq.POLLIN)
+        with self._changed:
+            self._refused.clear()
+            for name in [name for name, leg in self._legs.items() if leg.reading is None]:
+                del self._legs[name]
 
     def _end(self, order: Drop | Return | Late) -> None:
         """Nothing is read for the leg, and nothing will be."""
