@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("ray")
@@ -165,6 +166,27 @@ async def test_an_engine_that_is_killed_costs_no_stream_and_comes_back(
     assert wrong([answer for answer, _ in results], reference[:8]) == []
     assert sum(moves(legs) for _, legs in results) > 0
     assert cluster.at() == before
+
+
+async def test_a_holder_that_is_killed_takes_its_engine_with_it_and_the_instance_comes_back(
+    cluster: Cluster, reference: list[Answer]
+) -> None:
+    async def decodes() -> bool:
+        return bool(cluster.server.instance("i1")["decodes"])
+
+    async def back() -> bool:
+        one = cluster.server.instance("i1")
+        return bool(one["alive"] and one["restarts"] == restarts + 1)
+
+    restarts, engine = (cluster.server.instance("i1")[what] for what in ("restarts", "pid"))
+    async with cluster.server.client() as client:
+        tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
+        await until(decodes, 30, "i1 decodes")
+        core = psutil.Process(engine)
+        core.parent().kill()
+        assert wrong(await asyncio.gather(*tasks), reference[len(WISHES) :]) == []
+        await until(back, BACK_SECONDS, "i1 serves again")
+    assert not core.is_running()
 
 
 async def test_times_of_hosts_whose_clocks_differ_by_a_day_are_times_of_the_server(cluster: Cluster) -> None:

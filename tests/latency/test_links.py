@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from taichi_serve.instance import Instance
-from taichi_serve.latency.links import ALIKE, FIXED, FORGOTTEN, HALF, MOST, REST, Links
-from taichi_serve.messages import Flowed
+from taichi_serve.latency.links import ALIKE, FIXED, FORGOTTEN, HALF, LEAST, MOST, REST, Links
+from taichi_serve.messages import Flowed, Timeline
 from taichi_serve.sliders import Kind
 
 TOKENS = 1024 - FIXED  # that a move of 1 s has where it costs 1/1024 s a token
@@ -49,6 +49,41 @@ def test_where_all_links_are_alike_the_targets_are_those_that_were_asked_about()
     moved(links, A1, B, 0.010 * ALIKE)
     assert links.near(A1, targets) is targets
     assert links.dearer(A1, B) == 1.0
+
+
+def test_a_wait_for_a_seat_and_for_a_step_is_no_price_of_a_link() -> None:
+    links = Links()
+    for target, seat, step in ((A2, 0.0, 0.0), (B, 2.0, 0.5)):
+        arrived, began = 1.002, 1.002 + seat
+        line = Timeline(
+            left=1.0,
+            heard=1.001,
+            arrived=arrived,
+            began=began,
+            landed=began + 0.008,
+            scheduled=began + 0.008 + step,
+            made=began + 0.018 + step,
+            at=began + 0.019 + step,
+        )
+        links.flowed(A1, target, Flowed(1.0, "r", 1, target.name, 5, TOKENS, line.at - 1.0, timeline=line))
+    assert links.even
+    assert links.seen["a", "b"].price == pytest.approx(0.010 / 1024)
+
+
+def test_a_tail_that_is_long_on_its_way_makes_a_link_dear_though_its_blocks_were_copied_ahead() -> None:
+    links = Links()
+    moved(links, A1, A2, 0.010)
+    line = Timeline(1.0, 1.001, 1.002, 1.050, 1.060, 1.061, 1.070, 1.071, ahead=0.5, copied=0.9)
+    links.flowed(A1, B, Flowed(1.1, "r", 1, "b", 5, TOKENS, 0.071, timeline=line))
+    assert links.seen["a", "b"].price == pytest.approx(0.060 / 1024)
+    assert near(links, A1, A2, B) == "a2"
+
+
+def test_a_move_between_clocks_that_do_not_quite_agree_costs_something() -> None:
+    links = Links()
+    line = Timeline(1.0, 1.001, 0.999, 0.999, 0.999, 1.0, 1.01, 1.011)
+    links.flowed(A1, B, Flowed(1.0, "r", 1, "b", 5, TOKENS, 0.011, timeline=line))
+    assert links.seen["a", "b"].price == pytest.approx(LEAST / 1024)
 
 
 def test_a_host_that_nobody_moved_to_is_tried() -> None:

@@ -15,7 +15,8 @@ ENTRY = "taichi_serve.cluster.vllm.stock"  # `vllm serve`
 OURS = (
     *("p-heavy", "d-heavy", "p-chunk", "d-chunk", "ttft-slo", "tpot-slo", "ttft-margin", "tpot-margin"),
     *("watermark", "alpha", "move-timeout", "stall-timeout", "restarts", "event-log", "profile", "kv-over"),
-    *("prefixes", "devices", "autotune", "overload", "slo-classes", "cluster-host", "ray-address"),
+    *("prefixes", "devices", "autotune", "overload", "slo-classes"),
+    *("cluster-host", "ray-address", "keep-engines"),
 )
 SWITCHES = ("metrics-without-key", "slo-response-headers", "fair-classes", "ray")
 KV_SPACE, BINDING = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND"

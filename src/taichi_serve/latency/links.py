@@ -27,6 +27,7 @@ FIXED = 512
 # A move that is given up has cost seconds: no sample counts for more than so many times the mean, or a link
 # that is whole again would be avoided for ever.
 MOST = 50.0
+LEAST = 1e-4  # seconds: clocks of two hosts are not known better
 FORGOTTEN = REST + 10 * HALF  # seconds without moves after which nothing is known of a link any more
 LOOK = 1.0  # seconds between two looks at all links, as long as some are dearer than others
 
@@ -71,7 +72,7 @@ class Links:
         counted.moves += 1
         counted.kv_tokens += move.kv_tokens
         counted.gaps += move.gap
-        sample = self._bounded(move.gap / (move.kv_tokens + FIXED))
+        sample = self._bounded(_on_the_way(move) / (move.kv_tokens + FIXED))
         self.mean = KEEP_ALL * self.mean + (1.0 - KEEP_ALL) * sample if self.mean else sample
         self._learn((source.host, target.host), sample)
 
@@ -152,3 +153,13 @@ class Links:
 
 
 EVEN = Links()  # of whoever knows of none; nobody writes into it
+
+
+def _on_the_way(move: Flowed) -> float:
+    """What the link had of a gap: from the last token at the source until the KV is there. That there was
+    no seat for it yet, or was in a step, says nothing of the link."""
+    line = move.timeline
+    if line is None or not (line.left and line.landed):
+        return move.gap
+    waited = line.began - line.arrived if line.arrived and not line.ahead else 0.0
+    return max(LEAST, line.landed - line.left - max(0.0, waited))
