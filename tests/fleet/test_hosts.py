@@ -296,6 +296,21 @@ async def test_an_instance_that_was_found_is_replaced_as_every_other_is(
     assert wrong([answer for answer, _ in results], reference[:8]) == []
 
 
+async def test_engines_of_two_servers_that_were_killed_are_found_by_the_third(
+    cluster: Cluster, reference: list[Answer]
+) -> None:
+    before = {one["name"]: one["pid"] for one in cluster.server.state()["instances"]}
+    cluster.kill_server()
+    cluster.server = cluster.serve("third", cluster.server.port).wait_ready()
+    assert "taichi: found 2 of 2 instances" in cluster.server.said()
+    assert {one["name"]: one["pid"] for one in cluster.server.state()["instances"]} == before
+    async with cluster.server.client() as client:
+        results = await streamed_and_moved(client, WISHES[:8], seed=13, times=2)
+    assert wrong([answer for answer, _ in results], reference[:8]) == []
+    assert sum(moves(legs) for _, legs in results) > 0
+    cluster.server.quiet(10)
+
+
 async def test_engines_that_no_server_comes_for_end_and_the_next_server_begins_anew(
     cluster: Cluster, reference: list[Answer]
 ) -> None:

@@ -156,8 +156,8 @@ EVEN = Links()  # of whoever knows of none; nobody writes into it
 
 
 def _on_the_way(move: Flowed) -> float:
-    """What the link had of a gap: from the last token at the source until the KV is there. That there was
-    no seat for it yet, or was in a step, says nothing of the link."""
+    """What the link had of a gap: from the last token at the source until the KV is there. That there was no
+    seat for it yet, or a step to wait for, says nothing of the link."""
     line = move.timeline
     if line is None or not (line.left and line.landed):
         return move.gap

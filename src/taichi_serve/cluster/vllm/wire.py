@@ -90,11 +90,13 @@ class Call(StrEnum):
     HERE = "taichi_here"  # (): the core runs
     KV = "taichi_kv"  # () -> why requests of this engine stay, a sentence each; empty: they move
     LEAVE = "taichi_leave"  # (legs): they end with LEFT after the token they are on, and are held
+    LET_GO = "taichi_let_go"  # (): hold nothing of what another server had under way
     PIN = "taichi_pin"  # (leg, reader) -> its full blocks, pinned; None: it does not run, or stays
     PREFIX = "taichi_prefix"  # (reader, hashes) -> blocks of its prefix cache from the first one on, pinned
     PUT_OFF = "taichi_put_off"  # (leg, by): it is best effort, and if it waits, it takes this place
     RELEASE = "taichi_release"  # (legs that left, readers of pins) -> (KV tokens held, at)
     SETTLE = "taichi_settle"  # (): it is warm
+    STOPPED = "taichi_stopped"  # () -> True, once nothing is read of that any more
     WAIVE = "taichi_waive"  # (leg) -> True: nothing is fetched for it; False: it has blocks for that already
 
 

@@ -25,6 +25,7 @@ from flowbench import BLOCK, WRONG, Instance, Stream, abort, reads_directly, req
 from msgspec.structs import replace
 from vllm.v1.engine import EngineCoreOutput
 
+from taichi_serve.cluster.vllm.core.forget import let_go, stop, stopped
 from taichi_serve.cluster.vllm.wire import LEFT, UNREAD, Marks
 
 ROOM = 32
@@ -114,6 +115,8 @@ class World:
         self.shared = [chance.randint(10, 5000) for _ in range(64)]
         self.wrong: list[str] = []
         self.seen: Counter[str] = Counter()
+        self.running: list[Instance] = []  # that have not heard of the next server yet
+        self.stopping: list[Future[bool] | bool] = []
         self.placing = Random(seed + 1_000_000) if seed % 2 else None  # every other world has places
 
     # ------------------------------------------------------------------------------------ what users do
@@ -469,6 +472,34 @@ class World:
             job.at, job.leg = self.chance.choice(alive).index, self._name(job)
             self._start(job)
 
+    def another_server(self) -> None:
+        """This one is killed; the next one takes the engines, and knows of nothing."""
+        for job in self.jobs.values():
+            job.done, job.move, job.fetch = True, None, None
+        self.asked, self.moves = [], []
+        self.running = [one for one in self.instances if not one.dead]
+        for one in self.instances:
+            one.copier.inbox.clear()
+            one.copier.deaf = True
+
+    def take_over(self) -> None:
+        """Engines hear of it one after the other; when all have stopped each lets go."""
+        if self.running and self.chance.random() < 0.1:
+            one = self.running.pop()
+            self.heard[one.index].clear()
+            one.copier.words.clear()
+            self.seen["forgotten"] += len(one.scheduler.requests)
+            self.seen["forgotten while read"] += len(one.scheduler._reads)
+            stop(one.scheduler)
+            self.stopping.append(stopped(one.scheduler))
+        if self.running or not self.stopping:
+            return
+        if all(answer is True or (isinstance(answer, Future) and answer.done()) for answer in self.stopping):
+            self.stopping = []
+            for one in self.instances:
+                if not one.dead:
+                    let_go(one.scheduler)
+
     # ----------------------------------------------------------------------------------------- the end
 
     def turn(self, settle: bool) -> None:
@@ -485,11 +516,12 @@ class World:
                 self.heard[index].extend(one.step())
         self.answers()
         self.fetches()
+        self.take_over()
         if not self.jobs:
             return
         if settle and self.host and chance.random() < 0.01:  # full of what waits for room elsewhere
             self._patience_ends(chance.choice(list(self.jobs.values())))
-        if not settle:
+        if not settle and not self.running and not self.stopping:
             self._something_else(chance.choice(list(self.jobs.values())), index)
 
     def _something_else(self, job: Job, index: int) -> None:
@@ -556,12 +588,17 @@ class World:
 
 
 def torture(
-    seed: int, jobs: int = 12, turns: int = 500, host: bool = False
+    seed: int, jobs: int = 12, turns: int = 500, host: bool = False, killed: int | None = None
 ) -> tuple[list[str], Counter[str]]:
-    """One run: the faults that it found, and what took place. With `host` KV is offloaded, too."""
+    """One run: the faults that it found, and what took place. With `host` KV is offloaded, too. In the turn
+    `killed` the server is, and another one goes on with as many jobs more."""
     world = World(seed, host)
-    for _ in range(turns):
-        if len(world.jobs) < jobs and world.chance.random() < 0.05:
+    for number in range(turns):
+        if number == killed:
+            world.another_server()
+            jobs += len(world.jobs)
+        taken = not world.running and not world.stopping
+        if taken and len(world.jobs) < jobs and world.chance.random() < 0.05:
             world.arrive()
         world.turn(settle=False)
     for _ in range(6000):

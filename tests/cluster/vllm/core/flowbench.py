@@ -212,13 +212,13 @@ class Copier:
             deque()
         )  # to the server: (copied | landed | failed | dropped, leg)
         self.returned: set[str] = set()
+        self.deaf = False  # its server is gone, and it has not heard of the next one
 
     def order(self, order: Again | Given | Return) -> None:
         if isinstance(order, Again):
+            self.deaf = False
             self.refused.clear()
             self.legs = {name: leg for name, leg in self.legs.items() if leg.reading is not None}
-            self.inbox.clear()
-            self.words.clear()
         elif isinstance(order, Return):
             self._end("return", order.leg)
         elif order.leg not in self.refused:
@@ -228,7 +228,7 @@ class Copier:
     def turn(self) -> None:
         """Take an order, begin a read, or end one."""
         chance = self.here.chance
-        if self.inbox and chance.random() < 0.5:
+        if self.inbox and not self.deaf and chance.random() < 0.5:
             self._take(self.inbox.popleft())
             return
         for name, leg in list(self.legs.items()):

@@ -74,7 +74,7 @@ def test_it_forgets_and_then_hears_and_sends_at_the_next_servers_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forgotten: list[Any] = []
-    monkeypatch.setattr(again, "forget", forgotten.append)
+    monkeypatch.setattr(again, "stop", forgotten.append)
     monkeypatch.setattr(again, "dress_core", lambda directory, engine_id: None)
     write_keys(tmp_path, "e1", keys := Keys("server", new_pair(), new_pair(), []))
     kind = core()

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from flowbench import Instance, Stream, reads_directly, request
 
-from taichi_serve.cluster.vllm.core.forget import forget
+from taichi_serve.cluster.vllm.core.forget import let_go, stop, stopped
 from taichi_serve.cluster.vllm.wire import Again, Given, Marks, Return
 
 PROMPT = [7] * 40  # two full blocks and a half
@@ -45,8 +45,12 @@ def test_prompts_decodes_and_those_that_left_are_gone_after_the_next_steps() -> 
     one.scheduler.add_request(request("c", THIRD, 100))
     assert one.scheduler.pin("b", "reader") is not None
     assert not empty(one)
-    forget(one.scheduler)
+    stop(one.scheduler)
     assert orders(one)[-1] == Again()
+    assert stopped(one.scheduler) is True
+    one.run(lambda: len(one.scheduler.requests) == 1)  # what somebody may read stays until all have stopped
+    assert one.scheduler._held_tokens() > 0
+    let_go(one.scheduler)
     one.run(lambda: empty(one))
 
 
@@ -59,8 +63,11 @@ def test_blocks_that_somebody_writes_into_come_back_when_that_is_over_and_nobody
     target.run(lambda: target.scheduler._reads.lent("a#1+") is not None)
     asked = target.scheduler.drop("a#1+")
     assert isinstance(asked, Future)
-    forget(target.scheduler)
-    assert target.scheduler._held_tokens() > 0
+    stop(target.scheduler)
+    rests = stopped(target.scheduler)
+    assert isinstance(rests, Future) and not rests.done()
+    target.run(rests.done)
+    let_go(target.scheduler)
     target.run(lambda: empty(target))
     assert not asked.done()  # who asked is not there any more
 
@@ -69,7 +76,8 @@ def test_a_request_that_comes_afterwards_is_served_from_the_prefix_cache_that_st
     one = instance()
     one.scheduler.add_request(request("a", PROMPT, 3))
     one.run(lambda: one.scheduler.get_num_unfinished_requests() == 0)
-    forget(one.scheduler)
+    stop(one.scheduler)
+    let_go(one.scheduler)
     one.run(lambda: empty(one))
     one.scheduler.add_request(request("a", PROMPT, 3))
     outputs = one.run(lambda: one.scheduler.get_num_unfinished_requests() == 0)

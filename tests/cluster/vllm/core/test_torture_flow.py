@@ -45,10 +45,17 @@ def test_nor_does_it_where_kv_is_offloaded_to_hosts_meanwhile(batch: int) -> Non
         assert seen[what] > 0, what
 
 
-def tortured(batch: int, host: bool) -> Counter[str]:
+@pytest.mark.parametrize("host", [False, True])
+def test_nor_where_the_server_is_killed_in_between_and_the_next_one_takes_the_engines(host: bool) -> None:
+    seen = tortured(200, host=host, killed=200)
+    for what in ("forgotten", "forgotten while read", "moved", "fetched"):
+        assert seen[what] > 0, what
+
+
+def tortured(batch: int, host: bool, killed: int | None = None) -> Counter[str]:
     seen: Counter[str] = Counter()
     for seed in range(batch * RUNS, (batch + 1) * RUNS):
-        faults, counts = torture(seed, host=host)
+        faults, counts = torture(seed, host=host, killed=killed)
         assert faults == [], f"seed {seed}"
         seen += counts
     return seen

@@ -52,6 +52,7 @@ class Process:
     direct = None
     host = ""
     torn = False
+    found = False
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.directory = name, directory

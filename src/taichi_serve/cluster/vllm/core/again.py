@@ -1,9 +1,9 @@
 """An engine core that outlives its server: it drops all that it did for it, and speaks to the next one.
 
 Its holder has put where the next server listens, and with which keys, into the core's file of keys, and sends
-SIGNAL (hosts/holder.py). Between two steps the core then ends every request, lets go of every block, and
-opens its sockets anew, by vLLM's own two threads. The old one that hears stays, and hears nothing: nobody who
-has the old server's key is there any more.
+SIGNAL (hosts/holder.py). Between two steps the core then ends every request and opens its sockets anew, by
+vLLM's own two threads. The old one that hears stays, and hears nothing: nobody who has the old server's key
+is there any more. The next server has all of them let go of what they hold (forget.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreRequestType, core
 
-from taichi_serve.cluster.vllm.core.forget import forget
+from taichi_serve.cluster.vllm.core.forget import stop
 from taichi_serve.cluster.vllm.curve import Keys, read_keys
 from taichi_serve.cluster.vllm.sockets import dress_core
 from taichi_serve.cluster.vllm.spec import SIGNAL
@@ -48,7 +48,7 @@ def outlive(directory: Path, engine_id: str, kind: Any = core.EngineCoreProc) ->
         return Future()  # no answer: whom it would go to did not ask
 
     def meet(self: Any, keys: Keys) -> None:
-        forget(self.scheduler)
+        stop(self.scheduler)
         if self.mm_receiver_cache is not None:  # the next server's own is empty, too
             self.mm_receiver_cache.clear_cache()
         dress_core(directory, engine_id)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from vllm.v1.engine.core import EngineCore
 
 from taichi_serve.cluster.vllm.core.connector import FlowConnectorScheduler
+from taichi_serve.cluster.vllm.core.forget import let_go, stopped
 from taichi_serve.cluster.vllm.core.order import put_off
 from taichi_serve.cluster.vllm.core.scheduler import FlowScheduler
 from taichi_serve.cluster.vllm.heap import settle
@@ -41,6 +42,16 @@ def taichi_direct(core: EngineCore) -> list[str]:
     """Utility call: engines whose memory every rank here reads itself. Who is on another host cannot look."""
     side = cast(FlowConnectorScheduler, cast(Any, _scheduler(core).connector).connector_scheduler)
     return side.directly()
+
+
+def taichi_stopped(core: EngineCore) -> Future[bool] | bool:
+    """Utility call: see forget.stopped. vLLM answers when the future is done."""
+    return stopped(_scheduler(core))
+
+
+def taichi_let_go(core: EngineCore) -> None:
+    """Utility call: see forget.let_go."""
+    let_go(_scheduler(core))
 
 
 def taichi_here(core: EngineCore) -> None:
@@ -108,11 +119,13 @@ CALLS = {
     Call.HERE: taichi_here,
     Call.KV: taichi_kv,
     Call.LEAVE: taichi_leave,
+    Call.LET_GO: taichi_let_go,
     Call.PIN: taichi_pin,
     Call.PREFIX: taichi_prefix,
     Call.PUT_OFF: taichi_put_off,
     Call.RELEASE: taichi_release,
     Call.SETTLE: taichi_settle,
+    Call.STOPPED: taichi_stopped,
     Call.WAIVE: taichi_waive,
 }
 

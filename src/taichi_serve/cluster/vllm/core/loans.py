@@ -43,9 +43,9 @@ class Loans:
     def __len__(self) -> int:
         return len(self._loans)
 
-    def readers(self) -> set[str]:
+    def readers(self) -> list[str]:
         """For whom something is loaded."""
-        return {loan.reader for loan in self._loans.values()}
+        return [loan.reader for loan in self._loans.values()]
 
     def on_host(self, hashes: Sequence[bytes]) -> int:
         """How many of these blocks the host has, from the first one on."""

@@ -74,9 +74,9 @@ class Pins:
         self._manager.block_pool.touch(list(fresh.values()))
         pinned |= fresh
 
-    def readers(self) -> set[str]:
+    def readers(self) -> list[str]:
         """For whom anything is kept, or will be."""
-        return {*self._blocks, *self._followed}
+        return list({**self._blocks, **self._followed})
 
     def holds(self, reader: str) -> bool:
         """Whether anything is kept for it."""

@@ -93,13 +93,11 @@ class Prefixes:
         left = self._pool.get_num_free_blocks() - unused - more
         return bool(not (unused + more) or left >= SPARE * self._pool.num_gpu_blocks)
 
-    def forget(self) -> set[str]:
-        """Let go of everything: whoever asked is gone. The readers that something was kept for."""
-        readers = self._pins.readers() | (self._loans.readers() if self._loans is not None else set())
-        for reader in readers:
-            self.let_go(reader)
+    def nobody_asks(self) -> None:
+        """Whoever waits for an answer is gone. What is pinned stays so."""
         self._asked = []
-        return readers
+        for reader in self._loans.readers() if self._loans is not None else ():
+            self.let_go(reader)
 
     def let_go(self, reader: str) -> None:
         """Nothing is read for it here any more, and nothing will be."""

@@ -26,6 +26,7 @@ class Reads:
         self._given: dict[str, Given] = {}
         self._lent: set[str] = set()
         self._asked: dict[str, list[Future[bool]]] = {}
+        self._waiting: list[Future[bool]] = []  # until nothing is read for anybody
 
     def __contains__(self, leg: str) -> bool:
         return leg in self._given
@@ -61,10 +62,20 @@ class Reads:
         self._lent.discard(leg)
         for future in self._asked.pop(leg, ()):
             future.set_result(True)
+        while self._waiting and not self._given:
+            self._waiting.pop().set_result(True)
+
+    def none(self) -> Future[bool] | bool:
+        """True when nothing is read for any leg: now, or later."""
+        if not self._given:
+            return True
+        self._waiting.append(Future())
+        return self._waiting[-1]
 
     def nobody_asks(self) -> None:
         """Whoever waits for an answer is gone."""
         self._asked.clear()
+        self._waiting.clear()
 
     def settled(self, leg: str) -> Future[bool] | bool:
         """True when nothing is read for the leg: now, or later."""

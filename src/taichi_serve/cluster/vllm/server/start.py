@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from taichi_serve.cluster.vllm.hosts.launching import Hosts
 
 STOP_SECONDS = 10.0  # an engine that was asked to stop and has not is ended after this
+
+STOPPED_SECONDS = 10.0  # that an engine which was found may still read what another server wanted
 
 Receive = Callable[[Engine, Outputs], None]
 Hear = Callable[[Word], None]
@@ -84,6 +87,7 @@ class Launcher:
             )
             if process.exitcode is not None:
                 raise StartError(f"instance {process.name} ended as it came up: {process.cause()}")
+            await in_thread(process.serves)
             copiers = Copiers(process.line, self.hear)
             engine = Engine(index, f"i{index}", process, client, copiers, kind, chunk)
         except BaseException as wrong:
@@ -98,7 +102,6 @@ class Launcher:
         holder.append(engine)
         client.listen()
         client.tell(Call.CHUNK, chunk)
-        await in_thread(process.serves)
         process.on_exit(lambda code: loop.call_soon_threadsafe(self.exited, engine, code))
         return engine
 
@@ -144,7 +147,7 @@ class Launcher:
                 if pending:
                     names = ", ".join(sorted(task.get_name() for task in pending))
                     waiting(f"waiting for {names} to load the model", time.monotonic() - began)
-            return [task.result() for task in tasks]
+            return await self._at_rest([task.result() for task in tasks], processes)
         except BaseException:
             for process in processes:
                 process.found = False  # nobody is to be started in its place
@@ -155,6 +158,29 @@ class Launcher:
                 if isinstance(engine, Engine):
                     close(engine)
             raise
+
+    async def _at_rest(self, engines: list[Engine], processes: list[Process]) -> list[Engine]:
+        """These, once those that were found do nothing any more for another server. One that does not come to
+        that is started anew. See core/forget.py."""
+        found = [engine for engine in engines if engine.process.found]
+        for engine, rests in zip(found, await asyncio.gather(*map(_stopped, found)), strict=True):
+            if not rests:
+                await to_the_end(engine.process.end)
+                close(engine)
+                process = processes[engine.index] = self.begin(engine.index, engine.kind)
+                engines[engine.index] = await self.ready(process, engine.index, engine.kind, engine.chunk)
+        for engine in engines:
+            if engine.process.found:
+                engine.client.tell(Call.LET_GO)
+        return engines
+
+
+async def _stopped(engine: Engine) -> bool:
+    """Whether one that was found reads nothing any more that another server wanted, soon enough."""
+    with contextlib.suppress(Exception):  # vLLM raises Exception for a call that failed
+        async with asyncio.timeout(STOPPED_SECONDS):
+            return bool(await engine.client.call_utility_async(Call.STOPPED))
+    return False
 
 
 def vanish(engine: Engine) -> None:

@@ -70,8 +70,10 @@ async def meet(
             await asyncio.gather(*(engine.look_around() for engine in _engines(alone, pairs)))
 
 
-# Every rehearsal has a name and a prompt of its own: requests of an earlier life may still be known.
+# Every rehearsal has a name and a prompt of its own: requests of an earlier life, or of an earlier server,
+# may still be known.
 _count = itertools.count()
+_server = f"{time.time_ns():x}"
 
 
 async def _turn(
@@ -190,7 +192,7 @@ def _request(
     params = SamplingParams(
         temperature=0.0, max_tokens=output, min_tokens=output, ignore_eos=True, logprobs=logprobs
     )
-    return own_request(f"taichi-warm-{number}", tokens, params)
+    return own_request(f"taichi-warm-{_server}-{number}", tokens, params)
 
 
 def own_request(name: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:
