@@ -772,6 +772,30 @@ def test_an_engine_core_runs_in_the_process_that_calls_it() -> None:
     assert callable(EngineCoreProc.run_engine_core)
 
 
+def test_a_core_can_begin_its_two_threads_at_other_sockets_and_end_the_one_that_sends() -> None:
+    """core/again.py. The one that hears says first how large the core is, as at its start; the one that sends
+    takes from one queue until it finds a word that ends it. What is called between two steps may answer
+    later, or never."""
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    words = ["input_addresses", "coord_input_address", "identity", "ready_event"]
+    assert names(EngineCoreProc.process_input_sockets) == words
+    words = ["output_paths", "coord_output_path", "engine_index"]
+    assert names(EngineCoreProc.process_output_sockets) == words
+    wanted = "input_socket.send(ready_payload)", "self.input_queue.put_nowait((request_type, request))"
+    assert not mentions(EngineCoreProc.process_input_sockets, *wanted)
+    ended = "output = self.output_queue.get()", "if output == EngineCoreProc.ENGINE_CORE_DEAD:", "break"
+    assert not mentions(EngineCoreProc.process_output_sockets, *ended)
+    begun = 'identity = self.engine_index.to_bytes(length=2, byteorder="little")', "self.output_thread = "
+    assert not mentions(EngineCoreProc.__init__, *begun)
+    assert not mentions(EngineCoreProc._process_input_queue, "self._handle_client_request(*req)")
+    call = "client_idx, call_id, method_name, args = request", "getattr(self, method_name)"
+    assert not mentions(EngineCoreProc._handle_client_request, *call)
+    assert not mentions(EngineCoreProc._invoke_utility_method, "isinstance(result, Future)")
+    assert not mentions(EngineCore.__init__, "self.mm_receiver_cache = ")
+    assert callable(EngineCoreProc.run_busy_loop)
+
+
 def test_a_core_whose_loop_is_over_says_so_and_is_then_shut_down() -> None:
     from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 
