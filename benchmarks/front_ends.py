@@ -130,9 +130,9 @@ async def pretended_fleet(
     from taichi_serve.cluster.vllm.server.engine import Engine
     from taichi_serve.cluster.vllm.server.fleet import Fleet
     from taichi_serve.cluster.vllm.server.keeper import Keeper
-from taichi_serve.cluster.vllm.server.told import Told
     from taichi_serve.cluster.vllm.server.quarantine import Quarantine
     from taichi_serve.cluster.vllm.server.supervisor import Supervisor
+    from taichi_serve.cluster.vllm.server.told import Told
 
     config.cache_config.num_gpu_blocks = KV_BLOCKS
     sliders, copiers = flags.sliders(args), SimpleNamespace(ranks=1, send=lambda order: None)
