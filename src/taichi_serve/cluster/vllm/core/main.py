@@ -13,12 +13,17 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from taichi_serve.cluster.vllm.core.janitor import watch
 from taichi_serve.cluster.vllm.naps import nap_between_looks
 from taichi_serve.cluster.vllm.spec import Spec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.executor import Executor
 
 PR_SET_PDEATHSIG = 1
 # Seconds after which a thread that waits for the interpreter gets it. Where kernels are launched from Python
@@ -59,7 +64,6 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
     from vllm.distributed.device_communicators import shm_broadcast
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc
-    from vllm.v1.executor import Executor
 
     from taichi_serve.cluster.vllm.args import engine_config
     from taichi_serve.cluster.vllm.core.calls import install
@@ -83,18 +87,26 @@ def run(path: str, spec: Spec, forked: bool = False) -> None:
 
         outlive(Path(path).parent, spec.engine_id)
     config = engine_config(spec.argv, spec.engine_id, str(Path(path).parent))
-    executor = Executor.get_class(config)
-    if current_platform.is_cpu():
-        from taichi_serve.cluster.vllm.core.executor import executor_of
-
-        executor = executor_of(config, executor)
     EngineCoreProc.run_engine_core(
         vllm_config=config,
         local_client=True,
         handshake_address=spec.handshake,
-        executor_class=executor,
+        executor_class=_executor(config),
         log_stats=True,
     )
+
+
+def _executor(config: VllmConfig) -> type[Executor]:
+    """What runs its workers."""
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import Executor
+
+    stock = Executor.get_class(config)
+    if not current_platform.is_cpu():
+        return stock
+    from taichi_serve.cluster.vllm.core.executor import executor_of
+
+    return executor_of(config, stock)
 
 
 if __name__ == "__main__":
