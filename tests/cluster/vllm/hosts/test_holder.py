@@ -23,8 +23,8 @@ pytest.importorskip("zmq")
 from taichi_serve.cluster.vllm.belongings import remove_with_the_last
 from taichi_serve.cluster.vllm.curve import Keys, new_pair, read_keys, write_private
 from taichi_serve.cluster.vllm.hosts import holder as module
-from taichi_serve.cluster.vllm.hosts.holder import ALONE_SECONDS, FREE_SECONDS, Holder
-from taichi_serve.cluster.vllm.hosts.words import Begun, Offer, Order, Said
+from taichi_serve.cluster.vllm.hosts.holder import ALONE_SECONDS, Holder
+from taichi_serve.cluster.vllm.hosts.words import FREE_SECONDS, LATER, Begun, Offer, Order, Said
 from taichi_serve.cluster.vllm.spec import SIGNAL, Spec
 from taichi_serve.cluster.vllm.wire import flight_file
 
@@ -187,10 +187,10 @@ def test_an_engine_that_serves_is_the_next_servers_once_its_own_has_said_nothing
 ) -> None:
     held.holder.keep(SERVER, 120.0)
     held.now += FREE_SECONDS - 1
-    assert held.offered() is None
+    assert held.holder.offer(NEXT) == LATER  # its server may live
     held.now += 2
     assert held.offered() == Offer("taichi-abc", "i0", ENGINE_ID, held.keys.mesh, held.begun)
-    assert held.offered("taichi-ghi") is None  # it is the first one's that asked
+    assert held.holder.offer("taichi-ghi") == LATER  # it is the first one's that asked
 
 
 def test_one_that_does_not_serve_yet_or_is_not_to_be_kept_is_nobodys(held: Held) -> None:

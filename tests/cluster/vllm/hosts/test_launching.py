@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from taichi_serve.cluster.vllm.curve import new_pair
-from taichi_serve.cluster.vllm.hosts.found import Found, chosen
+from taichi_serve.cluster.vllm.hosts.found import Found, asked_until, chosen
 from taichi_serve.cluster.vllm.hosts.held import Holding
 from taichi_serve.cluster.vllm.hosts.launching import Elsewhere, Hosts, carried, likeness, on_ray
 from taichi_serve.cluster.vllm.hosts.words import Begun, Offer
@@ -118,6 +118,23 @@ def test_of_each_instance_one_is_taken_and_all_are_of_one_run() -> None:
     assert chosen([other, beyond, two, one], 3) == {0: one, 1: two}
     assert chosen([], 3) == {}
     assert chosen([found("i7")], 3) == {}
+
+
+def test_engines_whose_server_was_heard_just_now_are_asked_again_for_a_while() -> None:
+    one, now = found("i0"), [100.0]
+    asked: list[list[str]] = []
+
+    def ask(holders: list[str]) -> tuple[list[Found], list[str]]:
+        asked.append(holders)
+        gone = now[0] >= 102.0
+        return ([one] if gone and "gone" in holders else []), [h for h in holders if h != "gone" or not gone]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    assert asked_until(ask, ["gone", "lives"], 4.0, lambda: now[0], wait) == [one]
+    assert (asked[0], asked[-1], now) == (["gone", "lives"], ["lives"], [104.0])
+    assert asked_until(ask, [], 4.0) == []
 
 
 def test_who_is_found_keeps_its_place_and_its_key_and_who_is_not_wanted_is_ended() -> None:

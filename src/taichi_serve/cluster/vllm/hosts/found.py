@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from taichi_serve.cluster.vllm.hosts.held import GoneError, Holding
 from taichi_serve.cluster.vllm.hosts.words import Offer
+
+PAUSE = 0.5  # seconds until those that say so are asked again
+
+H = TypeVar("H")  # whatever a holder is asked by
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +34,26 @@ class Found:
         with contextlib.suppress(GoneError):
             self.holding.end()
         self.holding.leave()
+
+
+def asked_until(
+    ask: Callable[[list[H]], tuple[list[Found], list[H]]],
+    holders: list[H],
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> list[Found]:
+    """What these offer. Those that say so are asked again, for so many seconds."""
+    found: list[Found] = []
+    ends = clock() + seconds
+    while holders:
+        more, holders = ask(holders)
+        found += more
+        if clock() >= ends:
+            break
+        if holders:
+            pause(PAUSE)
+    return found
 
 
 def chosen(offers: Iterable[Found], count: int) -> dict[int, Found]:

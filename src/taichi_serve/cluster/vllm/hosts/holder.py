@@ -23,7 +23,7 @@ import msgspec
 
 from taichi_serve.cluster.vllm.belongings import remove_with_the_last, shared_memory
 from taichi_serve.cluster.vllm.curve import Keys, replace_keys, write_keys, write_private
-from taichi_serve.cluster.vllm.hosts.words import Begun, Offer, Order, Said
+from taichi_serve.cluster.vllm.hosts.words import FREE_SECONDS, LATER, Begun, Offer, Order, Said
 from taichi_serve.cluster.vllm.interface import only
 from taichi_serve.cluster.vllm.server.remains import remove_files, wait_gone
 from taichi_serve.cluster.vllm.server.spawned import Spawned
@@ -35,7 +35,6 @@ FOLLOW_SECONDS = 1.0  # that an answer about what it wrote is waited for
 LOOK_SECONDS = 0.05  # between two looks at its log meanwhile
 MOST = 1 << 20  # bytes of its log in one answer
 END_SECONDS = 60.0  # that the kernel may take to end a group
-FREE_SECONDS = 5.0  # after the last word of its server: another one may have the engine
 ALONE_SECONDS = 20.0  # and without one that may come it is ended
 
 
@@ -78,11 +77,14 @@ class Holder:
         self._keep = seconds
 
     def offer(self, server: str) -> bytes:
-        """It is this server's from now on, and `Offer`; nothing where it has one, or is not to be had."""
+        """It is this server's from now on, and `Offer`; LATER where its own said something just now, and
+        nothing where it is not to be had."""
         with self._lock:
             here = self._process is not None and not self._over and self._process.poll() is None
-            if not here or not self._keep or self._alone() < FREE_SECONDS:
+            if not here or not self._keep:
                 return b""
+            if self._alone() < FREE_SECONDS:
+                return LATER
             self._server, self._heard_at = server, self._clock()
         assert self._order is not None and self._begun is not None
         its = self._order

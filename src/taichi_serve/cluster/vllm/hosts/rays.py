@@ -22,10 +22,10 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from ray.util import get_node_ip_address, list_named_actors
 
 from taichi_serve.cluster.vllm.hosts.actor import RayHolder
-from taichi_serve.cluster.vllm.hosts.found import Found
+from taichi_serve.cluster.vllm.hosts.found import Found, asked_until
 from taichi_serve.cluster.vllm.hosts.held import GoneError, Holding
 from taichi_serve.cluster.vllm.hosts.placing import Node, choose
-from taichi_serve.cluster.vllm.hosts.words import Begun, Offer, Order, Said
+from taichi_serve.cluster.vllm.hosts.words import FREE_SECONDS, LATER, Begun, Offer, Order, Said
 from taichi_serve.sliders import Kind
 
 ASK = 0.5  # seconds between two looks whether a place is still wanted
@@ -152,25 +152,30 @@ class Rays:
         self._at[name] = Spot(node, address, kind)
 
     def offers(self) -> list[Found]:
-        """Engines whose server is gone; they are this one's now. Who does not answer has none."""
+        """Engines whose server is gone; they are this one's now. Who does not answer has none. A server that
+        is started again may ask before it is certain that the last one is gone."""
         names = [name for name in list_named_actors() if name.startswith(f"{self.like}/")]
-        asked = {}
+        actors = []
         for name in names:
             with contextlib.suppress(ValueError, RayError):  # it has just ended
-                actor = ray.get_actor(name)
-                asked[actor.offer.remote(self.server)] = actor
-        if not asked:
-            return []
+                actors.append(ray.get_actor(name))
+        return asked_until(self._offered, actors, FREE_SECONDS + ASK)
+
+    def _offered(self, actors: list[Any]) -> tuple[list[Found], list[Any]]:
+        """What these offer, and those that are to be asked again."""
+        asked = {actor.offer.remote(self.server): actor for actor in actors}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
-        found = []
+        found, later = [], []
         for answer in answered:
             with contextlib.suppress(GoneError), saying():
-                if offer := ray.get(answer):
+                if (offer := ray.get(answer)) == LATER:
+                    later.append(asked[answer])
+                elif offer:
                     its = msgspec.msgpack.decode(offer, type=Offer)
                     holding = FoundHolding(self, its.name, asked[answer])
                     holding.at = ray.get(asked[answer].at.remote(), timeout=ANSWER_SECONDS)
                     found.append(Found(its, holding))
-        return found
+        return found, later
 
     def forget(self, name: str) -> None:
         """Its place is free."""

@@ -6,6 +6,9 @@ import msgspec
 
 from taichi_serve.cluster.vllm.curve import Keys, Pair
 
+FREE_SECONDS = 5.0  # after the last word of its server another one may have an engine
+LATER = b"later"  # in the place of an Offer: its server lived until just now, or lives
+
 
 class Order(msgspec.Struct, frozen=True):
     """What is to be started, and for which server. `run` is the name of the directory on each host: servers
