@@ -39,8 +39,8 @@ from taichi_serve.commands.gpus import Gpus
 from taichi_serve.tiny import cached_tiny_model
 
 SHAPES = {"7b": ("Qwen2.5-7B", QWEN_7B), "14b": ("Qwen2.5-14B", QWEN_14B)}
-# Of captured graphs: vLLM's own up to 256, where D-heavy instances work. A step is padded to the next one: with
-# 160 after 128 a chunk of 128 beside four decodes took a tenth longer (docs/results.md).
+# Of captured graphs: vLLM's own up to 256, where D-heavy instances work. A step is padded to the next one:
+# with 160 after 128 a chunk of 128 beside four decodes took a tenth longer (docs/results.md).
 SIZES = [1, 2, 4, *range(8, 257, 8), *range(288, 513, 32)]
 CHUNKS, SMALL_CHUNKS, FIRST = (192, 256, 384, 512, 768, 1024, 1536, 2048), (64, 256), 256
 OURS, SPLIT, SMALL_SPLIT = ("aggregation", "disaggregation", "hybrid", "auto"), "stock-pd:8192", "stock-pd"
