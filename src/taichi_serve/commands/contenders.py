@@ -25,7 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which ones, and their sliders."""
+    """Which ones, and how they are measured."""
     parser.add_argument(
         "--compare",
         metavar="NAMES",
@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--event-logs", type=Path, metavar="DIR", help="each of ours writes its events to DIR/NAME.jsonl"
     )
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """What those of ours are, and how many instances everybody has."""
     parser.add_argument(
         "--tuned", type=Path, metavar="DIR", help="their settings as `taichi search --tuned DIR` found them"
     )
