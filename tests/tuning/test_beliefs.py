@@ -72,10 +72,11 @@ def test_rare_steps_without_prompts_say_little_of_those_with_many_decodes() -> N
         decoded(predictor, 400, 30, slower=1.1)
     plant = Beliefs(LIMITS, predictor).plant({"i0": Kind.D_HEAVY})
     assert plant is not None
-    assert round(plant.plain, 2) == 1.10
+    assert 0.99 < plant.plain < 1.0
 
 
-def test_the_factor_without_prompts_goes_towards_the_other_by_the_share_of_steps_that_had_some() -> None:
-    assert round(crowded(0.9, 1.1, 0.5), 9) == 1.0
+def test_the_factor_without_prompts_goes_towards_the_model_by_the_share_of_steps_that_had_some() -> None:
+    assert round(crowded(0.9, 1.1, 0.5), 9) == 0.95
     assert crowded(0.9, 1.1, 0.0) == 0.9
+    assert round(crowded(0.8, 0.9, 1.0), 9) == 0.9  # all steps are faster than the model
     assert crowded(1.2, 1.1, 1.0) == 1.2  # and never becomes smaller

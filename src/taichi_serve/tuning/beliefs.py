@@ -75,6 +75,6 @@ class Beliefs:
 
 def crowded(plain: float, mixed: float, share: float) -> float:
     """The factor of steps without prompt tokens on D-heavy instances where this `share` of all steps with
-    decodes had such. The more had them, the fewer and lighter are those that had none: these say little of
-    steps with many decodes, which are as much slower than the model as those beside prompts are."""
-    return plain + share * max(0.0, mixed - plain)
+    decodes had such. The more had them, the fewer and lighter are those that had none: that these are faster
+    than the model says little of steps with many decodes, unless those beside prompts are, too."""
+    return plain + share * max(0.0, min(1.0, mixed) - plain)
