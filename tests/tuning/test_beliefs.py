@@ -9,7 +9,7 @@ from taichi_serve.latency.profile import Transfer
 from taichi_serve.latency.profiled import UNMEASURED, Profiled
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
-from taichi_serve.tuning.beliefs import Beliefs
+from taichi_serve.tuning.beliefs import Beliefs, crowded
 from taichi_serve.tuning.rehearsal import Limits
 
 LIMITS = Limits(100_000, 64, 4096, 2048, 16, 4096)
@@ -55,3 +55,28 @@ def test_a_kind_that_computed_no_prompts_is_believed_to_be_as_fast_as_the_other(
     plant = Beliefs(LIMITS, predictor).plant({"i0": Kind.D_HEAVY})
     assert plant is not None
     assert (round(plant.p_mixed, 9), round(plant.d_mixed, 9)) == (0.9, 0.9)
+
+
+def decoded(predictor: Profiled, tokens: int, decodes: int, slower: float) -> None:
+    """A step on D-heavy i0 with so many decodes, and prompt tokens beside them."""
+    instance = Instance("i0", Kind.D_HEAVY, chunk=400, kv_capacity=100_000)
+    seconds = slower * MODEL.of(tokens, 0.0, decodes, 0)
+    predictor.stepped(instance, Stepped(1.0, "i0", seconds, tokens, decodes, 0))
+
+
+def test_rare_steps_without_prompts_say_little_of_those_with_many_decodes() -> None:
+    """Of 100 steps 99 had prompts and were 1.1 times as slow as the model; one was faster than it."""
+    predictor = Profiled(MODEL, {}, 4096)
+    decoded(predictor, 0, 2, slower=0.9)
+    for _ in range(99):
+        decoded(predictor, 400, 30, slower=1.1)
+    plant = Beliefs(LIMITS, predictor).plant({"i0": Kind.D_HEAVY})
+    assert plant is not None
+    assert 0.99 < plant.plain < 1.0
+
+
+def test_the_factor_without_prompts_goes_towards_the_model_by_the_share_of_steps_that_had_some() -> None:
+    assert round(crowded(0.9, 1.1, 0.5), 9) == 0.95
+    assert crowded(0.9, 1.1, 0.0) == 0.9
+    assert round(crowded(0.8, 0.9, 1.0), 9) == 0.9  # all steps are faster than the model
+    assert crowded(1.2, 1.1, 1.0) == 1.2  # and never becomes smaller

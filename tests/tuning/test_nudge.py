@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taichi_serve.sliders import Sliders
-from taichi_serve.tuning.nudge import ENOUGH, nudge
+from taichi_serve.tuning.nudge import ENOUGH, harmed, nudge
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.watch import View
 
@@ -74,3 +74,29 @@ def test_the_reason_says_how_much_of_either_slo_is_used() -> None:
         found[1]
         == "TPOT is short and TTFT has time to spare: P90 at 50% of the TTFT and 110% of the TPOT SLO"
     )
+
+
+def of(good: float, ttft: float, tpot: float = 0.99, slow: float = 0.04) -> int | None:
+    """The chunk where so many are good, and 4 % of those under way are slow."""
+    found = nudge(View(100, 100, 100, ttft, tpot, 0.0, slow, good), tpot, NOW, 2048)
+    return None if found is None else found[0].sliders.d_chunk
+
+
+def test_where_nearly_all_are_good_no_chunk_becomes_smaller() -> None:
+    assert of(good=0.96, ttft=0.3) is None
+    assert of(good=0.94, ttft=0.3) == 192
+
+
+def test_where_most_are_good_more_of_ttft_is_to_be_spare() -> None:
+    assert of(good=0.92, ttft=0.7) is None  # it would be a queue soon
+    assert of(good=0.88, ttft=0.7) == 192
+
+
+def test_a_step_did_harm_where_too_few_are_good_and_fewer_than_before() -> None:
+    def since(good: float, count: int = 100) -> View:
+        return View(count, count, count, 1.0, 1.0, 0.0, 0.0, good)
+
+    assert harmed(since(0.7), before=0.8)
+    assert not harmed(since(0.77), before=0.8)  # nearly as many
+    assert not harmed(since(0.91), before=0.99)  # enough
+    assert not harmed(since(0.0, ENOUGH - 1), before=0.99)

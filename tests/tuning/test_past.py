@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taichi_serve.tuning.past import BLOCKS, Sort, past_of
+from taichi_serve.tuning.past import BLOCKS, Sort, past_of, quiet, stretch
 from taichi_serve.tuning.watch import Seen
 
 
@@ -94,3 +94,36 @@ def test_bursts_are_no_other_rate() -> None:
     assert usual.burst > 4
     assert not Sort.of(six, 20.0).differs(usual)
     assert Sort.of(even, 20.0).rate == Sort.of(six, 20.0).rate
+
+
+def paused() -> list[Seen]:
+    """Ten a second for 20 s, 40 s of nobody, and ten a second for 5 s."""
+    return [ended(n * 0.1, 200, 20) for n in (*range(200), *range(599, 649))]
+
+
+def test_a_pause_is_no_part_of_the_rate_and_makes_no_bursts() -> None:
+    usual, now = Sort.of(paused()[:200], 20.0), Sort.of(paused(), 65.0)
+    assert round(now.rate, 1) == 10.0  # 250 in 25 s
+    assert now.burst == 1 or now.burst < 0.1
+    assert not now.differs(usual)
+
+
+def test_the_last_stretch_without_a_pause_that_is_long_enough_is_taken() -> None:
+    seen = paused()
+    before, end = stretch(seen, 65.0, 15.0, 60)
+    assert (len(before), end) == (200, 19.900000000000002)  # 5 s after the pause are too few
+    assert stretch(seen, 65.0, 4.0, 40) == (seen[200:], 65.0)
+    assert stretch(seen, 65.0, 30.0, 60) == (seen, 65.0)  # none is
+
+
+def test_rare_requests_have_no_pauses() -> None:
+    seen = [ended(n * 20.0, 200, 20) for n in range(100)]
+    assert stretch(seen, 2000.0, 15.0, 60) == (seen, 2000.0)
+    assert not quiet(seen, 2000.0)
+
+
+def test_a_load_has_ended_when_nobody_came_for_many_gaps() -> None:
+    seen = [ended(n * 0.1, 200, 20) for n in range(100)]  # until 9.9 s: fifty gaps are 5 s
+    assert not quiet(seen, 14.8)
+    assert quiet(seen, 15.0)
+    assert not quiet([], 15.0)

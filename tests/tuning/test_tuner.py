@@ -39,7 +39,7 @@ from taichi_serve.tuning import proposal
 from taichi_serve.tuning.proposal import Proposal, Question
 from taichi_serve.tuning.rehearsal import Limits, Standing
 from taichi_serve.tuning.setting import Setting
-from taichi_serve.tuning.tuner import FIRST, HURRY, KIND_STEADY, LOOK, RECENT, SETTLED, Tuner
+from taichi_serve.tuning.tuner import FIRST, HURRY, KIND_HURRY, KIND_STEADY, LOOK, RECENT, SETTLED, Tuner
 
 PROMISED = SLO(ttft=1.0, tpot=0.05)
 START = Sliders(2, 2, 1024, 256)
@@ -149,14 +149,51 @@ def test_instances_change_their_kind_one_at_a_time() -> None:
     there = Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8)
     tuner._asked_of = tuner.now
     adviser.proposal = better(there)
-    served(tuner, 0.0, ttft=0.2, tpot=0.03, count=300)  # all good: steady
+    served(tuner, 0.0, ttft=1.5, tpot=0.045, count=300)  # all late
     splits = [(change.sliders.p_heavy, change.sliders.d_chunk) for change in tuner.changes]
     assert splits == [(1, 384), (0, 512)]  # S_D 256 at first: half of the way each
-    assert tuner.changes[1].at - tuner.changes[0].at >= KIND_STEADY
+    assert tuner.changes[1].at - tuner.changes[0].at >= KIND_HURRY
     assert tuner.core.policy.ttft_margin == 1.0
     assert round(tuner.changes[0].gain or 0.0, 9) == 0.3
     words = "at 1.20 times their rate 80% of the last requests would be good, not 50%"
     assert words in tuner.changes[0].why
+
+
+def test_half_way_is_enough_where_requests_are_good_there_and_the_slow_loop_is_asked_anew() -> None:
+    adviser = Said()
+    tuner = known(adviser)
+    adviser.proposal = better(Setting(Sliders(0, 4, 1024, 512), 1.0, 0.8))
+    tuner._asked_of = tuner.now
+    times = asked_at(adviser, tuner, 0.0, 300)  # all good
+    assert [change.sliders.p_heavy for change in tuner.changes] == [1]
+    assert tuner.changes[0].at == 0.0
+    assert KIND_STEADY <= times[-1] <= KIND_STEADY + 2 * LOOK
+
+
+def test_a_smaller_chunk_that_makes_fewer_good_is_taken_back() -> None:
+    tuner = tuner_of()
+    served(tuner, 0.0, ttft=0.2, tpot=0.055, count=30)  # 15 s, all bad by TPOT
+    assert [change.sliders.d_chunk for change in tuner.changes] == [192]
+    tuner._before = tuner._before and (tuner._before[0], 0.92)  # as if most had been good
+    served(tuner, 16.0, ttft=1.5, tpot=0.045, count=60)  # and now all are late
+    assert [change.sliders.d_chunk for change in tuner.changes] == [192, 256]
+    assert "back, for 0% are good since, not 92%" in tuner.changes[1].why
+    served(tuner, 50.0, ttft=0.2, tpot=0.055, count=60)
+    assert len(tuner.changes) == 2  # that way it is not gone again
+
+
+def test_nobody_is_asked_about_the_end_of_a_load() -> None:
+    """Two requests a second until 29.5 s; then nobody comes, and one answer goes on for 40 s. The median gap
+    is half a second: after 25 s without anybody the load has ended."""
+    adviser = Said()
+    tuner = known(adviser)
+    served(tuner, 0.0, ttft=0.2, tpot=0.03, count=60)
+    for second in range(56, 120):
+        tuner.on(Stepped(float(second), "i2", 0.01, 0, 1, 1000))
+    assert adviser.questions == []
+    served(tuner, 120.0, ttft=0.2, tpot=0.03, count=5)
+    (question,) = adviser.questions  # about what was before the pause, at its rate
+    assert (len(question.past.calls), round(question.past.rate)) == (60, 2)
 
 
 def test_an_answer_about_a_setting_that_is_in_force_no_more_is_not_followed() -> None:

@@ -52,19 +52,29 @@ class Beliefs:
         """By what steps with prompt tokens took of either kind, and all others of both: a model of few terms
         that is right for small chunks may be wrong for large ones, and R_PD is chosen by the difference."""
         mixed = {kind: Average() for kind in Kind}
-        all_mixed, plain = Average(), Average()
+        all_mixed, plain, beside = Average(), Average(), Average()
         for name, seen in predictor.seen.items():
             if name not in kinds:  # it left
                 continue
             for average in (mixed[kinds[name]], all_mixed):
                 average.add(seen.mixed.above, seen.mixed.below, 1.0)
             plain.add(seen.plain.above, seen.plain.below, 1.0)
+            if kinds[name] is Kind.D_HEAVY:
+                beside.add(seen.share.above, seen.share.below, 1.0)
         usual = all_mixed.value(1.0)  # what is believed of a kind that computed no prompts
         p_mixed, d_mixed = (bounded(mixed[kind].value(usual)) for kind in (Kind.P_HEAVY, Kind.D_HEAVY))
         transfers = tuple(predictor.transfers.values()) or (UNMEASURED,)
-        return Plant(predictor.model, (), p_mixed, d_mixed, bounded(plain.value(1.0)), self.limits, transfers)
+        alone = crowded(bounded(plain.value(1.0)), d_mixed, beside.value(0.0))
+        return Plant(predictor.model, (), p_mixed, d_mixed, alone, self.limits, transfers)
 
     def _links(self, predictor: Predictor) -> tuple[Transfer, ...]:
         """As fast as moves were: all of a gap counts as latency."""
         gap = predictor.gaps.value(predictor.move_seconds) if isinstance(predictor, Learned) else 0.05
         return tuple(Transfer(a, b, gap, 1e12) for a in Kind for b in Kind)
+
+
+def crowded(plain: float, mixed: float, share: float) -> float:
+    """The factor of steps without prompt tokens on D-heavy instances where this `share` of all steps with
+    decodes had such. The more had them, the fewer and lighter are those that had none: that these are faster
+    than the model says little of steps with many decodes, unless those beside prompts are, too."""
+    return plain + share * max(0.0, min(1.0, mixed) - plain)

@@ -7,14 +7,22 @@ have time to spare, no chunk helps: that is for the slow loop (proposal.py).
 from __future__ import annotations
 
 from taichi_serve.tuning.setting import UNIT, Setting
-from taichi_serve.tuning.watch import View
+from taichi_serve.tuning.watch import SHARE, View
 
 ENOUGH = 20  # requests that both percentiles stand on
 SHORT = 0.97  # of an SLO used by the 90th percentile: it is about to be missed
 SPARE = 0.8  # of the other one: it has time to spare
+MUCH = 0.6  # the same of TTFT while enough requests are good: what is cut off there comes back as a queue
 PACED = 0.8  # of the TPOT SLO that a step of D-heavy instances takes: above, a smaller chunk is what helps
 BAD = 0.03  # share of requests that miss the one before anything is done about it
+CALM = 0.95  # share of good requests from which on no chunk becomes smaller: a queue would cost more
 STEP = 4 / 3
+WORSE = 0.05  # less of the requests are good than before a step: it is taken back
+
+
+def harmed(view: View, before: float) -> bool:
+    """Whether too few are good, and clearly fewer than the share that was `before` the last step."""
+    return view.judged >= ENOUGH and view.good < min(SHARE, before - WORSE)
 
 
 def nudge(view: View, pace: float, now: Setting, most: int) -> tuple[Setting, str] | None:
@@ -24,7 +32,8 @@ def nudge(view: View, pace: float, now: Setting, most: int) -> tuple[Setting, st
     if min(view.ttfts, view.tpots) < ENOUGH:
         return None
     chunk = now.sliders.d_chunk
-    if chunk > UNIT and view.tpot > SHORT and view.slow > BAD and view.ttft < SPARE and pace > PACED:
+    spare = 0.0 if view.good >= CALM else MUCH if view.good >= SHARE else SPARE
+    if chunk > UNIT and view.tpot > SHORT and view.slow > BAD and view.ttft < spare and pace > PACED:
         wanted, why = min(chunk / STEP, chunk - UNIT), "TPOT is short and TTFT has time to spare"
     elif view.ttft > SHORT and view.late > BAD and view.tpot < SPARE and pace < PACED:
         wanted, why = max(chunk * STEP, chunk + UNIT), "TTFT is short and TPOT has time to spare"

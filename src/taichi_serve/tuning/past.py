@@ -17,6 +17,8 @@ BLOCKS = 50_000  # of the last requests' prompts at most: those before are left 
 SHARED = 0.05  # of the prompt tokens were cached: then prefixes are rehearsed too
 CERTAIN = 5.0  # standard errors
 RATIO = 1.25  # of two mean lengths, or rates
+# Seconds, and times the median gap, from which on a gap is a pause; and of the last one, which goes on.
+PAUSE, QUIET, MANY = 10.0, 2.0, 50
 
 
 def past_of(seen: Sequence[Seen], now: float, limit: int, made: Made) -> Past | None:
@@ -58,6 +60,31 @@ def _latest(seen: Sequence[Seen]) -> Sequence[Seen]:
     return seen
 
 
+def pause(gaps: Sequence[float]) -> float:
+    """Seconds from which on a gap between two requests is a pause: nobody was there, and the cluster ran
+    empty. Where requests are rare, or come in bursts that are part of them, few gaps are."""
+    return max(PAUSE, MANY * statistics.median(gaps)) if gaps else math.inf
+
+
+def quiet(seen: Sequence[Seen], now: float) -> bool:
+    """Whether the load has ended: since the last of these, in order of arrival, nobody came for long."""
+    gaps = [b.at - a.at for a, b in pairwise(seen)]
+    return bool(gaps) and now - seen[-1].at > max(QUIET, MANY * statistics.median(gaps))
+
+
+def stretch(seen: Sequence[Seen], now: float, seconds: float, fewest: int) -> tuple[Sequence[Seen], float]:
+    """The last of these, in order of arrival, without a pause among them, and when they end: at least so many
+    within so many seconds. All where there are no such."""
+    limit, end, last = pause([b.at - a.at for a, b in pairwise(seen)]), now, len(seen)
+    for number in range(len(seen) - 1, -1, -1):
+        if number and seen[number].at - seen[number - 1].at < limit:
+            continue
+        if last - number >= fewest and end - seen[number].at >= seconds:
+            return seen[number:last], end
+        last, end = number, seen[number - 1].at
+    return seen, now
+
+
 def life_of(seen: Sequence[Seen]) -> float:
     """Seconds that a request took, on average of those that ended; 0.0 where none did."""
     took = [s.ended_at - s.at for s in seen if s.ended_at is not None]
@@ -77,9 +104,13 @@ class Sort:
 
     @classmethod
     def of(cls, seen: Sequence[Seen], span: float) -> Sort:
-        """Of at least two requests that came within `span` seconds."""
+        """Of at least two requests that came within `span` seconds. Pauses do not count: they are none of
+        the gaps, and no part of the span."""
         logs = [math.log(s.prompt + 1) for s in seen]
         gaps = [abs(b.at - a.at) for a, b in pairwise(seen)]
+        limit = pause(gaps)
+        span -= sum(gap for gap in gaps if gap >= limit)
+        gaps = [gap for gap in gaps if gap < limit]
         mean = statistics.fmean(gaps)
         burst = statistics.pvariance(gaps) / mean**2 if mean else 1.0
         return cls(len(seen), statistics.fmean(logs), statistics.variance(logs), len(seen) / span, burst)

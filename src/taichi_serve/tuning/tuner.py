@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 from taichi_serve.cluster.base import Scheduler
@@ -32,10 +33,11 @@ from taichi_serve.scheduling.scheduler import GlobalScheduler
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.adviser import Adviser
 from taichi_serve.tuning.beliefs import Beliefs
-from taichi_serve.tuning.nudge import ENOUGH, nudge
-from taichi_serve.tuning.past import Sort, life_of, past_of
+from taichi_serve.tuning.nudge import ENOUGH, harmed, nudge
+from taichi_serve.tuning.past import Sort, life_of, past_of, quiet, stretch
 from taichi_serve.tuning.proposal import Proposal, Question
 from taichi_serve.tuning.rehearsal import Limits
+from taichi_serve.tuning.serving import calm, made
 from taichi_serve.tuning.setting import Setting
 from taichi_serve.tuning.watch import View, Watch
 
@@ -88,10 +90,12 @@ class Tuner:
         self.pace = 0.0
         self.proposal: Proposal | None = None  # the last one
         self._paces = Average()
-        self._nudged: tuple[bool, float] | None = (
-            None  # whether the last nudge was up, and what it was to mend
-        )
+        self._made = partial(made, core)
+        # Whether the last nudge was up, and what it was to mend.
+        self._nudged: tuple[bool, float] | None = None
+        self._before: tuple[Setting, float] | None = None  # before the last nudge: this, and so many good
         self._target: Setting | None = None  # where the slow loop wants to be
+        self._on_way = False  # whether an instance has turned towards it
         self._gain: float | None = None
         self._sort: Sort | None = None  # of the requests that were last asked about
         self._look_at = self._ask_at = float("-inf")
@@ -132,7 +136,7 @@ class Tuner:
     def _told(self, at: float) -> None:
         """An operator changed something, or there are other instances: what was seen before says little, and
         what was proposed nothing."""
-        self._since, self._target = at, None
+        self._since, self._target, self._before = at, None, None
         self._ask_anew(at + LOOK)
 
     def _ask_anew(self, at: float) -> None:
@@ -143,7 +147,7 @@ class Tuner:
     # ------------------------------------------------------------------------------------- looking back
 
     def _looked(self, now: float) -> Tuned | None:
-        if not self._calm():
+        if not calm(self.core):
             self._since, self._target = now, None
             return None
         since = max(self._since, now - WINDOW)
@@ -155,25 +159,11 @@ class Tuner:
             return self._approach(now, self._target)
         return self._nudge(now)
 
-    def _calm(self) -> bool:
-        """Whether every instance serves and is what the sliders say: no drain, no loss, nobody silent."""
-        instances = self.core.instances.values()
-        kinds = self.core.sliders.kinds()
-        return all(i.serving and i.kind is kind for i, kind in zip(instances, kinds, strict=True))
-
     def _seen(self, view: View) -> None:
         """Of a few requests those that are late are known first: they say nothing about all."""
         self.view = view
         if view.judged >= ENOUGH:
             self._steady = view.good >= GOOD
-
-    def _made(self, name: str) -> int:
-        """Output tokens of a request under way."""
-        request = self.core.requests.get(name)
-        if request is None:
-            return 0
-        here = self.core.ledger.source(request)
-        return request.output_tokens(here.ticks) if here else request.base
 
     # ------------------------------------------------------------------------------------ the slow loop
 
@@ -190,11 +180,15 @@ class Tuner:
         elif proposal is not None:
             better = proposal.setting != self.now and not self._too_little(proposal)
             self._target, self._gain = (proposal.setting, proposal.gain) if better else (None, None)
+            self._on_way = False
             if not better and self._steady:
                 self._ask_at = now + CONTENT
-        recent = list(self.watch.since(now - RECENT))
+        if quiet(list(islice(self.watch.since(float("-inf")), RECENT_REQUESTS))[::-1], now):
+            return  # what is seen of a load that has ended is how it ended
+        recent = list(self.watch.since(now - RECENT))[::-1]
         known = self._sort
-        if known and len(recent) >= RECENT_REQUESTS and Sort.of(recent, RECENT).differs(known):
+        span = max(1.0, now - recent[0].at) if recent else RECENT
+        if known and len(recent) >= RECENT_REQUESTS and Sort.of(recent, span).differs(known):
             self._cut, self._sort = now - RECENT, None
             self._ask_anew(now)
         if not self._steady:
@@ -211,12 +205,12 @@ class Tuner:
         return calm and not same and proposal.gain < KIND_GAIN
 
     def _ask(self, now: float, adviser: Adviser) -> None:
-        seen = list(islice(self.watch.since(max(self._cut, now - REMEMBERED)), AT_MOST))
-        seen.reverse()
+        last = list(islice(self.watch.since(max(self._cut, now - REMEMBERED)), AT_MOST))
+        seen, end = stretch(last[::-1], now, FIRST, FIRST_REQUESTS)
         plant = self.beliefs.plant({i.name: i.kind for i in self.core.instances.values()})
-        if plant is None or len(seen) < FIRST_REQUESTS or now - seen[0].at < FIRST:
+        if plant is None or len(seen) < FIRST_REQUESTS or end - seen[0].at < FIRST:
             return
-        past = past_of(seen, now, plant.limit, self._made)
+        past = past_of(seen, end, plant.limit, self._made)
         if past is None:
             return
         self._ask_at = now + (SOON if self._sort is None else LATER)
@@ -234,7 +228,13 @@ class Tuner:
         if target.sliders.p_heavy != here.sliders.p_heavy:
             if now - self._kind_at < (KIND_STEADY if self._steady else KIND_HURRY):
                 return None
+            if self._on_way and self._steady:
+                # Half way was enough, and what is seen here was not known when the target was found.
+                self._target = None
+                self._ask_anew(now)
+                return None
             there = here.towards(target, self.beliefs.limits.max_chunk)
+        self._on_way = True
         if there == target:
             self._target = None
         why = self.proposal.why if self.proposal else ""
@@ -242,14 +242,22 @@ class Tuner:
 
     # ------------------------------------------------------------------------------------ the fast loop
 
+    def _waits(self, now: float) -> bool:
+        """Whether it is too early for a nudge: for another one, or to see what the last change did."""
+        if now - self._chunk_at < (STEADY if self._steady else HURRY):
+            return True
+        if now - self._since < SETTLED + self.core.slo.ttft:
+            return True
+        # While nothing is urgent, and the slow loop has said nothing: a cluster that was empty shows too
+        # little TTFT.
+        return self._steady and self.adviser is not None and self.proposal is None
+
     def _nudge(self, now: float) -> Tuned | None:
         assert self.view is not None
-        if now - self._chunk_at < (STEADY if self._steady else HURRY):
+        if self._waits(now):
             return None
-        if now - self._since < SETTLED + self.core.slo.ttft:
-            return None
-        if self._steady and self.adviser is not None and self.proposal is None:
-            return None  # nothing is urgent, and a cluster that was empty shows too little TTFT
+        if self._before is not None and harmed(self.view, self._before[1]):
+            return self._back(now, *self._before)
         found = nudge(self.view, self.pace, self.now, self.beliefs.limits.max_chunk)
         if found is None:
             return None
@@ -259,14 +267,25 @@ class Tuner:
         if before is not None and before[0] is up and used > HELPED * before[1]:
             self._ask_at = min(self._ask_at, now)  # the last step did not help: no chunk will
             return None
-        return self._change(now, *found, None)
+        before_ = self.now, self.view.good
+        tuned = self._change(now, *found, None)
+        self._before = before_
+        return tuned
+
+    def _back(self, now: float, before: Setting, good: float) -> Tuned | None:
+        """Take the last step back; that way it is not gone again before the slow loop was heard."""
+        assert self.view is not None
+        self._nudged = before.sliders.d_chunk < self.now.sliders.d_chunk, 0.0
+        self._ask_at = min(self._ask_at, now)
+        why = f"back, for {self.view.good:.0%} are good since, not {good:.0%}"
+        return self._change(now, replace(self.now, sliders=before.sliders), why, None)
 
     def _change(self, now: float, there: Setting, why: str, gain: float | None) -> Tuned | None:
         here = self.now
         last = self.changes[-1] if self.changes else None
         said = f"{here.difference(there)}: {why}"
         tuned = Tuned(now, there.sliders, there.ttft_margin, there.tpot_margin, said, gain, self.act)
-        self._since = now
+        self._since, self._before = now, None
         if here.sliders.p_heavy != there.sliders.p_heavy:
             self._kind_at = now
         if (here.sliders.p_chunk, here.sliders.d_chunk) != (there.sliders.p_chunk, there.sliders.d_chunk):
