@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,23 +145,35 @@ async def test_32_of_32_streams_that_moved_between_hosts_say_what_one_instance_s
     assert state["moves"]["operator"] > 0
 
 
+def decodes(server: Server, name: str) -> Callable[[], Awaitable[bool]]:
+    """Whether a request decodes on this instance."""
+
+    async def now() -> bool:
+        return bool(server.instance(name)["decodes"])
+
+    return now
+
+
+def back(server: Server, name: str, restarts: int) -> Callable[[], Awaitable[bool]]:
+    """Whether this instance serves after so many restarts."""
+
+    async def now() -> bool:
+        one = server.instance(name)
+        return bool(one["alive"] and one["restarts"] == restarts)
+
+    return now
+
+
 async def test_an_engine_that_is_killed_costs_no_stream_and_comes_back(
     cluster: Cluster, reference: list[Answer]
 ) -> None:
-    async def decodes() -> bool:
-        return bool(cluster.server.instance("i1")["decodes"])
-
-    async def back() -> bool:
-        one = cluster.server.instance("i1")
-        return bool(one["alive"] and one["restarts"] == 1)
-
     before = cluster.at()
     async with cluster.server.client() as client:
         tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
-        await until(decodes, 30, "i1 decodes")
+        await until(decodes(cluster.server, "i1"), 30, "i1 decodes")
         os.kill(cluster.server.instance("i1")["pid"], signal.SIGKILL)
         assert wrong(await asyncio.gather(*tasks), reference[len(WISHES) :]) == []
-        await until(back, BACK_SECONDS, "i1 serves again")
+        await until(back(cluster.server, "i1", 1), BACK_SECONDS, "i1 serves again")
         results = await streamed_and_moved(client, WISHES[:8], seed=8, times=2)
     assert wrong([answer for answer, _ in results], reference[:8]) == []
     assert sum(moves(legs) for _, legs in results) > 0
@@ -171,21 +183,14 @@ async def test_an_engine_that_is_killed_costs_no_stream_and_comes_back(
 async def test_a_holder_that_is_killed_takes_its_engine_with_it_and_the_instance_comes_back(
     cluster: Cluster, reference: list[Answer]
 ) -> None:
-    async def decodes() -> bool:
-        return bool(cluster.server.instance("i1")["decodes"])
-
-    async def back() -> bool:
-        one = cluster.server.instance("i1")
-        return bool(one["alive"] and one["restarts"] == restarts + 1)
-
     restarts, engine = (cluster.server.instance("i1")[what] for what in ("restarts", "pid"))
     async with cluster.server.client() as client:
         tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
-        await until(decodes, 30, "i1 decodes")
+        await until(decodes(cluster.server, "i1"), 30, "i1 decodes")
         core = psutil.Process(engine)
         core.parent().kill()
         assert wrong(await asyncio.gather(*tasks), reference[len(WISHES) :]) == []
-        await until(back, BACK_SECONDS, "i1 serves again")
+        await until(back(cluster.server, "i1", restarts + 1), BACK_SECONDS, "i1 serves again")
     assert not core.is_running()
 
 
@@ -212,26 +217,21 @@ async def test_a_host_that_dies_costs_no_stream_that_can_move_and_another_one_ta
     names = {address: name for name, address in cluster.at().items()}
     victim = names[cluster.hosts[1].address]
 
-    async def decodes() -> bool:
-        return bool(cluster.server.instance(victim)["decodes"])
-
     async def lost() -> bool:
         return not cluster.server.instance(victim)["alive"]
-
-    async def back() -> bool:
-        one = cluster.server.instance(victim)
-        return bool(one["alive"] and one["restarts"] == restarts + 1)
 
     restarts = cluster.server.instance(victim)["restarts"]
     async with cluster.server.client() as client:
         tasks = [asyncio.create_task(stream(client, PATH, wish.body())) for wish in LONG]
-        await until(decodes, 30, f"{victim} decodes")
+        await until(decodes(cluster.server, victim), 30, f"{victim} decodes")
         cluster.nodes[1].kill()
         await until(lost, LOST_SECONDS, f"{victim} is known to be lost")
         answers = await asyncio.gather(*tasks)
         assert wrong(answers, reference[len(WISHES) :]) == []
         cluster.add()
-        await until(back, BACK_SECONDS, f"{victim} serves on the node that came")
+        await until(
+            back(cluster.server, victim, restarts + 1), BACK_SECONDS, f"{victim} serves on the node that came"
+        )
         assert cluster.at()[victim] == cluster.hosts[2].address
         results = await streamed_and_moved(client, WISHES[:8], seed=9, times=2)
     assert wrong([answer for answer, _ in results], reference[:8]) == []
@@ -285,13 +285,9 @@ async def test_a_server_that_is_killed_under_load_finds_its_engines_again_and_th
 async def test_an_instance_that_was_found_is_replaced_as_every_other_is(
     cluster: Cluster, reference: list[Answer]
 ) -> None:
-    async def back() -> bool:
-        one = cluster.server.instance("i1")
-        return bool(one["alive"] and one["restarts"] == 1)
-
     os.kill(cluster.server.instance("i1")["pid"], signal.SIGKILL)
     async with cluster.server.client() as client:
-        await until(back, BACK_SECONDS, "i1 serves again")
+        await until(back(cluster.server, "i1", 1), BACK_SECONDS, "i1 serves again")
         results = await streamed_and_moved(client, WISHES[:8], seed=11, times=2)
     assert wrong([answer for answer, _ in results], reference[:8]) == []
 
