@@ -24,6 +24,7 @@ import msgspec
 import zmq
 
 from taichi_serve.cluster.vllm.curve import as_client, read_keys
+from taichi_serve.cluster.vllm.naps import nap_exactly
 from taichi_serve.cluster.vllm.wire import (
     Again,
     Copied,
@@ -45,7 +46,7 @@ log = logging.getLogger("vllm.taichi.copier")
 
 PIECE = 96  # blocks that are copied ahead in one go: a tail behind it waits for no more than these
 SLOW = 0.05  # seconds after which the next piece does not wait for a read any more
-POLL_SECONDS = 50e-6  # between two looks at a young read, and an eighth of its age later on
+POLL_SECONDS = 20e-6  # between two looks at a young read, and an eighth of its age later on
 POLL_MOST = 0.005
 REMEMBER = 4096  # legs that were dropped before their blocks were known here
 
@@ -108,6 +109,7 @@ class Copier:
     # ----------------------------------------------------------------------------------- the thread's own
 
     def _run(self) -> None:
+        nap_exactly()
         try:
             self._poller.register(self._server, zmq.POLLIN)
             self._poller.register(self._bell, zmq.POLLIN)
