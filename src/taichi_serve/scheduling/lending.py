@@ -13,9 +13,9 @@ def lender(prefixes: Prefixes, instances: Mapping[str, Instance]) -> tuple[Insta
     least; and how many tokens that is."""
     found, lent = None, 0
     for name, prefix in prefixes.items():
-        instance = instances[name]
-        if prefix.held < max(1, lent) or not instance.answers:
+        held = prefix[1]  # by its name it takes twice as long, and this is asked for every instance
+        if held < lent or not held or not (instance := instances[name]).answers:
             continue
-        if found is None or prefix.held > lent or instance.lends_until < found.lends_until:
-            found, lent = instance, prefix.held
+        if found is None or held > lent or instance.lends_until < found.lends_until:
+            found, lent = instance, held
     return found, lent

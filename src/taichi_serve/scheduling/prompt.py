@@ -150,13 +150,15 @@ class Prompt:
         the first token cannot be there `before` so many seconds after the arrival.
         """
         prompt, queued = self.request.prompt_tokens, alone.queued_prefill_tokens
-        to_come = self.to_come(instance)
+        to_come = self.waited if instance.kind is Kind.D_HEAVY else self.later
         computed, within = alone.ttft - to_come, min(before - to_come, self.policy.fetch_within)
         queue = computed * queued / (queued + prompt - alone.cached)  # its part of that time
         if queue > within:
             return alone
-        price = known.links.dearer(lender, instance)
-        copied = known.behind + price * self.predictor.fetch(lender, instance, known.lent - alone.cached)
+        copied = self.predictor.fetch(lender, instance, known.lent - alone.cached)
+        if not known.links.even:
+            copied *= known.links.dearer(lender, instance)
+        copied += known.behind
         if copied > within or copied >= computed:
             return alone
         after = known.overtaken.get(instance.name, ALL_BEFORE)
@@ -165,10 +167,6 @@ class Prompt:
         if ttft >= computed:
             return alone
         return self._judged(instance, ttft, known.lent, alone.fits, after.tokens)
-
-    def to_come(self, instance: Instance) -> float:
-        """Seconds that are counted beside those until the prompt is through."""
-        return self.waited if instance.kind is Kind.D_HEAVY else self.later
 
 
 def hand_over_seconds(

@@ -12,7 +12,7 @@ nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -232,29 +232,35 @@ def _runs(where: Mapping[int, int], blocks: Sequence[int], hosts: int) -> Runs:
     found: Runs = []
     if not blocks:
         return found
-    get, most = where.get, len(blocks)
-    all_bits = (1 << 2 * hosts) - 1 if hosts else -1
-    mask = get(blocks[0], 0)
-    left = (mask | mask << hosts) & all_bits
-    mask = get(blocks[-1], 0)
-    whole = left & (mask | mask << hosts)
+    get, most = where.get if not hosts else _counting(where, hosts), len(blocks)
+    left = get(blocks[0], 0)
+    whole = left & get(blocks[-1], 0)
     have = 1  # so many blocks do all of those have that are left
     while left & ~whole:
-        lost = most  # and so many not all of them
+        lost, now = most, left & whole  # and so many not all of them
         while lost - have > 1:
             middle = (have + lost) // 2
-            mask = get(blocks[middle - 1], 0)
-            if left & (mask | mask << hosts) == left:
+            there = left & get(blocks[middle - 1], 0)
+            if there == left:
                 have = middle
             else:
-                lost = middle
-        mask = get(blocks[lost - 1], 0)
-        now = left & (mask | mask << hosts)
+                lost, now = middle, there
         found.append((left ^ now, have))
         left, have = now, lost
     if left:
         found.append((left, most))
     return found
+
+
+def _counting(where: Mapping[int, int], hosts: int) -> Callable[[int, int], int]:
+    """What `where.get` says, where the bit of a host counts what its device has."""
+    get, all_bits = where.get, (1 << 2 * hosts) - 1
+
+    def having(block: int, nobody: int) -> int:
+        mask = get(block, nobody)
+        return (mask | mask << hosts) & all_bits
+
+    return having
 
 
 def _spread(runs: Runs, count: int) -> list[int]:
