@@ -43,6 +43,7 @@ class PretendedCopiers:
             str, Read | None
         ] = {}  # legs that have blocks for one (None), or that are to have
         self.fetched: dict[str, int] = {}  # blocks of a prefix that are here
+        self.waiting: dict[str, More] = {}  # legs of which one read is under way: what is read after it
 
     def send(self, order: Order) -> None:
         self.orders.append(order)
@@ -58,6 +59,7 @@ class PretendedCopiers:
         self.pulls.pop(leg, None)
         self.prefixes.pop(leg, None)
         self.fetched.pop(leg, None)
+        self.waiting.pop(leg, None)
 
     def given(self, leg: str) -> None:
         """The leg has blocks that its prefix is read into."""
@@ -71,6 +73,13 @@ class PretendedCopiers:
             self.reading.append(read)
         else:
             self.prefixes[more.leg] = read
+
+    def _more(self, more: More) -> None:
+        """One read of each leg is under way, as with the real ones, and one that fails is the last."""
+        if self.reads(more.leg):
+            self.waiting[more.leg] = more
+        elif self.tails.get(more.leg) is not False:
+            self.reading.append(Read(more.leg, more.source, more.blocks, more.note))
 
     def pull(self, leg: str, kv: dict[str, Any]) -> None:
         """Begin to read all of a leg that is held."""
@@ -99,6 +108,7 @@ class PretendedCopiers:
             case Drop(leg=leg):
                 self.refused[leg] = None
                 self.prefixes.pop(leg, None)
+                self.waiting.pop(leg, None)
                 if not self.reads(leg):
                     self.words.append(Dropped(leg))
             case Gone():
@@ -106,7 +116,7 @@ class PretendedCopiers:
             case More(leg=leg, whole=True) if leg not in self.refused:
                 self._prefix(order)
             case More(leg=leg) if leg not in self.refused:
-                self.reading.append(Read(leg, order.source, order.blocks, order.note))
+                self._more(order)
 
     def _finish(self, read: Read) -> None:
         """The last byte was read: it counts only where the source still holds it."""
@@ -130,6 +140,10 @@ class PretendedCopiers:
             self.words.append(Copied(read.leg, len(read.blocks), last, 0, 0.0, 1.0, 1.0))
         else:
             self.words.append(Failed(read.leg, "a read failed"))
+            if not read.prefix:
+                self.tails[read.leg] = False
+        if (more := self.waiting.pop(read.leg, None)) is not None:
+            self._more(more)
 
     def _check(self, read: Read, source: Core) -> None:
         if read.note:
