@@ -120,6 +120,19 @@ def test_where_nothing_is_missing_the_source_is_told_all_the_same(bench: Bench) 
     assert bench.blocks.reads == [("e0", [], [], "a")]
 
 
+def test_the_tail_of_a_leg_is_read_after_what_is_under_way_for_it(bench: Bench) -> None:
+    bench.copier.order(Given("a#1", [10, 11], first=0))
+    bench.blocks.gate.clear()
+    bench.send(More("a#1", "e0", [20]))
+    assert bench.blocks.asked.acquire(timeout=10)
+    bench.send(More("a#1", "e0", [20, 21], "a"))
+    bench.catch_up()
+    assert bench.blocks.reads == [("e0", [20], [10], "")]
+    bench.blocks.gate.set()
+    assert blocks_of(bench.hear()) == ("a#1", 2, True, 2)
+    assert bench.blocks.reads[1:] == [("e0", [21], [11], "a")]
+
+
 def test_a_tail_goes_before_what_is_only_copied_ahead(bench: Bench) -> None:
     many = list(range(3 * PIECE))
     bench.send(More("a#1", "e0", many))
