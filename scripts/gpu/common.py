@@ -64,16 +64,6 @@ def fast_start(share: str = "0.2") -> list[str]:
     return ["--gpu-memory-utilization", share, "--compilation-config", json.dumps(compilation)]
 
 
-def cards(count: int) -> list[str]:
-    """Names of so many of those that CUDA_VISIBLE_DEVICES leaves us: two fields can share a machine of
-    four."""
-    left = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = left.split(",") if left else [str(number) for number in range(count)]
-    if len(names) < count:
-        raise SystemExit(f"{count} GPUs are asked for, and CUDA_VISIBLE_DEVICES={left} leaves {len(names)}")
-    return names[:count]
-
-
 def state(url: str) -> dict[str, Any]:
     """GET /taichi/state."""
     data: dict[str, Any] = httpx.get(f"{url}/taichi/state").json()

@@ -30,12 +30,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import NO_WEIGHTS, QWEN_7B, QWEN_14B, cards, keep_logs, shape
+from common import NO_WEIGHTS, QWEN_7B, QWEN_14B, keep_logs, shape
 from standings import ahead, table, tuning, uphill
 
 from taichi_serve.bench.kept import read
 from taichi_serve.commands.compare import FILE
 from taichi_serve.commands.gpus import Gpus
+from taichi_serve.commands.proxied import groups
 from taichi_serve.tiny import cached_tiny_model
 
 SHAPES = {"7b": ("Qwen2.5-7B", QWEN_7B), "14b": ("Qwen2.5-14B", QWEN_14B)}
@@ -180,12 +181,11 @@ class Field:
         """What all servers have in common; stock gets those that are vLLM's."""
         args = self.args
         ranks = args.tensor_parallel_size
-        names = cards(self.instances * ranks)
-        devices = [",".join(names[n * ranks : (n + 1) * ranks]) for n in range(self.instances)]
+        devices = ["0"] * self.instances if args.share else groups(None, self.instances, ranks)
         graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": SIZES}
         # Several servers are on each card and see each other's memory: they are told what is theirs.
         flags = ["--gpu-memory-utilization", args.memory, "--kv-cache-memory-bytes", args.kv or kv()]
-        flags += ["--devices", ";".join(["0"] * self.instances if args.share else devices)]
+        flags += ["--devices", ";".join(devices)]
         flags += ["--tensor-parallel-size", str(ranks), "--max-model-len", "16384", "--max-num-seqs", "128"]
         flags += ["--api-server-count", str(args.front_ends)] if args.front_ends else []
         flags += ["--disable-uvicorn-access-log", *([] if args.model else NO_WEIGHTS)]

@@ -23,6 +23,15 @@ from taichi_serve.messages import Flow, Move, Prefill
 SERVER = str(Path(taichi_serve.cluster.vllm.server.__file__).parent)
 
 
+def watched(word: Callable[[], None], note: Callable[[FrameType, str, Any], None]) -> None:
+    """Say the word, and tell of every call and return meanwhile."""
+    sys.setprofile(note)
+    try:
+        word()
+    finally:
+        sys.setprofile(None)
+
+
 def entered(word: Callable[[], None]) -> Counter[str]:
     """How often each file of the server's side is entered on the way: by a call from another one that goes on
     to a third. Who is only asked, and asks nobody, is beside the way."""
@@ -44,12 +53,28 @@ def entered(word: Callable[[], None]) -> Counter[str]:
                 found[Path(here).name] += 1
         way.append((frame, path))
 
-    sys.setprofile(called)
-    try:
-        word()
-    finally:
-        sys.setprofile(None)
+    watched(word, called)
     return found
+
+
+async def test_a_token_on_its_way_to_its_user_enters_each_file_at_most_twice(tmp_path: Path) -> None:
+    two = Two(tmp_path)
+    two.ask()
+    two.cluster.send(Prefill("a", 0, "i0"))
+    two.say(0, "a", 50)
+    files: list[str] = []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event in ("call", "return"):
+            seen = frame if event == "call" else frame.f_back
+            name = seen.f_code.co_filename if seen is not None else ""
+            if "taichi_serve" in name and "/src/" in name and files[-1:] != [name]:
+                files.append(name)
+
+    watched(lambda: two.say(0, "a", 51), note)
+    assert two.tokens == [50, 51]
+    assert files
+    assert max(Counter(files).values()) <= 2
 
 
 async def test_an_output_enters_each_file_at_most_twice(tmp_path: Path) -> None:
