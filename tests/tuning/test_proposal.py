@@ -129,3 +129,9 @@ def test_from_instances_that_are_all_alike_others_that_are_alike_are_tried() -> 
     alike = {one.sliders.d_chunk for one in far(question(tpot=0.018, now=now)) if one.sliders.p_heavy == 0}
     # Beside 1.8 decodes 51 tokens take 85 % of 18 ms, and 78 all of it.
     assert {48, 64, 256, 512} <= alike
+
+
+def test_where_few_are_p_heavy_chunks_that_fit_instances_that_are_all_alike_are_tried() -> None:
+    now = Setting(Sliders(1, 1, 2048, 64), 0.5, 0.8)
+    alike = {one.sliders.d_chunk for one in far(question(tpot=0.018, now=now)) if one.sliders.p_heavy == 0}
+    assert {48, 64, 256, 512} <= alike  # as above, and not only large ones

@@ -185,10 +185,8 @@ def far(asked: Question) -> Iterator[Setting]:
         yield from (split.with_d_chunk(chunk, most) for chunk in fitting(asked, instances - count))
         yield from _chunks(split, most, (1.0, 0.67) if count != p_heavy else (0.5, 0.75, 1.5, 2.0))
     if p_heavy <= 2:
-        more = (
-            () if p_heavy else fitting(asked, instances)
-        )  # all are alike: what suits them may be far as well
-        for chunk in (chunk for chunk in (*more, *ALIKE) if UNIT <= chunk <= most):
+        # Where all are alike, what suits them may be far from every chunk beside P-heavy ones.
+        for chunk in (chunk for chunk in (*fitting(asked, instances), *ALIKE) if UNIT <= chunk <= most):
             yield Setting(Sliders(0, instances, now.sliders.p_chunk, chunk), 1.0, now.tpot_margin)
     yield from _margins(now)
     if p_heavy:
