@@ -57,22 +57,49 @@ def test_a_kind_that_computed_no_prompts_is_believed_to_be_as_fast_as_the_other(
     assert (round(plant.p_mixed, 9), round(plant.d_mixed, 9)) == (0.9, 0.9)
 
 
-def decoded(predictor: Profiled, tokens: int, decodes: int, slower: float) -> None:
+def decoded(beliefs: Beliefs, tokens: int, decodes: int, slower: float) -> None:
     """A step on D-heavy i0 with so many decodes, and prompt tokens beside them."""
     instance = Instance("i0", Kind.D_HEAVY, chunk=400, kv_capacity=100_000)
-    seconds = slower * MODEL.of(tokens, 0.0, decodes, 0)
-    predictor.stepped(instance, Stepped(1.0, "i0", seconds, tokens, decodes, 0))
+    step = Stepped(1.0, "i0", slower * MODEL.of(tokens, 0.0, decodes, 0), tokens, decodes, 0)
+    beliefs.predictor.stepped(instance, step)
+    beliefs.stepped(instance, step)
+
+
+def plain(beliefs: Beliefs) -> float:
+    """The factor of steps without prompts."""
+    plant = beliefs.plant({"i0": Kind.D_HEAVY})
+    assert plant is not None
+    return plant.plain
 
 
 def test_rare_steps_without_prompts_say_little_of_those_with_many_decodes() -> None:
     """Of 100 steps 99 had prompts and were 1.1 times as slow as the model; one was faster than it."""
-    predictor = Profiled(MODEL, {}, 4096)
-    decoded(predictor, 0, 2, slower=0.9)
+    beliefs = Beliefs(LIMITS, Profiled(MODEL, {}, 4096))
+    decoded(beliefs, 0, 2, slower=0.9)
     for _ in range(99):
-        decoded(predictor, 400, 30, slower=1.1)
-    plant = Beliefs(LIMITS, predictor).plant({"i0": Kind.D_HEAVY})
-    assert plant is not None
-    assert 0.99 < plant.plain < 1.0
+        decoded(beliefs, 400, 30, slower=1.1)
+    assert 0.99 < plain(beliefs) < 1.0
+
+
+def test_a_step_without_prompts_counts_as_often_as_it_has_decodes() -> None:
+    beliefs = Beliefs(LIMITS, Profiled(MODEL, {}, 4096))
+    decoded(beliefs, 0, 40, slower=1.1)
+    for _ in range(10):
+        decoded(beliefs, 0, 1, slower=0.9)
+    # 40 times 14 ms at 1.1, and 10 times 10.1 ms at 0.9.
+    assert round(plain(beliefs), 3) == 1.069
+
+
+def test_full_steps_of_another_split_are_remembered_while_there_are_none() -> None:
+    """Full steps at 1P1D; then, at 0P2D, steps have prompts, and a load ends with light ones."""
+    beliefs = Beliefs(LIMITS, Profiled(MODEL, {}, 4096))
+    for _ in range(700):
+        decoded(beliefs, 0, 40, slower=1.12)
+    for _ in range(4000):
+        decoded(beliefs, 128, 20, slower=1.0)
+    for _ in range(500):
+        decoded(beliefs, 0, 3, slower=0.92)
+    assert 1.1 < plain(beliefs) < 1.12
 
 
 def test_the_factor_without_prompts_goes_towards_the_model_by_the_share_of_steps_that_had_some() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from taichi_serve.sliders import Sliders
 from taichi_serve.tuning.nudge import ENOUGH, harmed, nudge
 from taichi_serve.tuning.setting import Setting
+from taichi_serve.tuning.steps import Done
 from taichi_serve.tuning.watch import View
 
 NOW = Setting(Sliders(2, 2, 1024, 256), 0.5, 0.8)
@@ -16,9 +17,9 @@ def view(ttft: float, tpot: float, count: int = 100) -> View:
 
 
 def chunk(
-    ttft: float, tpot: float, now: Setting = NOW, count: int = 100, pace: float | None = None
+    ttft: float, tpot: float, now: Setting = NOW, count: int = 100, done: Done | None = None
 ) -> int | None:
-    found = nudge(view(ttft, tpot, count), tpot if pace is None else pace, now, 2048)
+    found = nudge(view(ttft, tpot, count), done or Done(tpot), now, 2048)
     return None if found is None else found[0].sliders.d_chunk
 
 
@@ -44,8 +45,8 @@ def test_between_short_and_spare_nothing_happens() -> None:
 
 
 def test_a_tpot_that_is_short_for_another_reason_than_long_steps_leaves_it_alone() -> None:
-    assert chunk(ttft=0.5, tpot=1.3, pace=0.7) is None
-    assert chunk(ttft=0.5, tpot=1.3, pace=0.9) == 192
+    assert chunk(ttft=0.5, tpot=1.3, done=Done(0.7)) is None
+    assert chunk(ttft=0.5, tpot=1.3, done=Done(0.9)) == 192
 
 
 def test_a_few_requests_say_nothing() -> None:
@@ -62,13 +63,24 @@ def test_the_chunk_stays_within_one_block_and_the_chunk_of_p_heavy_instances() -
     assert chunk(ttft=1.2, tpot=0.6, now=large) is None
 
 
+def test_a_chunk_that_prompts_fill_becomes_no_smaller_where_nobody_else_computes_them() -> None:
+    alike = Setting(Sliders(0, 4, 1024, 128), 1.0, 0.8)
+    # Of 96 tokens 95 % are 91.2: 85 a step fit, and of 100 a step a chunk of 112 carries 95 %.
+    assert chunk(ttft=0.5, tpot=1.1, now=alike, done=Done(1.0, 85.0)) == 96
+    assert chunk(ttft=0.5, tpot=1.1, now=alike, done=Done(1.0, 100.0)) == 112
+    assert chunk(ttft=0.5, tpot=1.1, now=alike, done=Done(1.0, 125.0)) is None
+    # P-heavy instances take what is left of them.
+    split = Setting(Sliders(2, 2, 1024, 128), 0.5, 0.8)
+    assert chunk(ttft=0.5, tpot=1.1, now=split, done=Done(1.0, 125.0)) == 96
+
+
 def test_without_p_heavy_instances_the_one_chunk_grows_to_what_instances_can_take() -> None:
     alike = Setting(Sliders(0, 4, 0, 1800), 1.0, 0.8)
     assert chunk(ttft=1.2, tpot=0.6, now=alike) == 2048
 
 
 def test_the_reason_says_how_much_of_either_slo_is_used() -> None:
-    found = nudge(view(0.5, 1.1), 1.0, NOW, 2048)
+    found = nudge(view(0.5, 1.1), Done(1.0), NOW, 2048)
     assert found is not None
     assert (
         found[1]
@@ -78,7 +90,7 @@ def test_the_reason_says_how_much_of_either_slo_is_used() -> None:
 
 def of(good: float, ttft: float, tpot: float = 0.99, slow: float = 0.04) -> int | None:
     """The chunk where so many are good, and 4 % of those under way are slow."""
-    found = nudge(View(100, 100, 100, ttft, tpot, 0.0, slow, good), tpot, NOW, 2048)
+    found = nudge(View(100, 100, 100, ttft, tpot, 0.0, slow, good), Done(tpot), NOW, 2048)
     return None if found is None else found[0].sliders.d_chunk
 
 

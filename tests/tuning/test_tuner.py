@@ -196,6 +196,20 @@ def test_nobody_is_asked_about_the_end_of_a_load() -> None:
     assert (len(question.past.calls), round(question.past.rate)) == (60, 2)
 
 
+@pytest.mark.parametrize("until", [8.0, 40.0])
+def test_no_chunk_changes_for_the_end_of_a_load(until: float) -> None:
+    """Forty requests that come within 8 s are all slow; whether others still come decides."""
+    tuner = tuner_of()
+    for number in range(round(until / 0.2)):
+        tuner.on(Arrived(number * 0.2, f"r{number}", 100, 500))
+        tuner.on(Prefilled(number * 0.2, f"r{number}", 0, "i2"))
+    made: list[Command] = []
+    for number in range(40):
+        made += tuner.on(Stepped(40.0 + number * 0.2, "i2", 0.06, 64, 4, 1000))
+        made += tuner.on(Finished(40.0 + number * 0.2, f"r{number}", 21))
+    assert any(isinstance(one, SetChunk) for one in made) == (until == 40.0)
+
+
 def test_an_answer_about_a_setting_that_is_in_force_no_more_is_not_followed() -> None:
     adviser = Said()
     tuner = known(adviser)

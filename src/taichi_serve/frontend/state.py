@@ -117,7 +117,7 @@ def _autotune(system: System) -> dict[str, Any]:
     return {
         "mode": ON if tuner.act else SUGGEST,
         "view": None if tuner.view is None else asdict(tuner.view),
-        "pace": tuner.pace,
+        "pace": tuner.done.pace,
         "proposal": None if (found := tuner.proposal) is None else {**asdict(found), "gain": found.gain},
         "rehearsing_seconds": adviser.seconds,
         "changes": [asdict(change) for change in list(tuner.changes)[-SHOWN:]],

@@ -10,17 +10,18 @@ from taichi_serve.latency.fit import Sample
 from taichi_serve.latency.model import Batch
 from taichi_serve.latency.predict import Average, Learned, Predictor
 from taichi_serve.latency.profile import Transfer
-from taichi_serve.latency.profiled import UNMEASURED, Profiled, bounded
+from taichi_serve.latency.profiled import HIGHEST, LOWEST, UNMEASURED, Profiled, bounded
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.rehearsal import Limits, Plant
 
 # Steps of either sort that a model without a profile is fitted to, and at least so many.
 KEPT, ENOUGH = 400, 60
+KEEP = 0.9998  # weight of the past at each step without prompt tokens: half is forgotten in 3,500
 
 
 class Beliefs:
-    """Step times as they were seen. With a profile the predictor has all of it; without one some steps are
+    """Step times as they were seen. With a profile the predictor has most of it; without one some steps are
     remembered, and the model is fitted to these."""
 
     def __init__(self, limits: Limits, predictor: Predictor) -> None:
@@ -28,10 +29,19 @@ class Beliefs:
         self.predictor = predictor
         self._mixed: deque[Sample] = deque(maxlen=KEPT)
         self._plain: deque[Sample] = deque(maxlen=KEPT)
+        # With a profile: seconds observed over predicted of steps without prompts, each as often as it has
+        # decodes. What a rehearsal asks about is the full ones, and under another R_PD there may be none now.
+        self._decoding = Average()
 
     def stepped(self, instance: Instance, step: Stepped) -> None:
         """See a step; `instance` is as it was before."""
-        if isinstance(self.predictor, Profiled) or not (step.prefill_tokens or step.decodes):
+        if not (step.prefill_tokens or step.decodes):
+            return
+        if isinstance(self.predictor, Profiled):
+            if not step.prefill_tokens:
+                predicted = self.predictor.model.of(0, 0.0, step.decodes, instance.context_tokens)
+                observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
+                self._decoding.add(observed * step.decodes, predicted * step.decodes, KEEP)
             return
         queued = instance.queued_tokens
         pairs = instance.queued_attention / queued * step.prefill_tokens if queued else 0.0
@@ -52,19 +62,18 @@ class Beliefs:
         """By what steps with prompt tokens took of either kind, and all others of both: a model of few terms
         that is right for small chunks may be wrong for large ones, and R_PD is chosen by the difference."""
         mixed = {kind: Average() for kind in Kind}
-        all_mixed, plain, beside = Average(), Average(), Average()
+        all_mixed, beside = Average(), Average()
         for name, seen in predictor.seen.items():
             if name not in kinds:  # it left
                 continue
             for average in (mixed[kinds[name]], all_mixed):
                 average.add(seen.mixed.above, seen.mixed.below, 1.0)
-            plain.add(seen.plain.above, seen.plain.below, 1.0)
             if kinds[name] is Kind.D_HEAVY:
                 beside.add(seen.share.above, seen.share.below, 1.0)
         usual = all_mixed.value(1.0)  # what is believed of a kind that computed no prompts
         p_mixed, d_mixed = (bounded(mixed[kind].value(usual)) for kind in (Kind.P_HEAVY, Kind.D_HEAVY))
         transfers = tuple(predictor.transfers.values()) or (UNMEASURED,)
-        alone = crowded(bounded(plain.value(1.0)), d_mixed, beside.value(0.0))
+        alone = crowded(bounded(self._decoding.value(1.0)), d_mixed, beside.value(0.0))
         return Plant(predictor.model, (), p_mixed, d_mixed, alone, self.limits, transfers)
 
     def _links(self, predictor: Predictor) -> tuple[Transfer, ...]:

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import islice
 
 from taichi_serve.cluster.base import Scheduler
-from taichi_serve.latency.predict import Average
 from taichi_serve.messages import (
     Added,
     Arrived,
@@ -39,6 +38,7 @@ from taichi_serve.tuning.proposal import Proposal, Question
 from taichi_serve.tuning.rehearsal import Limits
 from taichi_serve.tuning.serving import calm, made
 from taichi_serve.tuning.setting import Setting
+from taichi_serve.tuning.steps import Done, Steps
 from taichi_serve.tuning.watch import View, Watch
 
 LOOK = 5.0  # seconds between two looks back
@@ -86,10 +86,9 @@ class Tuner:
         self.changes: deque[Tuned] = deque(maxlen=KEPT)
         self.made = self.suggested = 0
         self.view: View | None = None  # of the last look
-        # Share of the strictest TPOT SLO that steps of D-heavy instances took since the look before it.
-        self.pace = 0.0
+        self.done = Done()  # by D-heavy instances since the look before it
         self.proposal: Proposal | None = None  # the last one
-        self._paces = Average()
+        self._steps = Steps()
         self._made = partial(made, core)
         # Whether the last nudge was up, and what it was to mend.
         self._nudged: tuple[bool, float] | None = None
@@ -121,7 +120,7 @@ class Tuner:
             if instance is not None:
                 self.beliefs.stepped(instance, event)
             if instance is not None and event.decodes and instance.kind is Kind.D_HEAVY:
-                self._paces.add(event.seconds * event.decodes, event.decodes, 1.0)
+                self._steps.add(event)
         elif kind is Arrived or kind is Prefilled or kind is Finished:
             self.watch.on(event)
         elif kind in TOLD:
@@ -153,7 +152,7 @@ class Tuner:
         since = max(self._since, now - WINDOW)
         self._seen(self.watch.view(now, self.core.slo, since, self._made))
         strictest = self.core.ledger.strictest.slo or self.core.slo
-        self.pace, self._paces = self._paces.value(0.0) / strictest.tpot, Average()
+        self.done = self._steps.done(strictest.tpot)
         self._advised(now)
         if self._target is not None:
             return self._approach(now, self._target)
@@ -183,8 +182,8 @@ class Tuner:
             self._on_way = False
             if not better and self._steady:
                 self._ask_at = now + CONTENT
-        if quiet(list(islice(self.watch.since(float("-inf")), RECENT_REQUESTS))[::-1], now):
-            return  # what is seen of a load that has ended is how it ended
+        if self._quiet(now):
+            return
         recent = list(self.watch.since(now - RECENT))[::-1]
         known = self._sort
         span = max(1.0, now - recent[0].at) if recent else RECENT
@@ -196,6 +195,10 @@ class Tuner:
         gap = PATIENCE if self._open else SOON
         if now >= max(self._ask_at, self._rest_until) and now - self._asked_at >= gap:
             self._ask(now, self.adviser)
+
+    def _quiet(self, now: float) -> bool:
+        """Whether nobody comes: what is seen of a load that has ended is how it ended."""
+        return quiet(list(islice(self.watch.since(float("-inf")), RECENT_REQUESTS))[::-1], now)
 
     def _too_little(self, proposal: Proposal) -> bool:
         """Whether requests are good as it is, and another R_PD promises little beyond: turning an instance
@@ -254,11 +257,11 @@ class Tuner:
 
     def _nudge(self, now: float) -> Tuned | None:
         assert self.view is not None
-        if self._waits(now):
+        if self._waits(now) or self._quiet(now):
             return None
         if self._before is not None and harmed(self.view, self._before[1]):
             return self._back(now, *self._before)
-        found = nudge(self.view, self.pace, self.now, self.beliefs.limits.max_chunk)
+        found = nudge(self.view, self.done, self.now, self.beliefs.limits.max_chunk)
         if found is None:
             return None
         up = found[0].sliders.d_chunk > self.now.sliders.d_chunk
