@@ -13,6 +13,8 @@ from taichi_serve.stage import TransitionError
 class State(Enum):
     """Where a request stands in its life."""
 
+    __hash__ = object.__hash__  # that of Enum is computed in Python, and each change of state asks for two
+
     WAITING = "waiting"  # arrived, no instance could be given
     PREFILLING = "prefilling"  # queued or prefilling on an instance
     DECODING = "decoding"  # resident on an instance, one token a step

@@ -96,15 +96,17 @@ def _ask_for_fetches(
             could.append((prompt.rank(instance), alone.queued_prefill_tokens - lent, number))
     could.sort()
     best = min(keys)
+    before = _before(best, prompt.limits.ttft)
     for rank, to_compute, number in could:
         if (0.0, rank, to_compute) > best:
             return
         instance, alone = instances[number], forecasts[number]
-        fetching = prompt.fetching(instance, alone, known, lender, _before(best, prompt.limits.ttft))
+        fetching = prompt.fetching(instance, alone, known, lender, before)
         if fetching is not alone:
             forecasts[number] = fetching
             keys[number] = key = prompt.key(instance, fetching)
-            best = min(best, key)
+            if key < best:
+                best, before = key, _before(key, prompt.limits.ttft)
 
 
 def _before(best: tuple[float, ...], limit: float) -> float:

@@ -135,7 +135,7 @@ class Residency:
 
     def claim(self, name: str, blocks: Sequence[int]) -> None:
         """A request with these blocks is on this instance."""
-        claims, claimed, bit = self._claims[name], self._claimed, self._bit[name, Tier.DEVICE]
+        claims, claimed, bit = self._claims[name], self._claimed, 1 << self.bit[name]
         for block in self._pieces(blocks):
             count = claims.get(block, 0)
             claims[block] = count + 1
@@ -144,7 +144,7 @@ class Residency:
 
     def leave(self, name: str, blocks: Sequence[int]) -> None:
         """It is there no more."""
-        claims, claimed, bit = self._claims[name], self._claimed, self._bit[name, Tier.DEVICE]
+        claims, claimed, bit = self._claims[name], self._claimed, 1 << self.bit[name]
         for block in self._pieces(blocks):
             count = claims[block]
             if count > 1:
