@@ -17,7 +17,7 @@ from taichi_serve.tuning.rehearsal import Limits, Plant
 
 # Steps of either sort that a model without a profile is fitted to, and at least so many.
 KEPT, ENOUGH = 400, 60
-KEEP = 0.9998  # weight of the past at each step without prompt tokens: half is forgotten in 3,500
+HALF = 40_000  # tokens from steps without prompt tokens in which half of what these took is forgotten
 
 
 class Beliefs:
@@ -41,7 +41,8 @@ class Beliefs:
             if not step.prefill_tokens:
                 predicted = self.predictor.model.of(0, 0.0, step.decodes, instance.context_tokens)
                 observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
-                self._decoding.add(observed * step.decodes, predicted * step.decodes, KEEP)
+                keep = 0.5 ** (step.decodes / HALF)
+                self._decoding.add(observed * step.decodes, predicted * step.decodes, keep)
             return
         queued = instance.queued_tokens
         pairs = instance.queued_attention / queued * step.prefill_tokens if queued else 0.0
