@@ -28,6 +28,12 @@ def bounded(ratio: float) -> float:
     return min(max(ratio, LOWEST), HIGHEST)
 
 
+def credible(seconds: float, predicted: float) -> float:
+    """What a step took, as a sample within the bounds of a bias: a stall of a minute would outweigh hundreds
+    of good steps."""
+    return min(max(seconds, LOWEST * predicted), HIGHEST * predicted)
+
+
 @dataclass(slots=True)
 class Seen:
     """What one instance was seen to do lately."""
@@ -192,8 +198,7 @@ class Profiled:
         seen = self.seen.setdefault(instance.name, Seen())
         pairs = step.prefill_tokens * self._pairs(instance)
         predicted = self.model.of(step.prefill_tokens, pairs, step.decodes, instance.context_tokens)
-        # Each sample is bounded too: a stall of a minute would outweigh hundreds of good steps.
-        observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
+        observed = credible(step.seconds, predicted)
         self.now = seen.at = max(self.now, step.at)
         ratio, began = observed / predicted if predicted else 1.0, step.at - step.seconds
         self.usual.add(observed, predicted, KEEP)

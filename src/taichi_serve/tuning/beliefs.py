@@ -10,7 +10,7 @@ from taichi_serve.latency.fit import Sample
 from taichi_serve.latency.model import Batch
 from taichi_serve.latency.predict import Average, Learned, Predictor
 from taichi_serve.latency.profile import Transfer
-from taichi_serve.latency.profiled import HIGHEST, LOWEST, UNMEASURED, Profiled, bounded
+from taichi_serve.latency.profiled import UNMEASURED, Profiled, bounded, credible
 from taichi_serve.messages import Stepped
 from taichi_serve.sliders import Kind
 from taichi_serve.tuning.rehearsal import Limits, Plant
@@ -40,7 +40,7 @@ class Beliefs:
         if isinstance(self.predictor, Profiled):
             if not step.prefill_tokens:
                 predicted = self.predictor.model.of(0, 0.0, step.decodes, instance.context_tokens)
-                observed = min(max(step.seconds, LOWEST * predicted), HIGHEST * predicted)
+                observed = credible(step.seconds, predicted)
                 keep = 0.5 ** (step.decodes / HALF)
                 self._decoding.add(observed * step.decodes, predicted * step.decodes, keep)
             return
